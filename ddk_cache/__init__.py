@@ -1,0 +1,58 @@
+"""Pay for the teacher once: read and write caches of a teacher's sparse next-token targets.
+
+This is the reading surface. It needs no torch; `open_cache` loads the decoder on first use, so
+that importing the package (as every `--help` does) stays cheap.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ddk_cache.schema import (
+    FORMAT_VERSION,
+    SPLITS,
+    CacheError,
+    CacheSpec,
+    CorruptCacheError,
+    DDKError,
+    DomainPlan,
+    Extent,
+    FormatVersionError,
+    InputError,
+    MismatchError,
+    NotACacheError,
+    Rows,
+    SparseTargets,
+    TargetSpec,
+    UnfinishedCacheError,
+)
+
+if TYPE_CHECKING:
+    from ddk_cache.reader import Cache, open_cache
+
+__all__ = [
+    "FORMAT_VERSION",
+    "SPLITS",
+    "Cache",
+    "CacheError",
+    "CacheSpec",
+    "CorruptCacheError",
+    "DDKError",
+    "DomainPlan",
+    "Extent",
+    "FormatVersionError",
+    "InputError",
+    "MismatchError",
+    "NotACacheError",
+    "Rows",
+    "SparseTargets",
+    "TargetSpec",
+    "UnfinishedCacheError",
+    "open_cache",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"Cache", "open_cache"}:
+        from ddk_cache import reader
+
+        return getattr(reader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,320 @@
+"""The shared vocabulary of a cache: format version, arrays, spec, records' types and errors.
+
+Everything that two rooms of the project must agree on stands here once, in the standard library
+and NumPy, so that any file may import it and none pays for it. The trade-off: the file knows the
+shape of everything and the meaning of little; what a number means is said where it is computed.
+
+Shape letters: R rows, S positions in a row, K kept entries of a position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+FORMAT_VERSION = 1
+"""The layout described in docs/format.md. A reader opens its own version and names any other."""
+
+SPLITS = ("train", "validation")
+"""Rows to learn from, and held-out rows on which the gap is measured."""
+
+Array = npt.NDArray[Any]
+T = TypeVar("T")
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+class DDKError(Exception):
+    """Anything that a person has to know: the message says what, where, and what to do next."""
+
+    exit_code = 1
+
+
+class InputError(DDKError):
+    """The request cannot be met as it was given (exit code 2)."""
+
+    exit_code = 2
+
+
+class CacheError(DDKError):
+    """A cache on disk is not what it has to be."""
+
+
+class NotACacheError(CacheError):
+    """The path holds no ddk cache."""
+
+
+class FormatVersionError(CacheError):
+    """The cache was written in a format that this version does not read."""
+
+
+class UnfinishedCacheError(CacheError):
+    """Rows were asked for that no committed shard holds."""
+
+
+class CorruptCacheError(CacheError):
+    """Stored bytes differ from what was committed."""
+
+
+class MismatchError(CacheError):
+    """Two things that must agree (a cache and a request, a cache and a student) do not."""
+
+    exit_code = 2
+
+
+def unknown(what: str, given: str, known: Iterable[str]) -> str:
+    """Say that `given` is no known `what`, with the nearest known word and the whole list."""
+    words = sorted(known)
+    near = difflib.get_close_matches(given, words, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"unknown {what} {given!r}.{hint} Known: {', '.join(words)}."
+
+
+# --- names ------------------------------------------------------------------------------------
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """Return a domain name that is safe as one part of a path and of a key.
+
+    Raises:
+        InputError: the name is empty, too long, or holds anything but letters, digits, - and _.
+    """
+    if not _SAFE_NAME.fullmatch(name):
+        raise InputError(
+            f"domain name {name!r} is not usable as a path part. Use up to 64 letters, digits, "
+            "'-' and '_', beginning with a letter or digit."
+        )
+    return name
+
+
+# --- what is stored at a position ---------------------------------------------------------------
+
+TARGET_KINDS = ("topk",)
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Which entries of the teacher's distribution are kept: `topk:64` keeps the 64 likeliest."""
+
+    kind: str
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> TargetSpec:
+        """Read `kind:size`. Raises InputError on an unknown kind or a size below one."""
+        kind, _, size = text.partition(":")
+        if kind not in TARGET_KINDS:
+            raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
+        if not size.isdecimal() or int(size) < 1:
+            raise InputError(f"targets {text!r} need a size of at least 1, for example 'topk:64'.")
+        return cls(kind, int(size))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.size}"
+
+
+A = TypeVar("A")
+
+
+@dataclass(frozen=True)
+class SparseTargets(Generic[A]):
+    """A teacher distribution at each position: kept entries and the mass of everything else.
+
+    The probabilities are of the full vocabulary; kept entries and tail sum to one. The arrays
+    are NumPy's when they come from a cache and torch's in a training step.
+    """
+
+    ids: A
+    """(..., K) token ids."""
+    probs: A
+    """(..., K) float32 probabilities."""
+    tail: A
+    """(...) float32, the probability of all ids that were not kept."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows read from a cache, decoded."""
+
+    tokens: Array
+    """(R, S+1) int64: position s predicts token s+1."""
+    targets: SparseTargets[Array]
+    """(R, S, K)"""
+    label_logprob: Array
+    """(R, S) float32, the teacher's log-probability of the true next token, nats."""
+    loss_mask: Array
+    """(R, S) bool, where the loss counts."""
+
+
+# --- what a cache is ----------------------------------------------------------------------------
+
+
+class ArrayLayout(NamedTuple):
+    """One array of a split: its first axis is rows, `inner` are the others."""
+
+    dtype: np.dtype[Any]
+    inner: tuple[int, ...]
+    fill: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """Everything that decides the bytes of a cache, except the documents themselves."""
+
+    seq_len: int
+    """S: positions in a row. A row holds S+1 tokens."""
+    vocab_size: int
+    """V: width of the teacher's head. It may be padded beyond the tokenizer."""
+    targets: TargetSpec
+    """Which entries are kept."""
+    holdout: float
+    """Share of documents, chosen by content, that go to the validation split."""
+    chunk_rows: int
+    """Rows in a chunk: the unit of reading."""
+    shard_rows: int
+    """Rows in a shard: the unit of work, of writing and of commitment."""
+    logprob_step: float
+    """Nats between two neighbouring stored log-probabilities."""
+    teacher: Mapping[str, str]
+    """Name, class, dtype and content hash of the teacher."""
+    tokenizer: Mapping[str, str]
+    """Name and content hashes of the tokenizer."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "vocab_size", "chunk_rows", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} has to be at least 1, not {getattr(self, name)}.")
+        if self.vocab_size > 2**31:
+            raise InputError(f"a vocabulary of {self.vocab_size:,} is beyond any tokenizer.")
+        if self.targets.size > self.vocab_size:
+            raise InputError(
+                f"targets {self.targets} ask for more entries than the teacher's vocabulary has "
+                f"({self.vocab_size:,})."
+            )
+        if not 0 <= self.holdout < 1:
+            raise InputError(f"holdout has to be in [0, 1), not {self.holdout}.")
+        if self.shard_rows % self.chunk_rows:
+            raise InputError(
+                f"a shard of {self.shard_rows} rows is no whole number of chunks of "
+                f"{self.chunk_rows} rows."
+            )
+
+    @property
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """The arrays of every split, by name. Their order is the order of writing."""
+        S, K = self.seq_len, self.targets.size
+        ids = np.dtype("<u2" if self.vocab_size < 2**16 else "<u4")
+        impossible = int(np.iinfo(ids).max)
+        logprob = np.dtype("<u2")
+        return {
+            "tokens": ArrayLayout(ids, (S + 1,), impossible),
+            "loss_mask": ArrayLayout(np.dtype("u1"), (S,), 0),
+            "target_ids": ArrayLayout(ids, (S, K), impossible),
+            "target_logprobs": ArrayLayout(logprob, (S, K), 0),
+            "tail_logprob": ArrayLayout(logprob, (S,), 0),
+            "label_logprob": ArrayLayout(logprob, (S,), 0),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` reads them back."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return values | {
+            "targets": str(self.targets),
+            "teacher": dict(self.teacher),
+            "tokenizer": dict(self.tokenizer),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CacheSpec:
+        """Read what `to_json` wrote. Raises CorruptCacheError on anything else."""
+        try:
+            return cls(**{**values, "targets": TargetSpec.parse(values["targets"])})
+        except (InputError, TypeError, KeyError, AttributeError) as error:
+            raise CorruptCacheError(f"the spec of this cache is unreadable: {error}") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the spec. Every record carries it, so records of two caches never mix."""
+        return digest(canonical(self.to_json()))
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """The rows of one domain, fixed before the teacher sees the first of them.
+
+    Each extent is a run of rows that begins on a shard border; a later addition to the domain
+    is a further extent, so that bytes already written never change.
+    """
+
+    documents: int
+    tokens: int
+    """Tokens of all documents, before they were cut into rows."""
+    content: str
+    """Hash of the documents in order."""
+    extents: Mapping[str, tuple[int, ...]]
+    """Rows of each extent, by split."""
+
+    def rows(self, split: str) -> int:
+        """Return the number of rows of a split, padding not counted."""
+        return sum(self.extents[split])
+
+
+class ShardKey(NamedTuple):
+    """One shard of every array of a split."""
+
+    domain: str
+    split: str
+    index: int
+
+    def __str__(self) -> str:
+        return f"{self.domain}/{self.split}/{self.index}"
+
+
+class Extent(NamedTuple):
+    """A run of valid rows: array rows start … start + rows − 1."""
+
+    start: int
+    rows: int
+
+
+def extents(plan: DomainPlan, split: str, shard_rows: int) -> list[Extent]:
+    """Return where the rows of a split lie in its arrays; each extent begins a new shard."""
+    found, start = [], 0
+    for rows in plan.extents[split]:
+        found.append(Extent(start, rows))
+        start += -(-rows // shard_rows) * shard_rows
+    return found
+
+
+def shards(plan: DomainPlan, split: str, shard_rows: int) -> list[int]:
+    """Return the number of valid rows of each shard of a split."""
+    return [
+        min(shard_rows, rows - first)
+        for rows in plan.extents[split]
+        for first in range(0, rows, shard_rows)
+    ]
+
+
+# --- hashing ------------------------------------------------------------------------------------
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON spelling of a value that hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest(data: bytes) -> str:
+    """Return the content hash used throughout: xxh3, 128 bits, in hex."""
+    return xxhash.xxh3_128_hexdigest(data)
