@@ -1,0 +1,18 @@
+"""Spend the cache many times: train students whose domain weights follow their gaps."""
+
+from typing import TYPE_CHECKING, Any
+
+from ddk_train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ddk_train.train import train
+
+__all__ = ["TrainConfig", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "train":
+        from ddk_train.train import train
+
+        return train
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,117 @@
+"""Every setting of a training run, its reason and its check.
+
+One flat dataclass: what is written to the run directory is all there is, and a resumed run is
+compared with it field by field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddk_cache import DDKError, InputError
+from ddk_cache.schema import unknown
+
+PRECISIONS = ("auto", "bf16", "fp32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of a run. Only `cache`, `run` and `student` have no default."""
+
+    cache: str
+    """Path of the cache."""
+    run: str
+    """Path of the run directory, new or to be resumed."""
+    student: str
+    """A model directory, a hub id, or the config.json of a fresh student."""
+
+    weighting: str = "ddk"
+    """How domains are weighted: a name in `ddk_train.weights.RULES`."""
+    alpha: float = 0.5
+    """Smoothing of Eq. 2: the share of the weights that follows the gaps, the rest is even."""
+    interval: int = 1000
+    """Steps between two measurements of the gaps. The paper's best of 50 … 2,000."""
+    eval_rows: int = 500
+    """Held-out rows of each domain on which gaps are measured, as in the paper."""
+
+    gamma: float = 0.2
+    """Weight of the divergence from the teacher beside the cross-entropy; the paper's best."""
+
+    steps: int = 30_000
+    """Optimizer steps."""
+    rows: int = 32
+    """Rows in a step."""
+    micro_rows: int = 0
+    """Rows in one forward pass; 0 is all of a step. Gradients add up over a step."""
+    lr: float = 3e-5
+    """Highest learning rate."""
+    min_lr: float = 0.1
+    """Where the cosine ends, as a share of `lr`."""
+    warmup: int = 1000
+    """Steps over which the learning rate rises; at most a tenth of the run."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices (not of vectors: norms and biases)."""
+    beta2: float = 0.95
+    """AdamW's second moment. Its first is 0.9."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+
+    seed: int = 0
+    """Of the data order and of a fresh student's weights."""
+    device: str = "auto"
+    """auto, cpu, cuda, …"""
+    precision: str = "auto"
+    """bf16 computes in bfloat16 with float32 weights; auto is bf16 where CUDA has it."""
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 is the interval."""
+    keep: int = 2
+    """Checkpoints kept."""
+    log_every: int = 10
+    """Steps between two lines of metrics."""
+
+    def __post_init__(self) -> None:
+        from ddk_train.weights import RULES
+
+        if self.weighting not in RULES:
+            raise InputError(unknown("weighting", self.weighting, RULES))
+        if self.precision not in PRECISIONS:
+            raise InputError(unknown("precision", self.precision, PRECISIONS))
+        for name in ("interval", "eval_rows", "steps", "rows", "keep", "log_every"):
+            self._check(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("micro_rows", "warmup", "checkpoint_every", "gamma", "weight_decay", "seed"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        for name in ("lr", "clip"):
+            self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
+        for name in ("alpha", "min_lr"):
+            self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        self._check("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+
+    def _check(self, name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise InputError(f"{name} has to be {wanted}, not {getattr(self, name)}.")
+
+    @property
+    def micro(self) -> int:
+        """Return the rows of one forward pass."""
+        return min(self.micro_rows or self.rows, self.rows)
+
+    @property
+    def warmup_steps(self) -> int:
+        """Return the steps of warm-up, capped so that a short run still reaches its rate."""
+        return min(self.warmup, self.steps // 10)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Read what `to_json` wrote."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise DDKError(f"the config of this run is of another version: {error}") from error

@@ -1,0 +1,191 @@
+"""The run directory: config, metrics, history of gaps and weights, checkpoints.
+
+    config.json            the settings, and which cache and student they met
+    metrics.jsonl          a line for each logged step
+    history.parquet        a row for each domain of each measurement
+    checkpoints/step-N/    what a resumed run needs
+    student/               the finished student, an ordinary Hugging Face model
+
+Everything appears whole or not at all. Metrics are appended as they come and cut back to the
+checkpoint when a run is resumed, so that no step is ever written twice; the history is small and
+replaced as a whole. No torch here: reports are read where none is installed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ddk_cache import DDKError, InputError, MismatchError, files
+from ddk_train.config import TrainConfig
+
+HISTORY = pa.schema(
+    [
+        ("step", pa.int64()),
+        ("domain", pa.string()),
+        ("rows_seen", pa.int64()),
+        ("tokens_seen", pa.int64()),
+        ("epoch", pa.float64()),
+        ("student_loss", pa.float64()),
+        ("teacher_loss", pa.float64()),
+        ("factor", pa.float64()),
+        ("weight", pa.float64()),
+    ]
+)
+"""One row for each domain of each measurement, taken after `step` steps.
+
+Losses are nats a position on the held-out rows, null where a domain has none. `factor` is the
+rule's state (r of Eq. 1 and 2), `weight` the share of the rows drawn from here on.
+"""
+
+RESUMABLE = {"steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"}
+"""Settings that may differ when a run is resumed; paths may move, the content may not."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory."""
+
+    path: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Return the content of config.json: `settings` and `provenance`."""
+        try:
+            value: dict[str, Any] = json.loads((self.path / "config.json").read_text())
+            return value
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.path} is no run directory: {error}") from error
+
+    def open(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
+        """Create the directory, or check that it holds the same run.
+
+        Raises:
+            InputError: it holds something else.
+            MismatchError: it was begun with other settings, another cache or another student.
+        """
+        if not (self.path / "config.json").exists():
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise InputError(f"{self.path} exists and is no run directory. Give another path.")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_config(config, provenance)
+            return
+        was = self.config
+        differences = [
+            f"  {name}: it has {was[part].get(name)}, this call asks for {now}"
+            for part, values in (("settings", config.to_json()), ("provenance", provenance))
+            for name, now in values.items()
+            if was[part].get(name) != now and name not in RESUMABLE
+        ]
+        if differences:
+            raise MismatchError(
+                f"{self.path} was begun with other settings:\n"
+                + "\n".join(differences)
+                + "\nUse another path, or the original values."
+            )
+        self._write_config(config, provenance)
+
+    def _write_config(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
+        value = {"settings": config.to_json(), "provenance": dict(provenance)}
+        files.replace(self.path / "config.json", json.dumps(value, indent=1).encode())
+
+    # --- metrics ---
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the logged steps in order: step, loss, ce, kl, lr, grad_norm, tokens, seconds,
+        tokens_per_second, wait (share of the time spent waiting for data).
+        """  # noqa: D205
+        path = self.path / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Append a line of metrics."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the rows of the history; see `HISTORY`."""
+        path = self.path / "history.parquet"
+        if not path.exists():
+            return []
+        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        return rows
+
+    def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add the rows of one measurement to the history."""
+        self._write_history([*self.history(), *rows])
+
+    def _write_history(self, rows: list[dict[str, Any]]) -> None:
+        out = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, HISTORY), out)
+        files.replace(self.path / "history.parquet", out.getvalue())
+
+    def rewind(self, step: int) -> None:
+        """Forget what was written after `step`, where a checkpoint goes on."""
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            files.replace(path, "".join(kept).encode())
+        self._write_history([row for row in self.history() if row["step"] <= step])
+
+    # --- checkpoints ---
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Return the steps and directories of the whole checkpoints, oldest first."""
+        found = (self.path / "checkpoints").glob("step-*")
+        whole = [path for path in found if path.suffix != files.PARTIAL]
+        return sorted((int(path.name.removeprefix("step-")), path) for path in whole)
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """Return an empty directory to write the checkpoint of a step into."""
+        path = self.path / "checkpoints" / f"step-{step:08d}{files.PARTIAL}"
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+        return path
+
+    def end_checkpoint(self, partial: Path, keep: int) -> Path:
+        """Flush and publish a checkpoint directory, then drop all but the newest `keep`."""
+        final = publish(partial)
+        for _, path in self.checkpoints()[:-keep]:
+            shutil.rmtree(path)
+        return final
+
+    @property
+    def student(self) -> Path:
+        """Return where the finished student is."""
+        return self.path / "student"
+
+
+def publish(partial: Path) -> Path:
+    """Give a written `….partial` directory its final name, replacing what had it."""
+    final = partial.with_suffix("")
+    files.sync_tree(partial)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    files.sync(final.parent)
+    return final
+
+
+def open_run(path: str | Path) -> Run:
+    """Open an existing run directory for reading.
+
+    Raises:
+        InputError: there is none.
+        DDKError: it has no measurement yet.
+    """
+    run = Run(Path(path))
+    if "settings" not in run.config:
+        raise InputError(f"{path} is no run directory: its config.json has no settings.")
+    if not run.history():
+        raise DDKError(f"{path} has no measurement yet; it is there after the first evaluation.")
+    return run
