@@ -12,6 +12,7 @@ import platform
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def build(
     store = Store(root, spec)
     store.sweep()
     with Progress("planning", 0, "tokens") as progress:
-        manifest = plan_all(store, manifest, sources, tokenizer, progress.advance)
+        manifest = plan_all(store, manifest, sources, tokenizer, progress)
     _score_all(store, manifest, teacher)
 
 
@@ -109,8 +110,9 @@ def _open(
     try:
         manifest = Manifest.read(root)
     except NotACacheError:
-        leftovers = [path for path in root.iterdir() if path.name != TOKENIZER] if root.is_dir() else []
-        if root.exists() and (leftovers or not root.is_dir()):
+        if root.exists() and not (
+            root.is_dir() and {p.name for p in root.iterdir()} <= {TOKENIZER}
+        ):
             raise InputError(f"{root} exists and is not a cache. Give another path.") from None
         manifest = Manifest(
             spec=spec,
@@ -219,11 +221,11 @@ def _score_all(store: Store, manifest: Manifest, teacher: Teacher) -> None:
     """Score and commit every shard that is not committed yet."""
     spec = store.spec
     rows = {
-        key: shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.index]
+        key: shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
         for key in manifest.shards()
     }
     done = {pair: committed(store.root, *pair) for pair in {key[:2] for key in rows}}
-    todo = [key for key in rows if key.index not in done[key[:2]]]
+    todo = [key for key in rows if key.number not in done[key[:2]]]
     scorer = Scorer(teacher, spec, manifest.batch_rows)
     total = sum(rows[key] for key in todo) * spec.seq_len
     with Progress("scoring", total, "tokens") as progress, ThreadPoolExecutor(1) as writer:
@@ -232,7 +234,7 @@ def _score_all(store: Store, manifest: Manifest, teacher: Teacher) -> None:
             for key in todo:
                 tokens = store.read(key, "tokens", rows[key]).astype(np.int64)
                 note = f"{key.domain}/{key.split}"
-                scores = scorer.score(tokens, lambda n, note=note: progress.advance(n, note))
+                scores = scorer.score(tokens, partial(progress.advance, note=note))
                 audit(scores, key)
                 if pending:
                     pending.result()

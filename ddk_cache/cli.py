@@ -69,9 +69,7 @@ def build(
     from ddk_cache.tokenizer import load_tokenizer
 
     words = load_tokenizer(tokenizer or teacher)
-    model = load_teacher(
-        teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-    )
+    model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     build(cache, sources, model, words, target_spec=targets, **settings)
     say(f"{cache} is finished. Train from it:  ddk-train run {cache} RUN --student …")
 
@@ -115,5 +113,3 @@ def verify(cache: Path, as_json: bool) -> None:
         listed = "\n".join(f"  {problem}" for problem in problems[:20])
         raise click.ClickException(f"{len(problems)} problems in {cache}:\n{listed}")
     opened.require_finished()
-
-

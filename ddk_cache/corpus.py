@@ -9,6 +9,7 @@ document never stands in both, and documents added later move nothing.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,7 +163,7 @@ _MIX_KEYS = {"path", "dataset", "config", "split", "column", "tokens"}
 
 def _from_mix(path: Path) -> list[Source]:
     try:
-        mix = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # noqa: S506 (a SafeLoader)
+        mix = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is no readable YAML: {error}") from error
     domains = mix.get("domains") if isinstance(mix, dict) else None
@@ -181,7 +182,7 @@ def _from_entry(mix: Path, name: str, entry: object) -> Source:
     tokens = entry.get("tokens")
     if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
         raise InputError(f"{where}: 'tokens' has to be a whole number above 0, not {tokens!r}.")
-    chosen = {
+    chosen: dict[str, Any] = {
         key: str(entry[key]) for key in ("config", "split", "column") if entry.get(key) is not None
     }
     if "path" in entry:
@@ -254,7 +255,9 @@ def _column(source: Source, record: Mapping[str, Any]) -> str:
 
 def content(document: Document) -> bytes:
     """Return the bytes that identify a document."""
-    return document.encode("utf-8", "surrogatepass") if isinstance(document, str) else canonical(document)
+    if isinstance(document, str):
+        return document.encode("utf-8", "surrogatepass")
+    return canonical(document)
 
 
 def split_of(data: bytes, holdout: float) -> str:
@@ -275,7 +278,8 @@ def encode(tokenizer: Any, batch: list[Document]) -> list[Encoded]:
     In a conversation only what the assistant says is counted.
     """
     texts = [document for document in batch if isinstance(document, str)]
-    ids = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else [])
+    plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids = iter(plain)
     eos = tokenizer.eos_token_id
     encoded: list[Encoded] = []
     for document in batch:
@@ -301,7 +305,7 @@ def encode_chat(tokenizer: Any, messages: list[dict[str, Any]]) -> Encoded:
     if not tokenizer.chat_template:
         raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
     try:
-        if "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template:
+        if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template):
             out = tokenizer.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )

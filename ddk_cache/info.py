@@ -15,7 +15,7 @@ from ddk_cache.schema import SPLITS
 def describe(cache: Cache) -> dict[str, Any]:
     """Return the facts of a cache as plain JSON values."""
     spec, manifest = cache.spec, cache.manifest
-    domains = {}
+    domains: dict[str, dict[str, Any]] = {}
     for name in cache.domains:
         loss, positions = cache.teacher_loss(name, "validation")
         plan = cache.plan(name)

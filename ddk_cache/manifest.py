@@ -115,7 +115,9 @@ class Manifest:
                         documents=int(plan["documents"]),
                         tokens=int(plan["tokens"]),
                         content=str(plan["content"]),
-                        extents={split: tuple(map(int, plan["extents"][split])) for split in SPLITS},
+                        extents={
+                            split: tuple(map(int, plan["extents"][split])) for split in SPLITS
+                        },
                     )
                     for name, plan in body["plans"].items()
                 },
@@ -180,13 +182,13 @@ class Record:
 
 def record_path(root: Path, key: ShardKey) -> Path:
     """Return where the record of a shard lies."""
-    return root / COMMITS / key.domain / key.split / f"{key.index}.json"
+    return root / COMMITS / key.domain / key.split / f"{key.number}.json"
 
 
 def object_path(root: Path, spec: CacheSpec, key: ShardKey, name: str) -> Path:
     """Return the file of one shard of one array: Zarr's key of its first row."""
     zeros = ["0"] * len(spec.arrays[name].inner)
-    return root.joinpath("domains", key.domain, key.split, name, "c", str(key.index), *zeros)
+    return root.joinpath("domains", key.domain, key.split, name, "c", str(key.number), *zeros)
 
 
 def committed(root: Path, domain: str, split: str) -> set[int]:

@@ -9,9 +9,11 @@ is that planning reads the whole corpus; a domain that was interrupted is read a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
+from ddk_cache.console import Progress
 from ddk_cache.corpus import Source, Tally, token_rows
 from ddk_cache.manifest import Manifest
 from ddk_cache.schema import SPLITS, DomainPlan, ShardKey
@@ -39,7 +41,7 @@ def plan_domain(
     )
     for split, tokens, loss_mask in blocks:
         key = ShardKey(source.name, split, rows[split] // spec.shard_rows)
-        store.allocate(source.name, split, key.index + 1, TOKEN_ARRAYS)
+        store.allocate(source.name, split, key.number + 1, TOKEN_ARRAYS)
         store.write(key, {"tokens": tokens, "loss_mask": loss_mask})
         rows[split] += len(tokens)
         advance(len(tokens) * spec.seq_len)
@@ -58,13 +60,15 @@ def plan_all(
     manifest: Manifest,
     sources: list[Source],
     tokenizer: Any,
-    advance: Callable[[int, str], None],
+    progress: Progress,
 ) -> Manifest:
     """Plan every domain that has no plan yet; the manifest is replaced after each."""
     for source in sources:
         if source.name in manifest.plans:
             continue
-        plan = plan_domain(store, source, tokenizer, lambda n, s=source: advance(n, s.name))
+        plan = plan_domain(
+            store, source, tokenizer, functools.partial(progress.advance, note=source.name)
+        )
         manifest = dataclasses.replace(manifest, plans={**manifest.plans, source.name: plan})
         manifest.write(store.root)
     return manifest

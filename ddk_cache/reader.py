@@ -258,5 +258,3 @@ def object_sizes(cache: Cache) -> dict[str, int]:
                 for path, (size, _) in record.objects.items():
                     sizes[path.split("/")[3]] += size
     return sizes
-
-

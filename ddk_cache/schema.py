@@ -276,10 +276,10 @@ class ShardKey(NamedTuple):
 
     domain: str
     split: str
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.domain}/{self.split}/{self.index}"
+        return f"{self.domain}/{self.split}/{self.number}"
 
 
 class Extent(NamedTuple):

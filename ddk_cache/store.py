@@ -25,6 +25,10 @@ from ddk_cache.schema import Array, ArrayLayout, CacheSpec, CorruptCacheError, S
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned; the other arrays wait for the teacher."""
 
+STORED_WHOLE: Any = {"write_empty_chunks": True}
+"""Chunks equal to the fill value are stored too: a missing one must mean a missing one. Zarr keeps
+this with the handle and not with the array, so it is given at every opening."""
+
 
 class Store:
     """The arrays of one cache, for writing."""
@@ -55,7 +59,7 @@ class Store:
             whole[: len(data)] = data
             path = self._object(key, name)
             path.unlink(missing_ok=True)
-            start = key.index * self.spec.shard_rows
+            start = key.number * self.spec.shard_rows
             array = self._open(key, name)
             array[start : start + self.spec.shard_rows] = whole
             files.sync(path)
@@ -69,7 +73,7 @@ class Store:
         """
         if not self._object(key, name).exists():
             raise CorruptCacheError(f"{self._object(key, name)} is missing.")
-        start = key.index * self.spec.shard_rows
+        start = key.number * self.spec.shard_rows
         try:
             return np.asarray(self._open(key, name)[start : start + rows])
         except (ValueError, RuntimeError) as error:
@@ -105,11 +109,10 @@ class Store:
         return object_path(self.root, self.spec, key, name)
 
     def _open(self, key: ShardKey, name: str) -> zarr.Array[Any]:
-        return zarr.open_array(self._path(key.domain, key.split, name), mode="r+")
+        path = self._path(key.domain, key.split, name)
+        return zarr.open_array(path, mode="r+", config=STORED_WHOLE)
 
-    def _create(
-        self, path: Path, layout: ArrayLayout, shape: tuple[int, ...], name: str
-    ) -> None:
+    def _create(self, path: Path, layout: ArrayLayout, shape: tuple[int, ...], name: str) -> None:
         typesize = layout.dtype.itemsize
         blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=typesize)
         zarr.create_array(
@@ -123,5 +126,5 @@ class Store:
             compressors=[blosc, Crc32cCodec()],
             attributes=self.codec.attributes() if name.endswith(("logprob", "logprobs")) else {},
             dimension_names=("row", "position", "entry")[: len(shape)],
-            config={"write_empty_chunks": True},
+            config=STORED_WHOLE,
         )

@@ -85,7 +85,7 @@ def load_teacher(
 
 def identify(model: torch.nn.Module) -> dict[str, str]:
     """Return the class, dtype and content hashes (configuration, weights) of a model."""
-    config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator, assignment]
+    config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
     for beside in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(beside, None)
     weights = xxhash.xxh3_128()

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Any
 from ddk_train.config import TrainConfig
 
 if TYPE_CHECKING:
-    from ddk_train.train import train
+    from ddk_train.trainer import train
 
 __all__ = ["TrainConfig", "train"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        from ddk_train.train import train
+        from ddk_train.trainer import train
 
         return train
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

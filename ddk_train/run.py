@@ -123,9 +123,9 @@ class Run:
         """Add the rows of one measurement to the history."""
         self._write_history([*self.history(), *rows])
 
-    def _write_history(self, rows: list[dict[str, Any]]) -> None:
+    def _write_history(self, rows: Iterable[Mapping[str, Any]]) -> None:
         out = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, HISTORY), out)
+        pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], HISTORY), out)
         files.replace(self.path / "history.parquet", out.getvalue())
 
     def rewind(self, step: int) -> None:

@@ -48,8 +48,9 @@ float64, which a later interval must be able to bring back.
 
 def log_softmax(logits: Floats) -> Floats:
     """Return x − log Σ exp(x) without overflow."""
-    shifted = logits - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
+    shifted: Floats = logits - logits.max()
+    shifted -= np.log(np.exp(shifted).sum())
+    return shifted
 
 
 def ddk(gaps: Gaps, log_before: Floats | None, alpha: float) -> Floats:
@@ -62,7 +63,9 @@ def ddk(gaps: Gaps, log_before: Floats | None, alpha: float) -> Floats:
         return log_softmax(gaps.ratio)
     log_follow = log_softmax(log_before + gaps.ratio)
     with np.errstate(divide="ignore"):  # log 0 = −inf is what α = 0 and α = 1 mean
-        return np.logaddexp(np.log(alpha) + log_follow, np.log((1 - alpha) / len(log_follow)))
+        even = np.log((1 - alpha) / len(log_follow))
+        log_after: Floats = np.logaddexp(np.log(alpha) + log_follow, even)
+    return log_after
 
 
 def uniform(gaps: Gaps, log_before: Floats | None, alpha: float) -> Floats:
@@ -72,7 +75,8 @@ def uniform(gaps: Gaps, log_before: Floats | None, alpha: float) -> Floats:
 
 def proportional(gaps: Gaps, log_before: Floats | None, alpha: float) -> Floats:
     """Draw domains in proportion to their training rows: the corpus as it is."""
-    return np.log(gaps.sizes / gaps.sizes.sum())
+    shares: Floats = np.log(gaps.sizes / gaps.sizes.sum())
+    return shares
 
 
 def update(rule: str, gaps: Gaps, log_before: Floats | None, alpha: float) -> Floats:
@@ -86,7 +90,7 @@ def update(rule: str, gaps: Gaps, log_before: Floats | None, alpha: float) -> Fl
         losses = np.stack([gaps.student_loss, gaps.teacher_loss])
         if np.isnan(gaps.teacher_loss).any():
             raise InputError(
-                f"weighting {rule!r} follows the gap on held-out rows, and a domain has none. Build "
+                f"weighting {rule!r} follows the gap on held-out rows; a domain has none. Build "
                 "the cache with a larger --holdout, or use --weighting uniform or proportional."
             )
         if not np.isfinite(losses).all():

@@ -1,0 +1,92 @@
+"""ddk-train run | report.
+
+Options mirror `TrainConfig` field by field; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ddk_cache.console import Commands, Known, say
+from ddk_train.config import PRECISIONS, TrainConfig
+from ddk_train.weights import RULES
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_fields__.items()}
+
+
+def setting(name: str, help: str, type: Any = None) -> Callable[[Command], Command]:
+    """Return an option with the name and default of a field of `TrainConfig`."""
+    option = "--" + name.replace("_", "-")
+    return click.option(option, default=DEFAULTS[name], show_default=True, help=help, type=type)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ddk")
+def main() -> None:
+    """Spend the cache many times: train students from it, and look at how they did."""
+
+
+@main.command()
+@click.argument("cache")
+@click.argument("run")
+@click.option("--student", required=True,
+              help="Model directory, hub id, or the config.json of a fresh student.")  # fmt: skip
+@setting("weighting", "How domains are weighted.", Known("weighting", RULES))
+@setting("alpha", "Smoothing of the weights: the share that follows the gaps.")
+@setting("interval", "Steps between two measurements of the gaps.")
+@setting("eval_rows", "Held-out rows of each domain to measure on.")
+@setting("gamma", "Weight of the divergence from the teacher.")
+@setting("steps", "Optimizer steps.")
+@setting("rows", "Rows in a step.")
+@setting("micro_rows", "Rows in one forward pass; 0 is all of a step.")
+@setting("lr", "Highest learning rate.")
+@setting("min_lr", "Where the cosine ends, as a share of --lr.")
+@setting("warmup", "Steps of warm-up, at most a tenth of the run.")
+@setting("weight_decay", "AdamW's decay of matrices.")
+@setting("beta2", "AdamW's second moment.")
+@setting("clip", "Largest norm of the gradient.")
+@setting("seed", "Of the data order and of a fresh student's weights.")
+@setting("device", "auto, cpu, cuda, cuda:1 …")
+@setting("precision", "auto is bf16 where CUDA has it.", Known("precision", PRECISIONS))
+@setting("checkpoint_every", "Steps between checkpoints; 0 is the interval.")
+@setting("keep", "Checkpoints kept.")
+@setting("log_every", "Steps between two lines of metrics.")
+def run(**settings: Any) -> None:
+    """Train a student from CACHE into the directory RUN, or go on with a run that stopped."""
+    config = TrainConfig(**settings)
+    from ddk_cache import open_cache
+
+    open_cache(config.cache)
+
+    from ddk_train.report import load, show
+    from ddk_train.trainer import train
+
+    finished = train(config)
+    show(load([finished.path]))
+    say(f"the student is in {finished.student}; look at the run:  ddk-train report {config.run}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path),
+              help="Where to write the page.  [default: report.html in the first run]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine instead.")
+def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
+    """Show runs as a table, and draw them on one page, side by side."""
+    from ddk_train.report import load, show, to_json, write_page
+
+    reports = load(list(runs))
+    if as_json:
+        click.echo(json.dumps(to_json(reports), indent=1))
+        return
+    show(reports)
+    page = html or runs[0] / "report.html"
+    write_page(reports, page)
+    click.echo(f"page: {page}")

@@ -1,0 +1,71 @@
+"""How far the student is from the teacher, domain by domain, on held-out rows.
+
+The same rows are measured each time, so that a change of the gap is a change of the student. The
+teacher's loss on them is read from the cache once; the teacher itself is never needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from ddk_cache import SPLITS, Cache
+from ddk_train.mixture import Floats, Ints, key_of, permute
+from ddk_train.weights import Gaps
+
+HELD_OUT = SPLITS[1]
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+"""(B, S) tokens → (B, S, V) logits."""
+
+
+class GapMeter:
+    """A fixed sample of held-out rows of every domain, and the teacher's loss on it."""
+
+    def __init__(self, cache: Cache, rows: int, micro: int, device: torch.device) -> None:
+        self.cache, self.micro, self.device = cache, micro, device
+        self.rows: dict[str, Ints] = {name: sample(cache, name, rows) for name in cache.domains}
+        self.teacher_loss: Floats = np.array([self._teacher(name) for name in cache.domains])
+        self.sizes: Floats = np.array(
+            [cache.plan(name).rows(SPLITS[0]) for name in cache.domains], np.float64
+        )
+
+    def measure(self, forward: Forward) -> Gaps:
+        """Return the gaps of a student."""
+        losses = [self._student(name, forward) for name in self.cache.domains]
+        return Gaps(np.array(losses), self.teacher_loss, self.sizes)
+
+    def _teacher(self, name: str) -> float:
+        if not len(self.rows[name]):
+            return float("nan")
+        rows = self.cache.read(name, HELD_OUT, self.rows[name])
+        loss = -rows.label_logprob[rows.loss_mask].mean(dtype=np.float64)
+        return float(loss)
+
+    @torch.no_grad()
+    def _student(self, name: str, forward: Forward) -> float:
+        """Return the mean cross-entropy over counted positions, nats."""
+        total, positions = 0.0, 0
+        for first in range(0, len(self.rows[name]), self.micro):
+            rows = self.cache.read(name, HELD_OUT, self.rows[name][first : first + self.micro])
+            tokens = torch.from_numpy(rows.tokens).to(self.device)
+            mask = torch.from_numpy(rows.loss_mask).to(self.device)
+            logits = forward(tokens[:, :-1])[mask].float()
+            total += cross_entropy(logits, tokens[:, 1:][mask], reduction="sum").item()
+            positions += int(mask.sum())
+        return total / positions if positions else float("nan")
+
+
+def sample(cache: Cache, name: str, count: int) -> Ints:
+    """Return the numbers of at most `count` held-out rows, spread evenly over a permutation.
+
+    The choice depends on the cache alone, so that all runs from it measure the same rows.
+    """
+    rows: Ints = cache.row_numbers(name, HELD_OUT)
+    if len(rows) <= count:
+        return rows
+    chosen = permute(np.arange(count), len(rows), key_of("eval", name))
+    return np.sort(rows[chosen])

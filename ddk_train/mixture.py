@@ -1,0 +1,166 @@
+"""Which rows come next: a pure function of seed, weights and step.
+
+How many rows each domain gives is decided without chance: every row goes, among the domains that
+are not ahead of their weight, to the one that would fall behind soonest, and what is owed is
+carried over. Which rows they are follows from a keyed permutation of the domain's chunks, and of
+the rows within a block of chunks, so that reading stays local, any position is reached in O(1),
+and the state of the order is two numbers a domain. The trade-off against a full shuffle: rows of
+one chunk come within one block of each other.
+
+The permutation is our own few lines of integer arithmetic, because the streams of library
+generators may change from release to release and an order has to be exact for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ddk_cache import Extent
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+BLOCK_CHUNKS = 16
+"""Chunks whose rows are shuffled together."""
+
+ROUNDS = 6
+"""Of the Feistel network. Four give a pseudo-random permutation (Luby and Rackoff 1988)."""
+
+
+def permute(index: Ints, size: int, key: int) -> Ints:
+    """Map numbers below `size` one to one onto numbers below `size`, by `key`.
+
+    A Feistel network on the next even number of bits; a value that falls outside is mapped
+    again until it is inside (cycle walking), at most four times on average.
+    """
+    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
+    mask = np.uint64(2**half - 1)
+    values = index.astype(np.uint64)
+    todo = np.ones(len(values), bool)
+    while todo.any():
+        left, right = values[todo] >> np.uint64(half), values[todo] & mask
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (_scramble(right, key + turn) & mask)
+        values[todo] = left << np.uint64(half) | right
+        todo[todo] = values[todo] >= size
+    return values.astype(np.int64)
+
+
+def _scramble(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """Return 64 well-mixed bits of each value and a key (the finaliser of SplitMix64)."""
+    mixed = values + np.uint64(key * 0x9E3779B97F4A7C15 & (2**64 - 1))
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ mixed >> np.uint64(31)
+
+
+def key_of(*parts: object) -> int:
+    """Return a 64-bit key of what is named."""
+    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
+
+
+class Order:
+    """The endless order of one domain's rows: each epoch another permutation."""
+
+    def __init__(self, name: str, extents: Sequence[Extent], chunk_rows: int, seed: int) -> None:
+        self.name, self.chunk_rows, self.seed = name, chunk_rows, seed
+        firsts = [np.arange(e.start, e.start + e.rows, chunk_rows) for e in extents]
+        lasts = [np.full(-(-e.rows // chunk_rows), e.start + e.rows) for e in extents]
+        self._first: Ints = np.concatenate([np.empty(0, np.int64), *firsts])
+        """First row of each chunk."""
+        self._last: Ints = np.concatenate([np.empty(0, np.int64), *lasts])
+        """Past the last valid row of each chunk's extent."""
+        self.slots = len(self._first) * chunk_rows
+        """Places in an epoch; a chunk that is not full has some without a row."""
+        self.rows = sum(e.rows for e in extents)
+
+    def take(self, cursor: int, count: int) -> tuple[Ints, int]:
+        """Return the next `count` rows from a cursor, and the cursor after them."""
+        parts = []
+        while count:
+            rows = self._at(np.arange(cursor, cursor + count))
+            parts.append(rows)
+            cursor += count
+            count -= len(rows)
+        return np.concatenate([np.empty(0, np.int64), *parts]), cursor
+
+    def _at(self, cursors: Ints) -> Ints:
+        """Return the rows at these places of the order; places without a row are left out."""
+        epochs, places = np.divmod(cursors, self.slots)
+        return np.concatenate([self._in_epoch(e, places[epochs == e]) for e in np.unique(epochs)])
+
+    def _in_epoch(self, epoch: int, places: Ints) -> Ints:
+        chunks, block = len(self._first), BLOCK_CHUNKS * self.chunk_rows
+        key = key_of(self.seed, self.name, epoch)
+        shuffled = np.empty_like(places)
+        for number in np.unique(places // block):
+            here = places // block == number
+            start = int(number) * block
+            size = min(block, self.slots - start)
+            inner_key = key_of(key, int(number))
+            shuffled[here] = start + permute(places[here] - start, size, inner_key)
+        chunk = permute(shuffled // self.chunk_rows, chunks, key)
+        rows = self._first[chunk] + shuffled % self.chunk_rows
+        inside: Ints = rows[rows < self._last[chunk]]
+        return inside
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The rows of one step, in order."""
+
+    domain: Ints
+    """(B) number of the domain."""
+    row: Ints
+    """(B) row of that domain's training split."""
+
+
+class Mixture:
+    """Rows of several domains by weights that may change at every step."""
+
+    def __init__(
+        self, extents: Mapping[str, Sequence[Extent]], *, chunk_rows: int, rows: int, seed: int
+    ) -> None:
+        self.orders = [Order(name, runs, chunk_rows, seed) for name, runs in extents.items()]
+        self.rows = rows
+        self.cursor = [0] * len(self.orders)
+        self.owed: Floats = np.zeros(len(self.orders))
+        """(D) rows that the weights gave a domain so far, less the rows it had; within ±1."""
+
+    def next(self, weights: Floats) -> Draw:
+        """Return the next step's rows under `weights` (D, summing to one)."""
+        domain = np.array([self._pick(weights) for _ in range(self.rows)], np.int64)
+        row = np.empty(self.rows, np.int64)
+        for number, order in enumerate(self.orders):
+            here = domain == number
+            row[here], self.cursor[number] = order.take(self.cursor[number], int(here.sum()))
+        return Draw(domain, row)
+
+    def _pick(self, weights: Floats) -> int:
+        """Give one row to the domain that would be late soonest (earliest deadline first)."""
+        self.owed = self.owed + weights
+        deadline = np.where(self.owed > 0, (1 - self.owed) / np.maximum(weights, 1e-12), np.inf)
+        chosen = int(np.argmin(deadline))
+        self.owed[chosen] -= 1
+        return chosen
+
+    def epochs(self) -> list[float]:
+        """Return how often each domain has been gone through."""
+        return [
+            cursor / order.slots for cursor, order in zip(self.cursor, self.orders, strict=True)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain JSON values, floats exact."""
+        return {"cursor": list(self.cursor), "owed": [float(x).hex() for x in self.owed]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.cursor = list(state["cursor"])
+        self.owed = np.array([float.fromhex(x) for x in state["owed"]])

@@ -1,0 +1,268 @@
+"""Charts as inline SVG, for a page that opens from disk: no script, no plotting library.
+
+A chart is as wide as its box and its text keeps its size: x is in percent, y in pixels, and only
+paths are stretched. So one drawing serves a telephone and a wide screen, and the price is that
+nothing can be placed by the width of a text. Colours, fonts and margins are CSS of the page that
+holds the chart (classes `chart`, `grid`, `base`, `c0` … `c9`, …), so that light and dark, screen
+and paper need no second drawing. Values are read from native tooltips.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+COLOURS = 10
+"""Hues of the page. A series beyond them takes the first again, dashed or paler."""
+
+SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+"""What a large number is written in."""
+
+HEIGHT = 260
+"""Pixels from the lowest to the highest value."""
+
+LABEL = 15
+"""Pixels that a line of labels needs."""
+
+BUCKETS = 500
+"""A longer series keeps the lowest and the highest point of each of so many stretches."""
+
+TOOLTIPS = 60
+"""Points of a series that answer with their value, and are drawn if these are all."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line: values over steps."""
+
+    name: str
+    x: Floats
+    """(N) steps, rising."""
+    y: Floats
+    """(N) values. What is not finite is left out, on a log axis also what is not positive."""
+    colour: int = 0
+    faint: bool = False
+    """Draw it behind the others and without label and tooltips: raw values that another smooths."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A range of values, where its ticks are, and what they say."""
+
+    low: float
+    high: float
+    ticks: list[float]
+    labels: list[str]
+    log: bool = False
+
+    def __call__(self, values: npt.ArrayLike) -> Floats:
+        """Return how far along the axis values are, 0 … 1."""
+        low, high, at = (np.asarray(v, np.float64) for v in (self.low, self.high, values))
+        if self.log:
+            low, high, at = np.log10(low), np.log10(high), np.log10(at)
+        return np.asarray((at - low) / (high - low))
+
+
+def linear(low: float, high: float, ticks: int) -> Axis:
+    """Return an axis with about so many round ticks, which it begins and ends at."""
+    high = high if high > low else low + max(abs(low) * 0.1, 1e-3)
+    rough = (high - low) / ticks
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(m for m in (1, 2, 5, 10) if rough <= m * power * (1 + 1e-9))
+    marks = np.arange(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1) * step
+    scale, suffix = next((s for s in SCALES if abs(marks).max() >= 10 * s[0]), (1.0, ""))
+    decimals = max(0, -math.floor(math.log10(step / scale) + 1e-9))
+    labels = [f"{mark / scale:,.{decimals}f}{suffix if mark else ''}" for mark in marks]
+    return Axis(float(marks[0]), float(marks[-1]), marks.tolist(), labels)
+
+
+def logarithmic(low: float, high: float) -> Axis:
+    """Return an axis of powers of ten, with 2 and 5 between them where there is room."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    marks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
+    first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
+    last = min(i for i, mark in enumerate(marks) if mark >= high * (1 - 1e-9))
+    marks = marks[first : max(last, first + 1) + 1]
+    tens = [mark for mark in marks if math.log10(mark) % 1 < 1e-9]
+    ticks = marks if len(marks) <= 8 else tens[:: math.ceil(len(tens) / 8)]
+    return Axis(marks[0], marks[-1], ticks, [f"{tick:,.10g}" for tick in ticks], log=True)
+
+
+def steps_axis(end: float) -> Axis:
+    """Return the axis below: from step 0 to the last, which need not be round."""
+    round_ = linear(0, max(end, 1), 5)
+    inside = [(t, s) for t, s in zip(round_.ticks, round_.labels, strict=True) if t <= max(end, 1)]
+    return Axis(0, max(end, 1), [t for t, _ in inside], [s for _, s in inside])
+
+
+def wide(series: Sequence[Series]) -> bool:
+    """Return whether positive values span more than a decade, where a log axis shows more."""
+    values = np.concatenate([one.y[np.isfinite(one.y)] for one in series] or [np.empty(0)])
+    return bool(values.size and values.min() > 0 and values.max() > 10 * values.min())
+
+
+def smooth(y: Floats, window: int) -> Floats:
+    """Return the mean of about `window` values around each; (N) → (N), all finite.
+
+    The window narrows towards the start, where a loss falls fast, and is cut at the end.
+    """
+    at = np.arange(len(y))
+    reach = np.minimum(window // 2, at)
+    low, high = at - reach, np.minimum(at + reach + 1, len(y))
+    sums = np.concatenate([[0.0], np.cumsum(y)])
+    return np.asarray((sums[high] - sums[low]) / (high - low), np.float64)
+
+
+def lines(
+    series: Sequence[Series],
+    *,
+    title: str,
+    unit: str,
+    base: float | None = None,
+    log: bool = False,
+) -> str:
+    """Return a line chart over steps; empty where no value can be drawn.
+
+    `title` is for those who hear the page, `unit` stands above the axis. `base` is a value that
+    the axis has to reach, drawn as a firmer rule: nothing at all, or the teacher.
+    """
+    drawn = [one for one in (_drawable(one, log) for one in series) if len(one.x)]
+    if not drawn:
+        return ""
+    low, high = (f([*(f(one.y) for one in drawn), *_given(base)]) for f in (np.min, np.max))
+    y_axis = logarithmic(low, high) if log else linear(low, high, 5)
+    x_axis = steps_axis(max(one.x[-1] for one in drawn))
+    named = [one for one in drawn if not one.faint]
+    height = max(HEIGHT, LABEL * len(named))
+    rules = [_rule("base", y) for y in (1 - y_axis(_given(base))) * height]
+    paths = [_path(one, x_axis, y_axis, height) for one in drawn]
+    points = [_points(one, x_axis, y_axis, height) for one in named]
+    ends = [(one.name, one.colour, height * (1 - y_axis(one.y)[-1])) for one in named]
+    stretched = f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none">'
+    body = [*rules, stretched, *paths, "</svg>", *points, _ends(ends, height)]
+    unit += " (log scale)" if log else ""
+    return _chart(body, x_axis, y_axis, height, title, unit)
+
+
+def stacked(
+    names: Sequence[str], steps: Floats, shares: Floats, *, end: float, title: str, unit: str
+) -> str:
+    """Return shares piled up over steps.
+
+    `steps` (M) is where shares (D, M) begin to hold; each holds to the next, the last to `end`.
+    Steps, not slopes: between two measurements nothing moves.
+    """
+    x_axis, y_axis = steps_axis(end), linear(0, 100, 5)
+    height = max(HEIGHT, LABEL * len(names))
+    edges = np.append(steps, max(end, steps[-1]))
+    if edges[-1] > edges[0]:  # what was set at the very end has drawn no row yet
+        shares, edges = shares[:, edges[:-1] < edges[-1]], np.unique(edges)
+    else:
+        edges[-1] = x_axis.high
+    tops = height * (1 - np.cumsum(shares, axis=0))
+    sizes = height * shares
+    body, ends = [], []
+    for domain, name in enumerate(names):
+        body.append(f'<g class="band {_hue(domain)}">')
+        for k, share in enumerate(shares[domain]):
+            left, right = x_axis([edges[k], edges[k + 1]]) * 100
+            note = f"{name}, steps {edges[k]:,.0f}–{edges[k + 1]:,.0f}: {share:.1%}"
+            body.append(
+                f'<rect x="{left:.2f}%" y="{tops[domain, k]:.1f}" width="{right - left:.2f}%" '
+                f'height="{sizes[domain, k]:.1f}"><title>{escape(note)}</title></rect>'
+            )
+        body.append("</g>")
+        ends.append((name, domain, tops[domain, -1] + sizes[domain, -1] / 2))
+    return _chart([*body, _ends(ends, height)], x_axis, y_axis, height, title, unit)
+
+
+# --- parts of a chart ---
+
+
+def _chart(
+    body: Sequence[str], x_axis: Axis, y_axis: Axis, height: int, title: str, unit: str
+) -> str:
+    """Return a body between its axes; the margins that hold their labels are the page's."""
+    out = [f'<svg class="chart" role="img" aria-label="{escape(title)}" height="{height}">']
+    out.append(f'<text class="unit" x="0" y="-12">{escape(unit)}</text>')
+    for at, label in zip(y_axis(y_axis.ticks), y_axis.labels, strict=True):
+        y = height * (1 - at)
+        out.append(_rule("grid", y))
+        out.append(f'<text class="y" x="-10" y="{y:.1f}" dy=".35em">{label}</text>')
+    for at, label in zip(x_axis(x_axis.ticks), x_axis.labels, strict=True):
+        out.append(f'<text class="x" x="{at * 100:.2f}%" y="{height + 20}">{label}</text>')
+    out.append(f'<text class="y" x="-10" y="{height + 20}">step</text>')
+    return "\n".join([*out, *body, "</svg>"])
+
+
+def _rule(kind: str, y: float) -> str:
+    return f'<line class="{kind}" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _given(base: float | None) -> list[float]:
+    return [] if base is None else [base]
+
+
+def _hue(colour: int) -> str:
+    return f"c{colour % COLOURS}" + (" again" if colour >= COLOURS else "")
+
+
+def _drawable(one: Series, log: bool) -> Series:
+    """Drop what cannot be drawn, then thin a long series without losing its peaks."""
+    good = np.isfinite(one.y) & ((one.y > 0) | (not log))
+    x, y = one.x[good], one.y[good]
+    if len(y) > 2 * BUCKETS:
+        cuts = np.linspace(0, len(y), BUCKETS + 1).astype(int)[:-1]
+        pairs = zip(cuts, np.append(cuts[1:], len(y)), strict=True)
+        peaks = {a + int(f(y[a:b])) for a, b in pairs for f in (np.argmin, np.argmax)}
+        kept = sorted(peaks | {0, len(y) - 1})
+        x, y = x[kept], y[kept]
+    return Series(one.name, x, y, one.colour, one.faint)
+
+
+def _path(one: Series, x_axis: Axis, y_axis: Axis, height: int) -> str:
+    xs, ys = x_axis(one.x) * 1000, (1 - y_axis(one.y)) * height
+    places = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
+    kind = f"line {_hue(one.colour)}" + (" faint" if one.faint else "")
+    return f'<polyline class="{kind}" points="{places}"/>'
+
+
+def _points(one: Series, x_axis: Axis, y_axis: Axis, height: int) -> str:
+    """Return the points that answer with their value: dots if they are few, else only felt."""
+    every = math.ceil(len(one.x) / TOOLTIPS)
+    out = [f'<g class="{"points" if every == 1 else "felt"} {_hue(one.colour)}">']
+    for x, y in zip(one.x[::every], one.y[::every], strict=True):
+        value = f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.4g}"
+        out.append(
+            f'<circle cx="{x_axis([x])[0]:.2%}" cy="{height * (1 - y_axis([y])[0]):.1f}" r="3">'
+            f"<title>{escape(one.name)}, step {x:,.0f}: {value}</title></circle>"
+        )
+    return "".join([*out, "</g>"])
+
+
+def _ends(ends: Sequence[tuple[str, int, float]], height: int) -> str:
+    """Return names beside the right ends of (name, colour, y), pushed apart to be readable."""
+    ends = sorted(ends, key=lambda end: end[2])
+    places = [end[2] for end in ends]
+    for i in range(1, len(places)):
+        places[i] = max(places[i], places[i - 1] + LABEL)
+    ceiling = float(height)
+    for i in reversed(range(len(places))):
+        places[i] = ceiling = min(places[i], ceiling)
+        ceiling -= LABEL
+    out = ['<svg class="ends" x="100%">']
+    for (name, colour, y), place in zip(ends, places, strict=True):
+        short = name if len(name) <= 17 else name[:16] + "…"
+        out.append(
+            f'<path class="{_hue(colour)}" d="M5,{y:.1f} L16,{place:.1f} h6"/>'
+            f'<text x="27" y="{place:.1f}" dy=".35em">{escape(short)}'
+            f"<title>{escape(name)}</title></text>"
+        )
+    return "".join([*out, "</svg>"])
