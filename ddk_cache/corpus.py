@@ -230,6 +230,8 @@ def _records(source: Source) -> Iterator[Mapping[str, Any]]:
         options = {"data_files": list(source.files), "split": "train", "streaming": True}
     if source.loader == "text":
         options["sample_by"] = "paragraph" if len(source.files) == 1 else "document"
+    if source.loader == "csv":  # or a document that looks like a number would be one
+        options |= {"converters": {source.column or "text": str}, "keep_default_na": False}
     try:
         yield from datasets.load_dataset(source.loader, **options)
     except (GeneratorExit, KeyboardInterrupt):

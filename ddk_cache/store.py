@@ -110,7 +110,7 @@ class Store:
 
     def _open(self, key: ShardKey, name: str) -> zarr.Array[Any]:
         path = self._path(key.domain, key.split, name)
-        return zarr.open_array(path, mode="r+", config=STORED_WHOLE)
+        return zarr.open_array(path, mode="r+").with_config(STORED_WHOLE)
 
     def _create(self, path: Path, layout: ArrayLayout, shape: tuple[int, ...], name: str) -> None:
         typesize = layout.dtype.itemsize

@@ -25,7 +25,7 @@ COLOURS = 10
 SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 """What a large number is written in."""
 
-HEIGHT = 260
+HEIGHT = 280
 """Pixels from the lowest to the highest value."""
 
 LABEL = 15
@@ -46,7 +46,7 @@ class Series:
     x: Floats
     """(N) steps, rising."""
     y: Floats
-    """(N) values. What is not finite is left out, on a log axis also what is not positive."""
+    """(N) values. What is not finite is left out."""
     colour: int = 0
     faint: bool = False
     """Draw it behind the others and without label and tooltips: raw values that another smooths."""
@@ -90,22 +90,17 @@ def logarithmic(low: float, high: float) -> Axis:
     first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
     last = min(i for i, mark in enumerate(marks) if mark >= high * (1 - 1e-9))
     marks = marks[first : max(last, first + 1) + 1]
-    tens = [mark for mark in marks if math.log10(mark) % 1 < 1e-9]
+    tens = [10.0**e for e in exponents if marks[0] <= 10.0**e <= marks[-1]]
     ticks = marks if len(marks) <= 8 else tens[:: math.ceil(len(tens) / 8)]
     return Axis(marks[0], marks[-1], ticks, [f"{tick:,.10g}" for tick in ticks], log=True)
 
 
 def steps_axis(end: float) -> Axis:
     """Return the axis below: from step 0 to the last, which need not be round."""
-    round_ = linear(0, max(end, 1), 5)
-    inside = [(t, s) for t, s in zip(round_.ticks, round_.labels, strict=True) if t <= max(end, 1)]
-    return Axis(0, max(end, 1), [t for t, _ in inside], [s for _, s in inside])
-
-
-def wide(series: Sequence[Series]) -> bool:
-    """Return whether positive values span more than a decade, where a log axis shows more."""
-    values = np.concatenate([one.y[np.isfinite(one.y)] for one in series] or [np.empty(0)])
-    return bool(values.size and values.min() > 0 and values.max() > 10 * values.min())
+    end = max(end, 1)
+    rounded = linear(0, max(end, 5), 5)
+    count = sum(tick <= end for tick in rounded.ticks)
+    return Axis(0, end, rounded.ticks[:count], rounded.labels[:count])
 
 
 def smooth(y: Floats, window: int) -> Floats:
@@ -123,22 +118,26 @@ def smooth(y: Floats, window: int) -> Floats:
 def lines(
     series: Sequence[Series],
     *,
+    end: float,
     title: str,
     unit: str,
     base: float | None = None,
-    log: bool = False,
+    log: bool | None = None,
 ) -> str:
-    """Return a line chart over steps; empty where no value can be drawn.
+    """Return a line chart over steps 0 … `end`; empty where no value can be drawn.
 
     `title` is for those who hear the page, `unit` stands above the axis. `base` is a value that
-    the axis has to reach, drawn as a firmer rule: nothing at all, or the teacher.
+    the axis has to reach, drawn as a firmer rule: nothing at all, or the teacher. `log` asks for
+    a logarithmic axis; None takes one where all is positive and spans more than a decade.
     """
-    drawn = [one for one in (_drawable(one, log) for one in series) if len(one.x)]
+    behind_first = sorted(series, key=lambda one: not one.faint)
+    drawn = [one for one in map(_drawable, behind_first) if len(one.x)]
     if not drawn:
         return ""
     low, high = (f([*(f(one.y) for one in drawn), *_given(base)]) for f in (np.min, np.max))
+    log = low > 0 and (high > 10 * low if log is None else log)
     y_axis = logarithmic(low, high) if log else linear(low, high, 5)
-    x_axis = steps_axis(max(one.x[-1] for one in drawn))
+    x_axis = steps_axis(end)
     named = [one for one in drawn if not one.faint]
     height = max(HEIGHT, LABEL * len(named))
     rules = [_rule("base", y) for y in (1 - y_axis(_given(base))) * height]
@@ -152,7 +151,13 @@ def lines(
 
 
 def stacked(
-    names: Sequence[str], steps: Floats, shares: Floats, *, end: float, title: str, unit: str
+    names: Sequence[str],
+    steps: Sequence[float],
+    shares: Floats,
+    *,
+    end: float,
+    title: str,
+    unit: str,
 ) -> str:
     """Return shares piled up over steps.
 
@@ -173,10 +178,12 @@ def stacked(
         body.append(f'<g class="band {_hue(domain)}">')
         for k, share in enumerate(shares[domain]):
             left, right = x_axis([edges[k], edges[k + 1]]) * 100
+            width = right - left + 0.05  # rounding leaves seams otherwise
+            size = max(sizes[domain, k] - 1, 0.5)  # a line of paper between two domains
             note = f"{name}, steps {edges[k]:,.0f}–{edges[k + 1]:,.0f}: {share:.1%}"
             body.append(
-                f'<rect x="{left:.2f}%" y="{tops[domain, k]:.1f}" width="{right - left:.2f}%" '
-                f'height="{sizes[domain, k]:.1f}"><title>{escape(note)}</title></rect>'
+                f'<rect x="{left:.2f}%" y="{tops[domain, k]:.1f}" width="{width:.2f}%" '
+                f'height="{size:.1f}"><title>{escape(note)}</title></rect>'
             )
         body.append("</g>")
         ends.append((name, domain, tops[domain, -1] + sizes[domain, -1] / 2))
@@ -214,9 +221,9 @@ def _hue(colour: int) -> str:
     return f"c{colour % COLOURS}" + (" again" if colour >= COLOURS else "")
 
 
-def _drawable(one: Series, log: bool) -> Series:
+def _drawable(one: Series) -> Series:
     """Drop what cannot be drawn, then thin a long series without losing its peaks."""
-    good = np.isfinite(one.y) & ((one.y > 0) | (not log))
+    good = np.isfinite(one.y)
     x, y = one.x[good], one.y[good]
     if len(y) > 2 * BUCKETS:
         cuts = np.linspace(0, len(y), BUCKETS + 1).astype(int)[:-1]

@@ -10,7 +10,6 @@ None and shown as a dash.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -44,26 +43,11 @@ class Domain:
     epochs: float | None
 
     @property
-    def teacher(self) -> float | None:
-        """Return the perplexity of the teacher."""
-        return perplexity(self.teacher_loss)
-
-    @property
-    def first(self) -> float | None:
-        """Return the perplexity of the student at the first measurement."""
-        return perplexity(self.first_loss)
-
-    @property
-    def last(self) -> float | None:
-        """Return the perplexity of the student at the last measurement."""
-        return perplexity(self.last_loss)
-
-    @property
-    def ratio(self) -> float | None:
-        """Return the perplexity of the student over that of the teacher, at the end."""
+    def gap(self) -> float | None:
+        """Return the loss of the student above that of the teacher, at the end."""
         if self.last_loss is None or self.teacher_loss is None:
             return None
-        return perplexity(self.last_loss - self.teacher_loss)
+        return self.last_loss - self.teacher_loss
 
 
 @dataclass(frozen=True)
@@ -127,13 +111,18 @@ class RunReport:
     @property
     def worst(self) -> Domain | None:
         """Return the domain that ends farthest from the teacher."""
-        known = [domain for domain in self.domains if domain.ratio is not None]
-        return max(known, key=lambda domain: domain.ratio or 0.0, default=None)
+        known = [(domain.gap, domain) for domain in self.domains if domain.gap is not None]
+        return max(known, key=lambda pair: pair[0], default=(None, None))[1]
 
     @property
     def steps(self) -> int:
         """Return the last step that was logged or measured."""
-        return max([self.measured[-1], *(line["step"] for line in self.metrics)])
+        return max(*self.measured, *(int(line["step"]) for line in self.metrics), 0)
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens trained on, as far as was logged or measured."""
+        return max(self.mean.tokens, *(int(line.get("tokens") or 0) for line in self.metrics), 0)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -200,19 +189,13 @@ def to_json(reports: Sequence[RunReport]) -> list[dict[str, Any]]:
         {
             "name": report.name,
             "steps": report.steps,
-            "tokens": report.mean.tokens,
+            "tokens": report.tokens,
             "tokens_per_second": report.tokens_per_second,
             "measured": report.measured,
             "mean_loss": report.mean.last_loss,
             "worst": report.worst and report.worst.name,
             "domains": {
-                domain.name: asdict(domain)
-                | {
-                    "teacher_perplexity": domain.teacher,
-                    "first_perplexity": domain.first,
-                    "last_perplexity": domain.last,
-                    "ratio": domain.ratio,
-                }
+                domain.name: asdict(domain) | {"ratio": perplexity(domain.gap)}
                 for domain in report.domains
             },
             "settings": report.settings,
@@ -225,9 +208,14 @@ def to_json(reports: Sequence[RunReport]) -> list[dict[str, Any]]:
 # --- numbers as text ---
 
 
-def number(value: float | None, spec: str = ",.2f") -> str:
+def number(value: float | None, spec: str) -> str:
     """Write a number, or a dash for none."""
     return "–" if value is None else format(value, spec).replace("-", "−")
+
+
+def short(value: float | None) -> str:
+    """Write a perplexity or a ratio, which may be anything from one to millions."""
+    return number(value, ",.2f" if value is None or value < 1000 else ",.0f")
 
 
 def quantity(value: float | None) -> str:
@@ -241,42 +229,171 @@ def quantity(value: float | None) -> str:
 # --- several runs ---
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What one run has to say in a comparison."""
+def compare(reports: Sequence[RunReport]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return how far runs got: rows of a value and its difference to the first run, as text.
 
-    text: str
-    change: str = ""
-    """The difference to the first run."""
-    better: bool | None = None
-
-
-def compare(reports: Sequence[RunReport]) -> dict[str, list[Cell]]:
-    """Return how far runs got: a row for the mean, one for the worst domain, one for each domain.
-
-    Values are final held-out losses, of the worst domain the distance to the teacher. The mean is
-    over the domains that every run has measured, so that it compares like with like.
+    Three rows for the mean and for the worst domain, then one for each domain. Values are final
+    held-out losses; the worst gap is of such a loss to the teacher's. The mean is over the
+    domains that every run has measured, so that it compares like with like.
     """
     found = [{d.name: d.last_loss for d in report.domains} for report in reports]
     names = dict.fromkeys(name for losses in found for name in losses)
-    rows = {name: [losses.get(name) for losses in found] for name in names}
-    shared = [name for name, losses in rows.items() if None not in losses]
-    means = [fmean(losses[n] or 0.0 for n in shared) if shared else None for losses in found]
+    rows = [(name, [losses.get(name) for losses in found]) for name in names]
+    shared = np.array([losses for _, losses in rows if None not in losses], np.float64)
+    means = shared.mean(axis=0).tolist() if len(shared) else [None] * len(reports)
     worst = [report.worst for report in reports]
-    distances = [d and (d.last_loss or 0.0) - (d.teacher_loss or 0.0) for d in worst]
-    return {
-        "mean over domains": _cells(means),
-        "worst domain, above teacher": _cells(distances, [d.name if d else "" for d in worst]),
-    } | {name: _cells(losses) for name, losses in rows.items()}
+    return [
+        ("mean of domains", _differences(means)),
+        ("worst gap", _differences([one.gap if one else None for one in worst])),
+        ("worst domain", [(one.name if one else "–", "") for one in worst]),
+        *((name, _differences(losses)) for name, losses in rows),
+    ]
 
 
-def _cells(losses: Sequence[float | None], notes: Sequence[str] = ()) -> list[Cell]:
-    cells = []
-    for i, loss in enumerate(losses):
-        text = " ".join(filter(None, [*notes[i : i + 1], number(loss, ".3f")]))
-        if i == 0 or loss is None or losses[0] is None:
-            cells.append(Cell(text))
-            continue
-        change = round(loss - losses[0], 3)
-        cells.append(Cell(text, number(change, "+.3f"), change < 0 if change else None))
+def _differences(losses: Sequence[float | None]) -> list[tuple[str, str]]:
+    first = losses[0]
+    cells = [(number(first, ".3f"), "")]
+    for loss in losses[1:]:
+        change = "" if loss is None or first is None else number(loss - first, "+z.3f")
+        cells.append((number(loss, ".3f"), change))
     return cells
+
+
+def particulars(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
+    """Return what else tells runs apart: how long they trained, and the settings that differ."""
+    rows = [
+        ("steps", [number(report.steps, ",") for report in reports]),
+        ("tokens", [quantity(report.tokens) for report in reports]),
+        ("tokens a second", [quantity(report.tokens_per_second) for report in reports]),
+    ]
+    for name in dict.fromkeys(name for report in reports for name in report.settings):
+        values = [str(report.settings.get(name, "–")) for report in reports]
+        if len(set(values)) > 1 and name not in ("run", "steps"):
+            rows.append((name, values))
+    return rows
+
+
+def same_measure(reports: Sequence[RunReport]) -> bool:
+    """Return whether the teacher's losses agree: the same rows were held out by every run."""
+    losses = [(d.name, d.teacher_loss) for report in reports for d in report.domains]
+    known = {name: loss for name, loss in losses if loss is not None}
+    return all(math.isclose(known[name], loss, rel_tol=1e-3) for name, loss in losses if loss)
+
+
+# --- the terminal ---
+
+
+def show(reports: Sequence[RunReport]) -> None:
+    """Print a table for each run and, of several, one that compares them."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:  # a file has no width that would excuse lost figures
+        console = Console(width=200)
+    for report in reports:
+        _show_run(report, console)
+    if len(reports) > 1:
+        _show_comparison(reports, console)
+
+
+def _show_run(report: RunReport, console: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("perplexity", box=None, pad_edge=False)
+    student = ("student\nfirst", "student\nlast", "over\nteacher")
+    for column in ("teacher", *student, "weight, %", "tokens"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for d in [*report.domains, report.mean]:
+        losses = (d.teacher_loss, d.first_loss, d.last_loss, d.gap)
+        weights = f"{100 * d.first_weight:.1f} → {100 * d.last_weight:5.1f}"
+        figures = [short(perplexity(loss)) for loss in losses]
+        table.add_row(Text(d.name), *figures, weights, quantity(d.tokens))
+    loss, speed = number(report.mean.last_loss, ".3f"), quantity(report.tokens_per_second)
+    facts = f"{report.steps:,} steps, {speed} tokens/s, mean held-out loss {loss}"
+    if worst := report.worst:
+        facts += f", worst domain {worst.name}"
+    console.print(Text(report.name, "bold"))
+    console.print(table)
+    console.print(Text(facts + "\n"))
+
+
+def _show_comparison(reports: Sequence[RunReport], console: Any) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("held-out loss", box=None, pad_edge=False)
+    for report in reports:
+        table.add_column(Text(report.name), justify="right")
+    for label, cells in compare(reports):
+        table.add_row(Text(label), *(Text(" ".join(filter(None, cell))) for cell in cells))
+    console.print(table)
+    if not same_measure(reports):
+        console.print("The held-out rows or the teacher differ: these losses are on two scales.")
+
+
+# --- the page ---
+
+
+def gaps(report: RunReport) -> list[plot.Series]:
+    """Return the perplexity of the student over that of the teacher, a line for each domain."""
+    losses = report.over_steps("student_loss") - report.over_steps("teacher_loss")
+    steps = np.array(report.measured, np.float64)
+    return [
+        plot.Series(domain.name, steps, np.exp(np.minimum(gap, 700)), colour=n)
+        for n, (domain, gap) in enumerate(zip(report.domains, losses, strict=True))
+    ]
+
+
+def logged(
+    report: RunReport, metric: str, label: str, colour: int = 0, scale: float = 1.0
+) -> list[plot.Series]:
+    """Return a metric as it was logged, and smoothed."""
+    steps, values = report.logged(metric)
+    values = values * scale
+    mean = plot.smooth(values, round(SMOOTHED * len(values)))
+    return [
+        plot.Series(label, steps, values, colour, faint=True),
+        plot.Series(label, steps, mean, colour),
+    ]
+
+
+def overlaid(reports: Sequence[RunReport], metric: str) -> list[plot.Series]:
+    """Return a metric of each run, smoothed."""
+    return [logged(report, metric, report.name, n)[1] for n, report in enumerate(reports)]
+
+
+def held_out(reports: Sequence[RunReport]) -> list[plot.Series]:
+    """Return the mean held-out loss of the measured domains of each run.
+
+    Not of step 0, if there are others: a fresh student's loss would flatten all that follows.
+    """
+    series = []
+    for n, report in enumerate(reports):
+        losses = np.ma.masked_invalid(report.over_steps("student_loss")).mean(axis=0)
+        shown = slice(int(len(report.measured) > 1 and report.measured[0] == 0), None)
+        steps = np.array(report.measured[shown], np.float64)
+        series.append(plot.Series(report.name, steps, losses.filled(np.nan)[shown], colour=n))
+    return series
+
+
+def write_page(reports: Sequence[RunReport], path: Path) -> None:
+    """Write one page that shows the runs and asks for no other file; whole or not at all."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=PackageLoader("ddk_train", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(number=number, perplexity=perplexity, quantity=quantity, short=short)
+    told = (compare, gaps, held_out, logged, overlaid, particulars, same_measure)
+    environment.globals.update({function.__name__: function for function in told})
+    # The drawings are markup, and escape the names in them themselves.
+    environment.globals["lines"] = lambda *args, **given: Markup(plot.lines(*args, **given))
+    environment.globals["stacked"] = lambda *args, **given: Markup(plot.stacked(*args, **given))
+    page = environment.get_template("report.html").render(reports=reports)
+    files.replace(path, page.encode())

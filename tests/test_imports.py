@@ -1,0 +1,109 @@
+"""Who may import whom: the table of rooms, held by reading the sources."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = ("ddk_cache", "ddk_train")
+
+# Which files of ours each file may import. The reading surface is what `ddk_cache` exports.
+CACHE = {
+    "__init__": {"schema", "reader"},
+    "schema": set(),
+    "files": set(),
+    "console": {"schema"},
+    "tokenizer": {"schema"},
+    "corpus": {"schema"},
+    "teacher": {"schema"},
+    "targets": {"schema"},
+    "codec": {"schema"},
+    "manifest": {"schema", "files"},
+    "store": {"schema", "files", "manifest", "codec"},
+    "reader": {"schema", "manifest", "codec"},
+    "plan": {"schema", "console", "corpus", "manifest", "store"},
+    "build": {
+        *("schema", "files", "console", "corpus", "manifest", "codec", "plan", "store"),
+        *("targets", "teacher", "tokenizer"),
+    },
+    "verify": {"schema", "files", "manifest", "reader"},
+    "info": {"schema", "reader"},
+    "cli": {
+        *("schema", "console", "corpus", "build", "teacher", "tokenizer", "reader", "verify"),
+        "info",
+    },
+}
+SURFACE = {"ddk_cache"}
+TRAIN = {
+    "__init__": {"config", "trainer"},
+    "config": {"weights", *SURFACE, "ddk_cache.schema"},
+    "weights": SURFACE,
+    "losses": SURFACE,
+    "mixture": SURFACE,
+    "loader": {"mixture", *SURFACE},
+    "gap": {"mixture", "weights", *SURFACE},
+    "run": {"config", *SURFACE},
+    "student": {"run", *SURFACE, "ddk_cache.tokenizer"},
+    "trainer": {
+        *("config", "gap", "loader", "losses", "mixture", "run", "student", "weights"),
+        *(*SURFACE, "ddk_cache.console", "ddk_cache.teacher"),
+    },
+    "plot": set(),
+    "report": {"run", "plot", *SURFACE},
+    "cli": {"config", "weights", "report", "trainer", *SURFACE, "ddk_cache.console"},
+}
+
+# Heavy libraries and the only files that may load them.
+HEAVY = {
+    "zarr": {"ddk_cache.store"},
+    "numcodecs": {"ddk_cache.reader"},
+    "torch": {
+        *("ddk_cache.teacher", "ddk_cache.targets", "ddk_cache.build"),
+        *("ddk_train.losses", "ddk_train.loader", "ddk_train.gap", "ddk_train.student"),
+        "ddk_train.trainer",
+    },
+    "transformers": {"ddk_cache.teacher", "ddk_cache.tokenizer", "ddk_train.student"},
+    "datasets": {"ddk_cache.corpus"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Return every module that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            module = str(node.module)
+            # `from package import module` names the module too
+            found |= {f"{module}.{alias.name}" for alias in node.names} if module in OURS else set()
+            found.add(module)
+    return found
+
+
+def rooms(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", rooms("ddk_cache") + rooms("ddk_train"), ids=lambda p: str(p.stem))
+def test_a_room_knows_only_the_rooms_below_it(path: Path) -> None:
+    package = path.parent.name
+    allowed = {"ddk_cache": CACHE, "ddk_train": TRAIN}[package][path.stem]
+    names = {name if name.startswith("ddk_cache") else f"{package}.{name}" for name in allowed}
+    if package == "ddk_train" and "ddk_cache" in names:
+        names.add("ddk_cache.files")
+    modules = {f"{p.parent.name}.{p.stem}" for p in rooms("ddk_cache") + rooms("ddk_train")}
+    used = {name for name in imports(path) if name in modules}
+    assert used <= names, f"{path.name} may not import {sorted(used - names)}"
+    for heavy, users in HEAVY.items():
+        if any(name.split(".")[0] == heavy for name in imports(path)):
+            assert f"{package}.{path.stem}" in users, f"{path.name} may not import {heavy}"
+
+
+def test_the_table_has_every_room() -> None:
+    assert {path.stem for path in rooms("ddk_cache")} == set(CACHE)
+    assert {path.stem for path in rooms("ddk_train")} == set(TRAIN)

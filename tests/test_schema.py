@@ -1,0 +1,93 @@
+"""The shared vocabulary: names, specs, errors, public surface."""
+
+from __future__ import annotations
+
+import pytest
+
+import ddk_cache
+import ddk_train
+from ddk_cache.schema import (
+    CacheSpec,
+    CorruptCacheError,
+    DomainPlan,
+    Extent,
+    InputError,
+    TargetSpec,
+    check_name,
+    extents,
+    shards,
+    unknown,
+)
+
+
+def spec(**changes: object) -> CacheSpec:
+    values = {
+        "seq_len": 16,
+        "vocab_size": 300,
+        "targets": "topk:8",
+        "holdout": 0.1,
+        "chunk_rows": 2,
+        "shard_rows": 8,
+        "logprob_step": 0.001,
+        "teacher": {"class": "x"},
+        "tokenizer": {"vocabulary": "y"},
+    }
+    return CacheSpec.from_json(values | changes)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "x" * 65, "naïve", "a.b"])
+def test_names_that_are_no_path_part_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="not usable"):
+        check_name(name)
+
+
+def test_the_nearest_known_word_is_pointed_out() -> None:
+    message = unknown("weighting", "dkd", ["ddk", "uniform"])
+    assert message == "unknown weighting 'dkd'. Did you mean 'ddk'? Known: ddk, uniform."
+
+
+@pytest.mark.parametrize("text", ["topk", "topk:0", "topk:x", "tokp:3", ""])
+def test_targets_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(InputError):
+        TargetSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seq_len": 0}, {"targets": "topk:301"}, {"holdout": 1.0}, {"shard_rows": 7}, {"extra": 1}],
+)
+def test_a_spec_that_makes_no_sense_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(CorruptCacheError):
+        spec(**changes)
+
+
+def test_a_spec_survives_json_and_its_fingerprint_sees_every_field() -> None:
+    assert CacheSpec.from_json(spec().to_json()) == spec()
+    prints = {spec().fingerprint, spec(seq_len=17).fingerprint, spec(holdout=0.2).fingerprint}
+    prints |= {spec(teacher={"class": "z"}).fingerprint, spec(targets="topk:9").fingerprint}
+    assert len(prints) == 5
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(300, 2), (65535, 2), (65536, 4), (262144, 4)])
+def test_ids_take_two_bytes_where_the_vocabulary_allows(vocab: int, size: int) -> None:
+    layout = spec(vocab_size=vocab).arrays["target_ids"]
+    assert layout.dtype.itemsize == size
+    assert layout.fill >= vocab
+
+
+def test_an_extent_begins_a_new_shard() -> None:
+    plan = DomainPlan(documents=1, tokens=1, content="", extents={"train": (9, 3), "validation": ()})
+    assert extents(plan, "train", 8) == [Extent(0, 9), Extent(16, 3)]
+    assert shards(plan, "train", 8) == [8, 1, 3]
+    assert shards(plan, "validation", 8) == []
+
+
+def test_the_public_names_are_these() -> None:
+    assert " ".join(ddk_cache.__all__) == (
+        "FORMAT_VERSION SPLITS Cache CacheError CacheSpec CorruptCacheError DDKError DomainPlan "
+        "Extent FormatVersionError InputError MismatchError NotACacheError Rows SparseTargets "
+        "TargetSpec UnfinishedCacheError open_cache"
+    )
+    assert ddk_train.__all__ == ["TrainConfig", "train"]
+    for package in (ddk_cache, ddk_train):
+        assert all(hasattr(package, name) for name in package.__all__)

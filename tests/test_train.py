@@ -1,0 +1,265 @@
+"""A run: without a teacher, exactly resumable, honest about what went wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddk_cache import DDKError, InputError, MismatchError
+from ddk_cache.reader import Cache
+from ddk_train import TrainConfig
+from ddk_train.run import open_run
+from ddk_train.trainer import Trainer, learning_rate, train
+from tests.conftest import byte_tokenizer, command, finish, tree
+
+SETTINGS: dict[str, Any] = {
+    "steps": 12,
+    "interval": 4,
+    "checkpoint_every": 3,
+    "rows": 6,
+    "micro_rows": 4,
+    "eval_rows": 5,
+    "lr": 3e-3,
+    "log_every": 1,
+    "keep": 99,
+}
+
+Configure = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def configure(cache: Cache, student_config: Path, tmp_path: Path) -> Configure:
+    def configure(run: str = "run", **changes: Any) -> TrainConfig:
+        paths = {
+            "cache": str(cache.root),
+            "run": str(tmp_path / run),
+            "student": str(student_config),
+        }
+        return TrainConfig(**paths | SETTINGS | changes)
+
+    return configure
+
+
+def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return metrics without what the clock says."""
+    clock = {"seconds", "tokens_per_second", "wait"}
+    return [{k: v for k, v in line.items() if k not in clock} for line in metrics]
+
+
+def test_a_student_learns_and_loads_as_an_ordinary_model(configure: Configure) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run = train(configure(steps=40, interval=20))
+    metrics = run.metrics()
+    assert [line["step"] for line in metrics] == list(range(1, 41))
+    assert metrics[-1]["ce"] < metrics[0]["ce"] - 0.1
+    assert metrics[-1]["tokens"] == 40 * 6 * 16
+    student = AutoModelForCausalLM.from_pretrained(run.student)
+    tokenizer = AutoTokenizer.from_pretrained(run.student)
+    ids = tokenizer("abc ", return_tensors="pt").input_ids
+    out = student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(out[0]).startswith("abc ")
+
+
+def test_the_history_tells_algorithm_1(configure: Configure, cache: Cache) -> None:
+    run = train(configure())
+    history = run.history()
+    assert [row["step"] for row in history] == [step for step in (0, 4, 8, 12) for _ in range(3)]
+    at = {
+        step: [row for row in history if row["step"] == step] for step in (0, 4, 8, 12)
+    }
+    sizes = np.array([cache.plan(name).rows("train") for name in cache.domains])
+    ratios = {
+        step: np.exp([row["student_loss"] - row["teacher_loss"] for row in rows])
+        for step, rows in at.items()
+    }
+    eq1 = np.exp(ratios[0] - ratios[0].max())
+    factor = eq1 / eq1.sum()
+    np.testing.assert_allclose([row["factor"] for row in at[0]], factor, rtol=1e-9)
+    np.testing.assert_allclose([row["weight"] for row in at[0]], sizes / sizes.sum(), rtol=1e-12)
+    for step in (4, 8, 12):
+        psi = factor * np.exp(ratios[step])
+        factor = 0.5 * psi / psi.sum() + 0.5 / 3
+        np.testing.assert_allclose([row["factor"] for row in at[step]], factor, rtol=1e-9)
+        np.testing.assert_allclose([row["weight"] for row in at[step]], factor, rtol=1e-9)
+    seen = np.array([[row["rows_seen"] for row in rows] for rows in at.values()])
+    assert (seen.sum(1) == np.array([0, 24, 48, 72])).all()
+    for before, after in ((0, 4), (4, 8), (8, 12)):
+        drawn = seen[after // 4] - seen[before // 4]
+        weights = np.array([row["weight"] for row in at[before]])
+        assert (np.abs(drawn - 24 * weights) < 2).all()
+
+
+def test_teacher_loss_is_that_of_the_measured_rows(configure: Configure, cache: Cache) -> None:
+    run = train(configure(eval_rows=10_000, steps=1))
+    for row in run.history()[:3]:
+        total, positions = cache.teacher_loss(row["domain"], "validation")
+        assert row["teacher_loss"] == pytest.approx(total / positions, abs=cache.codec.error)
+
+
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
+    configure: Configure, tmp_path: Path
+) -> None:
+    whole = train(configure("whole"))
+    for step, checkpoint in whole.checkpoints()[:-1]:
+        path = tmp_path / f"from-{step}"
+        (path / "checkpoints").mkdir(parents=True)
+        for name in ("config.json", "history.parquet", "metrics.jsonl"):
+            shutil.copy(whole.path / name, path / name)
+        shutil.copytree(checkpoint, path / "checkpoints" / checkpoint.name)
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 7, "lo')  # a line torn by a kill
+        resumed = train(configure(path.name))
+        assert timeless(resumed.metrics()) == timeless(whole.metrics())
+        assert resumed.history() == whole.history()
+        assert tree(resumed.student) == tree(whole.student)
+        last, again = whole.checkpoints()[-1][1], resumed.checkpoints()[-1][1]
+        assert (last / "torch.pt").read_bytes() == (again / "torch.pt").read_bytes()
+
+
+def test_the_loss_does_not_depend_on_how_a_batch_is_cut(configure: Configure) -> None:
+    losses = [
+        train(configure(f"micro-{size}", micro_rows=size, steps=3)).metrics()[-1]["loss"]
+        for size in (1, 2, 6)
+    ]
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
+def test_no_teacher_is_needed(
+    teacher_dir: Path, corpus: Path, student_config: Path, tmp_path: Path
+) -> None:
+    teacher, path = tmp_path / "teacher", tmp_path / "mix.zarr"
+    shutil.copytree(teacher_dir, teacher)
+    words = ["--seq-len", 16, "--targets", "topk:8", "--chunk-rows", 2, "--shard-rows", 8]
+    built = finish(
+        command("ddk-cache", "build", corpus, path, "--teacher", teacher, "--holdout", 0.3, *words)
+    )
+    assert built[0] == 0, built[2]
+    teacher.rename(tmp_path / "moved")
+    moved = corpus.rename(corpus.with_name("moved"))
+    try:
+        words = ["--steps", 4, "--interval", 2, "--rows", 4]
+        ran = finish(
+            command("ddk-train", "run", path, tmp_path / "run", "--student", student_config, *words)
+        )
+    finally:
+        moved.rename(corpus)
+    assert ran[0] == 0, ran[2]
+    assert "letters" in ran[1]
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+
+
+def test_a_live_teacher_gives_the_run_of_its_cache(configure: Configure) -> None:
+    from ddk_cache import SparseTargets, targets
+    from ddk_cache.schema import TargetSpec
+    from tests.conftest import random_teacher
+
+    teacher = random_teacher()
+
+    def live(tokens: torch.Tensor) -> SparseTargets[torch.Tensor]:
+        logits = teacher.logits(tokens[:, :-1])
+        scores = targets.extract(logits, tokens[:, 1:], TargetSpec("topk", 8))
+        return SparseTargets(scores.ids, scores.logprobs.exp(), scores.tail.exp())
+
+    cached, alive = train(configure("cached")), train(configure("live"), live=live)
+    for one, other in zip(cached.metrics(), alive.metrics(), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=2e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_writes_a_checkpoint_and_says_how_to_go_on(
+    number: signal.Signals, cache: Cache, student_config: Path, tmp_path: Path
+) -> None:
+    words: list[Any] = ["ddk-train", "run", cache.root, tmp_path / "run", "--student", student_config]
+    words += ["--steps", 100_000, "--interval", 50_000, "--rows", 2, "--log-every", 1]
+    process = command(*words)
+    metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    code, _, err = finish(process)
+    assert code == 1
+    assert "Run the same command again to go on." in err
+    assert "Traceback" not in err
+    ((step, _),) = open_run(tmp_path / "run").checkpoints()
+    assert f"stopped after step {step} of 100000" in err
+
+
+def test_a_loss_that_is_not_finite_updates_nothing_and_names_the_rows(
+    configure: Configure,
+) -> None:
+    trainer = Trainer(configure(), None)
+    trainer.measure()
+    batch = next(iter(trainer.until_boundary()))
+    before = {name: p.clone() for name, p in trainer.student.named_parameters()}
+    batch.targets.probs[1, 2, 3] = math.nan
+    with pytest.raises(DDKError, match=r"not finite at step 1 \(domain '.*rows \[.*no checkpoint"):
+        trainer.step(batch)
+    assert all(torch.equal(p, before[name]) for name, p in trainer.student.named_parameters())
+
+
+def test_a_run_directory_is_not_mixed_up(configure: Configure, tmp_path: Path) -> None:
+    train(configure(steps=2))
+    with pytest.raises(MismatchError, match="  seed: it has 0, this call asks for 1"):
+        train(configure(steps=2, seed=1))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="is no run directory"):
+        train(configure("other"))
+
+
+def test_a_student_over_another_tokenizer_is_refused(
+    configure: Configure, teacher_dir: Path, tmp_path: Path
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(teacher_dir, student)
+    assert train(configure("same", student=str(student), steps=1))
+    other = byte_tokenizer()
+    other.add_tokens(["novel"])
+    other.save_pretrained(student)
+    with pytest.raises(MismatchError, match="another tokenizer"):
+        train(configure("other", student=str(student), steps=1))
+
+
+def test_a_student_with_too_few_outputs_is_refused(
+    configure: Configure, student_config: Path, tmp_path: Path
+) -> None:
+    config = json.loads(student_config.read_text()) | {"vocab_size": 256}
+    (tmp_path / "small.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="outputs for 256 tokens; the cache's tokenizer has 257"):
+        train(configure(student=str(tmp_path / "small.json")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"weighting": "dkd"}, "Did you mean 'ddk'"),
+        ({"precision": "fp16"}, "unknown precision"),
+        ({"steps": 0}, "steps has to be at least 1"),
+        ({"lr": math.nan}, "lr has to be above 0"),
+        ({"alpha": 1.5}, "alpha has to be between 0 and 1"),
+        ({"gamma": -1}, "gamma has to be 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        TrainConfig(cache="c", run="r", student="s", **change)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:
+    config = TrainConfig(cache="c", run="r", student="s", steps=100, warmup=10, lr=1.0, min_lr=0.1)
+    rates = [learning_rate(config, step) for step in range(101)]
+    np.testing.assert_allclose(rates[:10], np.arange(1, 11) / 10)
+    assert rates[10] == 1.0
+    assert rates[55] == pytest.approx(0.55)
+    assert rates[100] == pytest.approx(0.1)
