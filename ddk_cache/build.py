@@ -25,6 +25,7 @@ from ddk_cache.console import Progress, say
 from ddk_cache.corpus import Source
 from ddk_cache.manifest import TOKENIZER, Manifest, committed
 from ddk_cache.plan import plan_all
+from ddk_cache.pretrained import identify_tokenizer
 from ddk_cache.schema import (
     Array,
     CacheError,
@@ -39,7 +40,6 @@ from ddk_cache.schema import (
 )
 from ddk_cache.store import Store
 from ddk_cache.teacher import Teacher
-from ddk_cache.tokenizer import identify
 
 CHUNK_TOKENS = 4096
 """Tokens in a chunk, about: enough to compress well, little to read for one row."""
@@ -82,7 +82,7 @@ def build(
         shard_rows=shard_rows or max(1, SHARD_TOKENS // seq_len // chunk_rows) * chunk_rows,
         logprob_step=LogprobCodec().step,
         teacher=teacher.identity,
-        tokenizer=identify(tokenizer),
+        tokenizer=identify_tokenizer(tokenizer),
     )
     if len(tokenizer) > teacher.vocab_size:
         raise InputError(

@@ -65,8 +65,8 @@ def build(
     sources = find_sources(corpus, say)
 
     from ddk_cache.build import build
+    from ddk_cache.pretrained import load_tokenizer
     from ddk_cache.teacher import load_teacher
-    from ddk_cache.tokenizer import load_tokenizer
 
     words = load_tokenizer(tokenizer or teacher)
     model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -73,7 +73,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """How far a job is: done, rate and time to go, on stderr."""
+    """How far a job is: done, rate and, where the total is known, time to go, on stderr."""
 
     def __init__(self, label: str, total: float, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -115,9 +115,13 @@ class Progress:
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
         rate = self.done / seconds
-        share = self.done / self.total if self.total else 1.0
-        ahead = (self.total - self.done) / rate if rate else 0.0
-        left = f"{duration(ahead)} left" if ahead > 0.5 else f"in {duration(seconds)}"
-        parts = [f"{self.label} {share:4.0%}", f"{self.done:,.0f} of {self.total:,.0f} {self.unit}"]
-        parts += [f"{rate:,.0f} {self.unit}/s", left, self.note]
-        return "  ".join(part for part in parts if part)
+        parts = [self.label, f"{self.done:,.0f} {self.unit}"]
+        if self.total:
+            parts = [
+                f"{self.label} {self.done / self.total:4.0%}",
+                f"{self.done:,.0f} of {self.total:,.0f} {self.unit}",
+            ]
+        parts.append(f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s")
+        ahead = (self.total - self.done) / rate if self.done else 0.0
+        parts.append(f"{duration(ahead)} left" if ahead > 0.5 else f"in {duration(seconds)}")
+        return "  ".join([*parts, self.note] if self.note else parts)

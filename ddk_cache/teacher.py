@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
+from ddk_cache.pretrained import load
 from ddk_cache.schema import InputError, canonical, digest, unknown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,18 +63,15 @@ def load_teacher(
     Raises:
         InputError: there is no such model, dtype or device.
     """
-    from transformers import AutoModelForCausalLM
-
     target = pick_device(device)
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(unknown("dtype", dtype, [*DTYPES, "auto"]))
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=DTYPES.get(wanted, wanted), trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # transformers raises many kinds for one cause: it is not there
-        raise InputError(f"no teacher could be loaded from {name!r}: {error}") from error
+    model = load(
+        *("teacher", "AutoModelForCausalLM", name),
+        dtype=DTYPES.get(wanted, wanted),
+        trust_remote_code=trust_remote_code,
+    )
     model.eval().requires_grad_(False).to(target)
 
     def logits(tokens_BS: torch.Tensor) -> torch.Tensor:

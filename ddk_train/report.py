@@ -117,12 +117,12 @@ class RunReport:
     @property
     def steps(self) -> int:
         """Return the last step that was logged or measured."""
-        return max(*self.measured, *(int(line["step"]) for line in self.metrics), 0)
+        return max([*self.measured, *(int(line["step"]) for line in self.metrics)])
 
     @property
     def tokens(self) -> int:
         """Return the tokens trained on, as far as was logged or measured."""
-        return max(self.mean.tokens, *(int(line.get("tokens") or 0) for line in self.metrics), 0)
+        return max([self.mean.tokens, *(int(line.get("tokens") or 0) for line in self.metrics)])
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -155,12 +155,12 @@ def load(paths: Sequence[Path]) -> list[RunReport]:
         DDKError: a run has no measurement yet.
     """
     whole = list(dict.fromkeys(path.resolve() for path in paths))
-    runs = [open_run(path) for path in whole]
-    return [
-        RunReport(name, run.config["settings"], run.config["provenance"], run.metrics(), rows)
-        for name, run in zip(short_names(whole), runs, strict=True)
-        if (rows := run.history())
-    ]
+    reports = []
+    for name, run in zip(short_names(whole), map(open_run, whole), strict=True):
+        told = run.config
+        found = told["settings"], told.get("provenance", {}), run.metrics(), run.history()
+        reports.append(RunReport(name, *found))
+    return reports
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -104,7 +104,9 @@ class Run:
         tokens_per_second, wait (share of the time spent waiting for data).
         """  # noqa: D205
         path = self.path / "metrics.jsonl"
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        # A line without its end was torn by a kill, or is being written just now.
+        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line of metrics."""
@@ -130,11 +132,9 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`, where a checkpoint goes on."""
-        path = self.path / "metrics.jsonl"
-        if path.exists():
-            whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
-            files.replace(path, "".join(kept).encode())
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        files.replace(self.path / "metrics.jsonl", text.encode())
         self._write_history([row for row in self.history() if row["step"] <= step])
 
     # --- checkpoints ---

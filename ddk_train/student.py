@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ddk_cache import Cache, InputError, MismatchError, files
-from ddk_cache.tokenizer import identify, load_tokenizer
+from ddk_cache.pretrained import identify_tokenizer, load, load_tokenizer
 from ddk_train.run import publish
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -26,19 +26,14 @@ def load_student(name: str, cache: Cache, seed: int) -> Any:
         InputError: there is no such model, or its vocabulary is too small for the cache.
         MismatchError: it has a tokenizer, and that is another than the cache's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    fresh = Path(name).suffix == ".json"
-    try:
-        if fresh:
-            config = AutoConfig.from_pretrained(name)
-            student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        else:
-            student = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # transformers raises many kinds for one cause: it is not there
-        raise InputError(f"no student could be loaded from {name!r}: {error}") from error
-    if not fresh:
+    if Path(name).suffix == ".json":
+        config = load("student config", "AutoConfig", name)
+        student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    else:
+        student = load("student", "AutoModelForCausalLM", name, dtype=torch.float32)
         check_tokenizer(name, cache)
     width = student.config.get_text_config().vocab_size
     needed = len(load_tokenizer(cache.tokenizer_path))
@@ -55,7 +50,7 @@ def check_tokenizer(name: str, cache: Cache) -> None:
     local = Path(name)
     if local.is_dir() and not any((local / file).exists() for file in TOKENIZER_FILES):
         return  # a bare model: it will be saved with the cache's tokenizer
-    theirs = identify(load_tokenizer(name))["vocabulary"]
+    theirs = identify_tokenizer(load_tokenizer(name))["vocabulary"]
     ours = cache.spec.tokenizer["vocabulary"]
     if theirs != ours:
         raise MismatchError(

@@ -87,7 +87,7 @@ def test_build_refuses_what_does_not_exist(tmp_path: Path, corpus: Path, teacher
     result = call(cache_main, "build", tmp_path / "none", out, "--teacher", teacher_dir)
     refused(result, 2, "no corpus at")
     result = call(cache_main, "build", corpus, out, "--teacher", tmp_path / "none")
-    refused(result, 2, "no tokenizer could be loaded from")
+    refused(result, 2, "there is no tokenizer at")
     (tmp_path / "bare").mkdir()
     words = ["--tokenizer", teacher_dir, "--teacher", tmp_path / "bare"]
     refused(call(cache_main, "build", corpus, out, *words), 2, "no teacher could be loaded from")
@@ -184,7 +184,7 @@ def test_run_refuses_what_is_no_finished_cache(
         (["--steps", "0"], "steps has to be at least 1"),
         (["--steps", "many"], "'many' is not a valid integer"),
         (["--step", "3"], "Did you mean"),
-        (["--student", "/none/at/all"], "no student could be loaded"),
+        (["--student", "/none/at/all"], "there is no student at"),
         (["--device", "tpu9"], "unknown device 'tpu9'"),
     ],
 )

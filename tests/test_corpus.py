@@ -19,10 +19,10 @@ from ddk_cache.corpus import Packer, Tally, documents, encode, find_sources, tok
 from ddk_cache.schema import InputError
 
 
-def read(path: Path, tokenizer: Any, **settings: Any) -> dict[str, Any]:
+def read(path: Path, tokenizer: Any, **settings: Any) -> dict[Any, Any]:
     """Return the rows of every domain and split of a corpus, and the tallies."""
     settings = {"seq_len": 8, "holdout": 0.5, "block": 4} | settings
-    out: dict[str, Any] = {}
+    out: dict[Any, Any] = {}
     for source in find_sources(path):
         tally = out[source.name] = Tally()
         for split, tokens, mask in token_rows(source, tokenizer, tally=tally, **settings):
@@ -69,7 +69,7 @@ def test_no_document_is_in_both_splits_and_appending_moves_nothing(
     path.parent.mkdir()
     texts = [f"document number {n}" for n in range(60)]
 
-    def write(some: list[str]) -> dict[str, Any]:
+    def write(some: list[str]) -> dict[Any, Any]:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in some))
         return read(path.parent, tokenizer)
 
@@ -91,7 +91,9 @@ def test_no_document_is_in_both_splits_and_appending_moves_nothing(
 def test_packed_rows_are_the_stream_cut_every_s_tokens(
     lengths: list[int], seq_len: int, block: int
 ) -> None:
-    packer, stream, counted = Packer(seq_len), [], []
+    packer = Packer(seq_len)
+    stream: list[int] = []
+    counted: list[bool] = []
     rows: list[tuple[Any, Any]] = []
     for length in lengths:
         tokens = list(range(len(stream), len(stream) + length))

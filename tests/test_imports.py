@@ -16,9 +16,9 @@ CACHE = {
     "schema": set(),
     "files": set(),
     "console": {"schema"},
-    "tokenizer": {"schema"},
+    "pretrained": {"schema"},
     "corpus": {"schema"},
-    "teacher": {"schema"},
+    "teacher": {"schema", "pretrained"},
     "targets": {"schema"},
     "codec": {"schema"},
     "manifest": {"schema", "files"},
@@ -27,12 +27,12 @@ CACHE = {
     "plan": {"schema", "console", "corpus", "manifest", "store"},
     "build": {
         *("schema", "files", "console", "corpus", "manifest", "codec", "plan", "store"),
-        *("targets", "teacher", "tokenizer"),
+        *("targets", "teacher", "pretrained"),
     },
     "verify": {"schema", "files", "manifest", "reader"},
     "info": {"schema", "reader"},
     "cli": {
-        *("schema", "console", "corpus", "build", "teacher", "tokenizer", "reader", "verify"),
+        *("schema", "console", "corpus", "build", "teacher", "pretrained", "reader", "verify"),
         "info",
     },
 }
@@ -46,7 +46,7 @@ TRAIN = {
     "loader": {"mixture", *SURFACE},
     "gap": {"mixture", "weights", *SURFACE},
     "run": {"config", *SURFACE},
-    "student": {"run", *SURFACE, "ddk_cache.tokenizer"},
+    "student": {"run", *SURFACE, "ddk_cache.pretrained"},
     "trainer": {
         *("config", "gap", "loader", "losses", "mixture", "run", "student", "weights"),
         *(*SURFACE, "ddk_cache.console", "ddk_cache.teacher"),
@@ -65,7 +65,7 @@ HEAVY = {
         *("ddk_train.losses", "ddk_train.loader", "ddk_train.gap", "ddk_train.student"),
         "ddk_train.trainer",
     },
-    "transformers": {"ddk_cache.teacher", "ddk_cache.tokenizer", "ddk_train.student"},
+    "transformers": {"ddk_cache.pretrained", "ddk_train.student"},
     "datasets": {"ddk_cache.corpus"},
 }
 

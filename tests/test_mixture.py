@@ -42,7 +42,8 @@ def test_neighbours_are_scattered() -> None:
 @pytest.mark.parametrize("take", [1, 7, 42])
 def test_an_epoch_has_every_row_once_and_the_next_another_order(take: int) -> None:
     order = Order("a", EXTENTS["a"], 4, seed=1)
-    cursor, epochs = 0, []
+    cursor = 0
+    epochs: list[list[int]] = []
     rows: list[int] = []
     while len(epochs) < 3:
         some, cursor = order.take(cursor, take)
@@ -62,9 +63,7 @@ def test_rows_drawn_together_lie_in_few_chunks() -> None:
 
 
 @settings(deadline=None, max_examples=50)
-@given(
-    st.lists(st.floats(0.01, 1), min_size=3, max_size=3), st.integers(1, 20), st.integers(1, 30)
-)
+@given(st.lists(st.floats(0.01, 1), min_size=3, max_size=3), st.integers(1, 20), st.integers(1, 30))
 def test_counts_follow_constant_weights_within_one_row(
     raw: list[float], rows: int, steps: int
 ) -> None:
@@ -77,7 +76,11 @@ def test_counts_follow_constant_weights_within_one_row(
 
 def feedback(step: int, rows: Any) -> Any:
     """Return weights that depend on the rows drawn so far."""
-    raw = 1 + np.array([np.sum(rows % 3 == n) for n in range(3)]) + np.array([0, 9 * (step // 3 == 2), 0])
+    raw = (
+        1
+        + np.array([np.sum(rows % 3 == n) for n in range(3)])
+        + np.array([0, 9 * (step // 3 == 2), 0])
+    )
     return raw / raw.sum()
 
 

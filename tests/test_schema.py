@@ -76,7 +76,9 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(vocab: int, size: int) -
 
 
 def test_an_extent_begins_a_new_shard() -> None:
-    plan = DomainPlan(documents=1, tokens=1, content="", extents={"train": (9, 3), "validation": ()})
+    plan = DomainPlan(
+        documents=1, tokens=1, content="", extents={"train": (9, 3), "validation": ()}
+    )
     assert extents(plan, "train", 8) == [Extent(0, 9), Extent(16, 3)]
     assert shards(plan, "train", 8) == [8, 1, 3]
     assert shards(plan, "validation", 8) == []

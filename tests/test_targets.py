@@ -63,7 +63,7 @@ logprobs = hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-200, 0
 
 
 @given(logprobs)
-def test_a_stored_logprob_is_within_the_stated_error(values: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_a_stored_logprob_is_within_the_stated_error(values: np.ndarray) -> None:
     decoded = CODEC.decode(CODEC.encode(values)).astype(np.float64)
     within = values >= CODEC.floor
     # Beside the grid, the decoded value is a float32 of up to 64 nats: half a unit of 2⁻¹⁸.
@@ -72,7 +72,7 @@ def test_a_stored_logprob_is_within_the_stated_error(values: np.ndarray) -> None
 
 
 @given(logprobs)
-def test_codes_keep_the_order(values: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_codes_keep_the_order(values: np.ndarray) -> None:
     assert (np.diff(CODEC.encode(np.sort(values)).astype(int)) <= 0).all()
 
 

@@ -67,7 +67,9 @@ def test_a_student_learns_and_loads_as_an_ordinary_model(configure: Configure) -
     student = AutoModelForCausalLM.from_pretrained(run.student)
     tokenizer = AutoTokenizer.from_pretrained(run.student)
     ids = tokenizer("abc ", return_tensors="pt").input_ids
-    out = student.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    out = student.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False
+    )
     assert tokenizer.decode(out[0]).startswith("abc ")
 
 
@@ -75,9 +77,7 @@ def test_the_history_tells_algorithm_1(configure: Configure, cache: Cache) -> No
     run = train(configure())
     history = run.history()
     assert [row["step"] for row in history] == [step for step in (0, 4, 8, 12) for _ in range(3)]
-    at = {
-        step: [row for row in history if row["step"] == step] for step in (0, 4, 8, 12)
-    }
+    at = {step: [row for row in history if row["step"] == step] for step in (0, 4, 8, 12)}
     sizes = np.array([cache.plan(name).rows("train") for name in cache.domains])
     ratios = {
         step: np.exp([row["student_loss"] - row["teacher_loss"] for row in rows])
@@ -180,7 +180,14 @@ def test_a_live_teacher_gives_the_run_of_its_cache(configure: Configure) -> None
 def test_a_stopped_run_writes_a_checkpoint_and_says_how_to_go_on(
     number: signal.Signals, cache: Cache, student_config: Path, tmp_path: Path
 ) -> None:
-    words: list[Any] = ["ddk-train", "run", cache.root, tmp_path / "run", "--student", student_config]
+    words: list[Any] = [
+        "ddk-train",
+        "run",
+        cache.root,
+        tmp_path / "run",
+        "--student",
+        student_config,
+    ]
     words += ["--steps", 100_000, "--interval", 50_000, "--rows", 2, "--log-every", 1]
     process = command(*words)
     metrics, deadline = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 60

@@ -1,4 +1,4 @@
-"""The tokenizer of a cache: loading it, and saying by content which one it is.
+"""Models and tokenizers from a directory or the hub, and which tokenizer it is, by content.
 
 A cache keeps the tokenizer's own files, so that a student can be trained and saved where neither
 the teacher nor the hub can be reached. Three hashes identify it instead of one: two tokenizers
@@ -15,18 +15,25 @@ from typing import Any
 from ddk_cache.schema import InputError, canonical, digest
 
 
-def load_tokenizer(name: str | Path) -> Any:
-    """Load a transformers tokenizer from a directory or the hub.
+def load(what: str, auto: str, name: str | Path, **options: Any) -> Any:
+    """Return `transformers.<auto>.from_pretrained(name, **options)`.
 
-    Raises:
-        InputError: it does not exist, cannot be read, or has no end-of-text token.
+    `what` is what a message calls it. Raises InputError where it cannot be loaded.
     """
-    from transformers import AutoTokenizer
+    import transformers
 
+    if Path(name).is_absolute() and not Path(name).exists():
+        raise InputError(f"there is no {what} at {name}.")
+    transformers.utils.logging.disable_progress_bar()  # it would break into our own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name))
+        return getattr(transformers, auto).from_pretrained(str(name), **options)
     except Exception as error:  # transformers raises many kinds for one cause: it is not there
-        raise InputError(f"no tokenizer could be loaded from {str(name)!r}: {error}") from error
+        raise InputError(f"no {what} could be loaded from {str(name)!r}: {error}") from error
+
+
+def load_tokenizer(name: str | Path) -> Any:
+    """Load a tokenizer. Raises InputError where there is none, or it has no end-of-text token."""
+    tokenizer = load("tokenizer", "AutoTokenizer", name)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {str(name)!r} has no end-of-text (eos) token to put between documents."
@@ -34,7 +41,7 @@ def load_tokenizer(name: str | Path) -> Any:
     return tokenizer
 
 
-def identify(tokenizer: Any) -> dict[str, str]:
+def identify_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Return content hashes of a tokenizer.
 
     `vocabulary` covers which string every id stands for, `encoding` how text becomes ids and

@@ -1,0 +1,169 @@
+"""The main job, end to end: material → teacher → cache → two students → report.
+
+The commands are the ones that a person would type, run as such and shown. Only the student beside
+a live teacher, which is there to compare the cost, is trained through the library: no command
+offers what a cache makes needless. What exists already in .demo is used again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_material import SEQ_LEN, make_material
+from rich.console import Console
+from rich.table import Table
+
+from ddk_cache import SparseTargets, open_cache, targets
+from ddk_cache.console import duration, say
+from ddk_cache.info import describe
+from ddk_cache.schema import TargetSpec
+from ddk_cache.teacher import load_teacher
+from ddk_train import TrainConfig, train
+from ddk_train.run import Run, open_run
+
+DEMO = Path(".demo")
+TARGETS = "topk:32"
+STUDENT = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 4096,
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.06,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+SETTINGS: dict[str, Any] = {
+    "steps": 400,
+    "interval": 80,
+    "rows": 16,
+    "eval_rows": 40,
+    "lr": 3e-3,
+    "warmup": 20,
+    "log_every": 1,
+}
+LIVE_STEPS = 40
+"""Steps beside the live teacher: enough for a median."""
+
+
+def shell(*words: object) -> None:
+    """Show a command, and run it."""
+    line = [str(word) for word in words]
+    say(f"\n$ {shlex.join(line)}")
+    program = Path(sys.executable).parent / line[0]
+    done = subprocess.run([program, *line[1:]], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def options(settings: dict[str, Any]) -> list[str]:
+    """Write settings as the options of a command."""
+    return [
+        word
+        for name, value in settings.items()
+        for word in ("--" + name.replace("_", "-"), str(value))
+    ]
+
+
+def train_beside_the_teacher(cache: Path, student: Path, teacher: Path) -> Run:
+    """Train a few steps with the teacher in the loop, everything else as from the cache."""
+    model = load_teacher(str(teacher))
+    spec = TargetSpec.parse(TARGETS)
+
+    @torch.inference_mode()
+    def live(tokens: torch.Tensor) -> SparseTargets[torch.Tensor]:
+        scores = targets.extract(model.logits(tokens[:, :-1]), tokens[:, 1:], spec)
+        return SparseTargets(scores.ids.clone(), scores.logprobs.exp(), scores.tail.exp())
+
+    settings = SETTINGS | {"steps": LIVE_STEPS, "interval": LIVE_STEPS, "eval_rows": 1}
+    paths: dict[str, Any] = {
+        "cache": str(cache),
+        "run": str(DEMO / "runs/live"),
+        "student": str(student),
+    }
+    say("\nThe same steps with the teacher in the loop, to compare the cost")
+    return train(TrainConfig(**paths, **settings), live=live)
+
+
+def seconds_a_step(run: Run) -> float:
+    """Return the median of the first steps of a run, less its first."""
+    elapsed: list[float] = [line["seconds"] for line in run.metrics()[:LIVE_STEPS]]
+    return statistics.median(b - a for a, b in itertools.pairwise(elapsed))
+
+
+def perplexities(run: Run, step: int, whose: str) -> dict[str, float]:
+    """Return the perplexity of each domain at a measurement."""
+    return {
+        row["domain"]: math.exp(row[f"{whose}_loss"])
+        for row in run.history()
+        if row["step"] == step
+    }
+
+
+def show(ddk: Run, uniform: Run) -> None:
+    """Print the table of domains."""
+    last = SETTINGS["steps"]
+    weights = {row["domain"]: row["weight"] for row in ddk.history() if row["step"] == last}
+    table = Table("perplexity on held-out rows", box=None, pad_edge=False)
+    for column in ("teacher", "before", "after (ddk)", "after (uniform)", "last ddk weight"):
+        table.add_column(column, justify="right")
+    columns = (
+        perplexities(ddk, 0, "teacher"),
+        perplexities(ddk, 0, "student"),
+        perplexities(ddk, last, "student"),
+        perplexities(uniform, last, "student"),
+    )
+    for domain, weight in weights.items():
+        table.add_row(domain, *(f"{column[domain]:,.1f}" for column in columns), f"{weight:.3f}")
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the demo."""
+    began = time.monotonic()
+    material = make_material(DEMO)
+    cache, student, page = DEMO / "mix.zarr", DEMO / "student.json", DEMO / "report.html"
+    student.write_text(json.dumps(STUDENT))
+    (DEMO / "runs").mkdir(exist_ok=True)
+    shell(
+        *("ddk-cache", "build", material.corpus, cache, "--teacher", material.teacher),
+        *("--seq-len", SEQ_LEN, "--targets", TARGETS),
+    )
+    shell("ddk-cache", "verify", cache)
+    runs = {}
+    for weighting in ("ddk", "uniform"):
+        path = DEMO / "runs" / weighting
+        words = ["--student", student, "--weighting", weighting, *options(SETTINGS)]
+        shell("ddk-train", "run", cache, path, *words)
+        runs[weighting] = open_run(path)
+    live = train_beside_the_teacher(cache, student, material.teacher)
+    shell("ddk-train", "report", *(run.path for run in runs.values()), "--html", page)
+    print()
+    show(runs["ddk"], runs["uniform"])
+    facts = describe(open_cache(cache))
+    cached, alive = seconds_a_step(runs["ddk"]), seconds_a_step(live)
+    print(
+        f"\ncache: {facts['tokens']:,} tokens, {facts['bytes_per_token']['all']:.1f} bytes a token"
+    )
+    print(f"seconds a step: {cached:.3f} from the cache, {alive:.3f} with the teacher in the loop")
+    print(f"page: {page.resolve()}")
+    say(f"\nDone in {duration(time.monotonic() - began)}.")
+
+
+if __name__ == "__main__":
+    main()
