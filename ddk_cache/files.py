@@ -7,6 +7,9 @@ slower than a plain write by a few milliseconds, and safe against kill -9 and a 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import xxhash
@@ -44,6 +47,22 @@ def sync_tree(top: Path) -> None:
     for path in top.rglob("*"):
         sync(path)
     sync(top)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give an empty directory to fill; when that is done it is flushed and takes the name `path`.
+
+    What stood at `path` before is replaced. After an error it still stands.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    sync_tree(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    partial.rename(path)
+    sync(path.parent)
 
 
 def hash_file(path: Path) -> tuple[int, str]:

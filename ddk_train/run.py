@@ -16,7 +16,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,35 +146,18 @@ class Run:
         whole = [path for path in found if path.suffix != files.PARTIAL]
         return sorted((int(path.name.removeprefix("step-")), path) for path in whole)
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """Return an empty directory to write the checkpoint of a step into."""
-        path = self.path / "checkpoints" / f"step-{step:08d}{files.PARTIAL}"
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-        return path
-
-    def end_checkpoint(self, partial: Path, keep: int) -> Path:
-        """Flush and publish a checkpoint directory, then drop all but the newest `keep`."""
-        final = publish(partial)
+    @contextmanager
+    def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
+        """Give a directory to write a checkpoint into; whole, it leaves only `keep` newest."""
+        with files.whole(self.path / "checkpoints" / f"step-{step:08d}") as partial:
+            yield partial
         for _, path in self.checkpoints()[:-keep]:
             shutil.rmtree(path)
-        return final
 
     @property
     def student(self) -> Path:
         """Return where the finished student is."""
         return self.path / "student"
-
-
-def publish(partial: Path) -> Path:
-    """Give a written `….partial` directory its final name, replacing what had it."""
-    final = partial.with_suffix("")
-    files.sync_tree(partial)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    files.sync(final.parent)
-    return final
 
 
 def open_run(path: str | Path) -> Run:

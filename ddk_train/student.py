@@ -14,7 +14,6 @@ import torch
 
 from ddk_cache import Cache, InputError, MismatchError, files
 from ddk_cache.pretrained import identify_tokenizer, load, load_tokenizer
-from ddk_train.run import publish
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -61,8 +60,6 @@ def check_tokenizer(name: str, cache: Cache) -> None:
 
 def save_student(student: Any, cache: Cache, path: Path) -> None:
     """Write the student with its tokenizer as an ordinary Hugging Face model, atomically."""
-    partial = path.with_name(path.name + files.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    student.save_pretrained(partial)
-    shutil.copytree(cache.tokenizer_path, partial, dirs_exist_ok=True)
-    publish(partial)
+    with files.whole(path) as partial:
+        student.save_pretrained(partial)
+        shutil.copytree(cache.tokenizer_path, partial, dirs_exist_ok=True)

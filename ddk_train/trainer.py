@@ -247,16 +247,15 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint: all or nothing."""
-        partial = self.run.begin_checkpoint(self.state.step)
-        self.student.save_pretrained(partial / "student")
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         held = {"optimizer": self.optimizer.state_dict(), "random": random}
-        torch.save(held, partial / "torch.pt")
         state = asdict(self.state) | {"seen": self.seen.tolist()}
-        (partial / "state.json").write_text(json.dumps(state, indent=1))
-        self.run.end_checkpoint(partial, self.config.keep)
+        with self.run.checkpoint(self.state.step, self.config.keep) as path:
+            self.student.save_pretrained(path / "student")
+            torch.save(held, path / "torch.pt")
+            (path / "state.json").write_text(json.dumps(state, indent=1))
 
     def restore(self) -> None:
         """Go on from the last whole checkpoint, if there is one."""

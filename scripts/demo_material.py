@@ -13,7 +13,6 @@ makes OUTDIR/corpus and OUTDIR/teacher in about two minutes on two cores, once.
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.metadata
 import itertools
 import json
@@ -21,7 +20,6 @@ import math
 import operator
 import random
 import re
-import shutil
 import sys
 import sysconfig
 import tokenize
@@ -100,25 +98,12 @@ def make_material(out: Path) -> Material:
     return material
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """Give a directory to fill, which takes the place of `path` when it is full."""
-    partial = path.with_name(path.name + files.PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    yield partial
-    files.sync_tree(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    partial.rename(path)
-    files.sync(path.parent)
-
-
 # --- the corpus: what every Python installation carries -------------------------------------------
 
 
 def make_corpus(corpus: Path) -> None:
     """Write a JSONL file for each domain."""
-    with whole(corpus) as partial:
+    with files.whole(corpus) as partial:
         for name, texts in DOMAINS.items():
             chosen = choose(texts())
             lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
@@ -320,7 +305,7 @@ def make_teacher(corpus: Path, teacher: Path) -> dict[str, float]:
     losses = {name: held_out_loss(model, tokens) for name, tokens in rows["validation"].items()}
     say("held-out loss: " + ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()))
     logging.disable_progress_bar()  # ours has said it all
-    with whole(teacher) as partial:
+    with files.whole(teacher) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return losses

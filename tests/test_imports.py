@@ -46,7 +46,7 @@ TRAIN = {
     "loader": {"mixture", *SURFACE},
     "gap": {"mixture", "weights", *SURFACE},
     "run": {"config", *SURFACE},
-    "student": {"run", *SURFACE, "ddk_cache.pretrained"},
+    "student": {*SURFACE, "ddk_cache.pretrained"},
     "trainer": {
         *("config", "gap", "loader", "losses", "mixture", "run", "student", "weights"),
         *(*SURFACE, "ddk_cache.console", "ddk_cache.teacher"),
