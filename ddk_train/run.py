@@ -133,9 +133,9 @@ class Run:
 
     def rewind(self, step: int) -> None:
         """Forget what was written after `step`, where a checkpoint goes on."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        files.replace(self.path / "metrics.jsonl", text.encode())
+        if metrics := self.metrics():
+            kept = [json.dumps(line) + "\n" for line in metrics if line["step"] <= step]
+            files.replace(self.path / "metrics.jsonl", "".join(kept).encode())
         self._write_history([row for row in self.history() if row["step"] <= step])
 
     # --- checkpoints ---

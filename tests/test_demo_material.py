@@ -81,23 +81,6 @@ def test_pieces_keep_the_text_and_its_paragraphs() -> None:
     assert list(demo.pieces(" \n\n ")) == []
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    made = tmp_path / "made"
-
-    def stop_half_way() -> None:
-        with demo.whole(made) as partial:
-            (partial / "half").touch()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        stop_half_way()
-    assert not made.exists()
-    with demo.whole(made) as partial:
-        (partial / "all").touch()
-    assert [path.name for path in made.iterdir()] == ["all"]
-    assert list(tmp_path.iterdir()) == [made]
-
-
 def test_material_is_made_once_and_again_after_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
