@@ -1,44 +1,61 @@
-"""The job: open or create → plan → teacher → write → commit, shard by shard.
+"""The job: open or create → plan → teacher → audit → write → commit, shard by shard.
 
-While the teacher works on a shard, the one before it is compressed, flushed and committed by a
-thread; at most one shard waits, so memory is bounded and at most two shards of work are lost when
-the process dies. The same call goes on where the last one stopped.
+Any number of processes may do it together: each claims a domain to plan or a shard to score, and
+all go on until the cache is finished. While the teacher works on a shard, the one before it is
+audited, compressed, flushed and committed by a thread; at most one shard waits, so memory is
+bounded and a process that dies loses two shards of work at most. The same call goes on where the
+last one stopped.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import platform
-from collections.abc import Callable, Mapping
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from ddk_cache import files, targets
+from ddk_cache import files, process
+from ddk_cache.audit import audit
+from ddk_cache.claims import FOLDER, Claims
 from ddk_cache.codec import LogprobCodec
-from ddk_cache.console import Progress, say
+from ddk_cache.console import Progress
 from ddk_cache.corpus import Source
-from ddk_cache.manifest import TOKENIZER, Manifest, committed
-from ddk_cache.plan import plan_all
+from ddk_cache.manifest import (
+    TOKENIZER,
+    Manifest,
+    Root,
+    committed,
+    create_root,
+    plan_path,
+    read_plan,
+    record_path,
+    write_plan,
+)
+from ddk_cache.plan import Advance, grow_domain, mend_tokens, plan_domain
 from ddk_cache.pretrained import identify_tokenizer
 from ddk_cache.schema import (
     Array,
-    CacheError,
     CacheSpec,
     DDKError,
     InputError,
     MismatchError,
     NotACacheError,
+    Shard,
     ShardKey,
     TargetSpec,
     shards,
 )
-from ddk_cache.store import Store
+from ddk_cache.scoring import Scorer, first_batch
+from ddk_cache.store import SCRATCH, Store
 from ddk_cache.teacher import Teacher
 
 CHUNK_TOKENS = 4096
@@ -47,33 +64,30 @@ CHUNK_TOKENS = 4096
 SHARD_TOKENS = 2**18
 """Tokens in a shard, about: the work lost when a build is killed."""
 
-LOGITS_BYTES = 2**29
-"""Logits of one call to the teacher on a CPU; on CUDA a quarter of the free memory."""
+POLL = 0.5
+"""Seconds between two looks at what other processes have finished."""
+
+Job = TypeVar("Job")
 
 
-def build(
-    cache: str | Path,
-    sources: list[Source],
+def make_spec(
     teacher: Teacher,
     tokenizer: Any,
     *,
     seq_len: int = 1024,
     target_spec: str = "topk:64",
     holdout: float = 0.05,
-    batch_rows: int | None = None,
     chunk_rows: int | None = None,
     shard_rows: int | None = None,
-) -> None:
-    """Build a cache, or go on with one that was stopped.
-
-    Raises:
-        InputError: a setting is out of range, or the path holds something else.
-        MismatchError: the cache was begun with other settings; each is named.
-        CacheError: the teacher gave something that is no distribution.
-    """
-    root = Path(cache)
+) -> CacheSpec:
+    """Return the spec of a cache. Raises InputError where a setting is out of range."""
+    if len(tokenizer) > teacher.vocab_size:
+        raise InputError(
+            f"the tokenizer has {len(tokenizer):,} tokens and the teacher only "
+            f"{teacher.vocab_size:,} outputs: they do not belong together."
+        )
     chunk_rows = chunk_rows or max(1, CHUNK_TOKENS // seq_len)
-    spec = CacheSpec(
+    return CacheSpec(
         seq_len=seq_len,
         vocab_size=teacher.vocab_size,
         targets=TargetSpec.parse(target_spec),
@@ -84,59 +98,117 @@ def build(
         teacher=teacher.identity,
         tokenizer=identify_tokenizer(tokenizer),
     )
-    if len(tokenizer) > teacher.vocab_size:
-        raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens and the teacher only "
-            f"{teacher.vocab_size:,} outputs: they do not belong together."
-        )
-    manifest = _open(root, spec, sources, teacher, tokenizer, batch_rows)
-    store = Store(root, spec)
-    store.sweep()
-    with Progress("planning", 0, "tokens") as progress:
-        manifest = plan_all(store, manifest, sources, tokenizer, progress)
-    _score_all(store, manifest, teacher)
 
 
-def _open(
-    root: Path,
-    spec: CacheSpec,
-    sources: list[Source],
+def build(
+    cache: str | Path,
+    sources: Sequence[Source],
     teacher: Teacher,
     tokenizer: Any,
-    batch_rows: int | None,
-) -> Manifest:
-    """Return the manifest of the cache at `root`, which is created where there is none."""
-    described = {source.name: source.describe() for source in sources}
+    *,
+    batch_rows: int | None = None,
+    grow: bool = False,
+    rank: int = 0,
+    world: int = 1,
+    **settings: Any,
+) -> None:
+    """Build a cache, or go on with one that was stopped; `settings` are those of `make_spec`.
+
+    `grow` adds domains, and documents at the end of domains, that the cache does not have yet.
+    `rank` and `world` only spread processes over the work; any number may be there or not.
+
+    Raises:
+        InputError: a setting is out of range, or the path holds something else.
+        MismatchError: the cache was begun with other settings; each is named.
+        CacheError: the teacher failed, or gave something that is no distribution.
+    """
+    spec = make_spec(teacher, tokenizer, **settings)
+    root = Path(cache)
+    batch = batch_rows or first_batch(teacher, spec)
+    _open(root, _describe(root, spec, sources, teacher, tokenizer, batch), tokenizer, grow)
+    job = Work(root, Store(root, spec), Claims(root), rank, world)
     try:
-        manifest = Manifest.read(root)
+        manifest = job.plan(sources, tokenizer, grow)
+        job.score(manifest, teacher)
+    except KeyboardInterrupt:
+        raise DDKError(job.stopped()) from None
+    finally:
+        job.close()
+
+
+# --- opening --------------------------------------------------------------------------------------
+
+
+def _describe(
+    path: Path,
+    spec: CacheSpec,
+    sources: Sequence[Source],
+    teacher: Teacher,
+    tokenizer: Any,
+    batch_rows: int,
+) -> Root:
+    """Return the root that this build would write."""
+    if path.exists() and not (path.is_dir() and _is_ours(path)):
+        raise InputError(f"{path} exists and is not a cache. Give another path.")
+    path.mkdir(parents=True, exist_ok=True)
+    return Root(
+        spec=spec,
+        batch_rows=batch_rows,
+        sources={source.name: source.describe() for source in sources},
+        tokenizer_files=_save_tokenizer(path, tokenizer),
+        provenance={
+            "teacher": teacher.name,
+            "tokenizer": str(tokenizer.name_or_path),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a directory is a cache, or was about to become one."""
+    begun = {TOKENIZER, SCRATCH}
+    rest = [entry.name for entry in path.iterdir() if not entry.name.endswith(files.PARTIAL)]
+    return "zarr.json" in rest or set(rest) <= begun
+
+
+def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, tuple[int, str]]:
+    """Write the tokenizer's files where they are missing or differ; return what they are."""
+    scratch = path / SCRATCH / process.owner() / TOKENIZER
+    tokenizer.save_pretrained(scratch)
+    entries = {}
+    for file in sorted(scratch.iterdir()):
+        kept = path / TOKENIZER / file.name
+        entries[file.name] = files.hash_file(file)
+        if not kept.exists() or files.hash_file(kept) != entries[file.name]:
+            kept.parent.mkdir(exist_ok=True)
+            files.replace(kept, file.read_bytes())
+    shutil.rmtree(scratch)
+    return entries
+
+
+def _open(path: Path, root: Root, tokenizer: Any, grow: bool) -> None:
+    """Create the cache, or compare with what it is."""
+    try:
+        was = Manifest.read(path).root
     except NotACacheError:
-        if root.exists() and not (
-            root.is_dir() and {p.name for p in root.iterdir()} <= {TOKENIZER}
-        ):
-            raise InputError(f"{root} exists and is not a cache. Give another path.") from None
-        manifest = Manifest(
-            spec=spec,
-            batch_rows=batch_rows or _first_batch(teacher, spec),
-            sources=described,
-            plans={},
-            provenance={
-                "teacher": teacher.name,
-                "tokenizer": str(tokenizer.name_or_path),
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-            },
-        )
-        root.mkdir(parents=True, exist_ok=True)
-        tokenizer.save_pretrained(root / TOKENIZER)
-        files.sync_tree(root / TOKENIZER)
-        manifest.write(root)
-        return manifest
-    compare(root, manifest.spec.to_json(), spec.to_json())
-    compare(root, dict(manifest.sources), described)
-    return manifest
+        if (path / "zarr.json").exists():
+            raise
+        if create_root(path, root):
+            return
+        was = Manifest.read(path).root
+    compare(path, was.spec.to_json(), root.spec.to_json())
+    if grow:
+        merged = {**was.sources, **root.sources}
+        if merged != was.sources:
+            grown = Root(was.spec, was.batch_rows, merged, was.tokenizer_files, was.provenance)
+            files.replace(path / "zarr.json", grown.dump())
+    else:
+        hint = " --grow adds new domains, and documents at the end of old ones."
+        compare(path, dict(was.sources), dict(root.sources), hint)
 
 
-def compare(root: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def compare(path: Path, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
     """Raise MismatchError naming every setting in which a build differs from its cache."""
     differences = [
         f"  {name}: the cache has {was.get(name)}, this build asks for {now.get(name)}"
@@ -145,129 +217,177 @@ def compare(root: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     ]
     if differences:
         raise MismatchError(
-            f"{root} was begun with other settings:\n"
+            f"{path} was begun with other settings:\n"
             + "\n".join(differences)
-            + "\nUse another path, or the original values."
+            + f"\nUse another path, or the original values.{hint}"
         )
 
 
-# --- the teacher ----------------------------------------------------------------------------------
-
-
-def _first_batch(teacher: Teacher, spec: CacheSpec) -> int:
-    """Return how many rows to try in one call, by the memory that their logits need."""
-    room = LOGITS_BYTES
-    if teacher.device.type == "cuda":
-        room = torch.cuda.mem_get_info(teacher.device)[0] // 4
-    return max(1, min(spec.shard_rows, room // (4 * spec.seq_len * spec.vocab_size)))
+# --- the work -------------------------------------------------------------------------------------
 
 
 @dataclass
-class Scorer:
-    """The teacher over the rows of a shard, in batches that fit its memory."""
+class Work:
+    """One process at work on a cache."""
 
-    teacher: Teacher
-    spec: CacheSpec
-    batch_rows: int
+    root: Path
+    store: Store
+    claims: Claims
+    rank: int
+    world: int
+    writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    pending: Future[None] | None = None
 
-    @torch.inference_mode()
-    def score(self, tokens: Array, advance: Callable[[int], None]) -> targets.Scores:
-        """Return the scores of (R, S+1) tokens, on the host."""
-        parts: list[targets.Scores] = []
-        done = 0
-        while done < len(tokens):
-            batch = torch.from_numpy(tokens[done : done + self.batch_rows]).to(
-                self.teacher.device, torch.long
+    def plan(self, sources: Sequence[Source], tokenizer: Any, grow: bool) -> Manifest:
+        """Have every domain planned by whoever is first; mend and grow those that were."""
+        planned = Manifest.read(self.root).plans
+        by_name = {source.name: source for source in sources}
+        spec = self.store.spec
+        with Progress("planning", 0, "tokens") as progress:
+
+            def make(name: str) -> None:
+                advance = partial(self._advance, progress, note=name)
+                plan = plan_domain(self.store, by_name[name], tokenizer, advance)
+                write_plan(self.root, spec, name, plan)
+
+            for name in planned.keys() & by_name.keys():
+                advance = partial(self._advance, progress, note=name)
+                self._renew(by_name[name], tokenizer, advance, grow)
+            self._share(
+                lambda: [name for name in by_name if not plan_path(self.root, name).exists()],
+                lambda name: plan_path(self.root, name).exists(),
+                lambda name: f"{name}.plan",
+                make,
             )
-            try:
-                logits = self.teacher.logits(batch[:, :-1])
-                scores = targets.extract(logits, batch[:, 1:], self.spec.targets)
-            except RuntimeError as error:
-                self._halve(error)
-                continue
-            parts.append(targets.Scores(*(field.cpu() for field in scores)))
-            done += len(batch)
-            advance(batch[:, 1:].numel())
-        return targets.Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return Manifest.read(self.root)
 
-    def _halve(self, error: RuntimeError) -> None:
-        """Go on with half the batch after an out-of-memory error; raise any other."""
-        full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not full or self.batch_rows == 1:
-            raise error
-        self.batch_rows //= 2
-        say(f"out of memory: going on with {self.batch_rows} rows in a batch")
-        if self.teacher.device.type == "cuda":
-            torch.cuda.empty_cache()
+    def _renew(self, source: Source, tokenizer: Any, advance: Advance, grow: bool) -> None:
+        """Mend what is damaged of a planned domain, and grow it where that is asked for."""
+        store, name = self.store, source.name
+        plan = read_plan(self.root, store.spec, name)
+        store.restore_metadata(plan)
+        if not grow and not store.missing_tokens(name, plan):
+            return
+        while not self.claims.take(f"{name}.plan"):
+            time.sleep(POLL)
+        plan = read_plan(self.root, store.spec, name)
+        if store.missing_tokens(name, plan):
+            mend_tokens(store, source, tokenizer, advance, plan)
+        if grow:
+            grown = grow_domain(store, source, tokenizer, advance, plan)
+            if grown != plan:
+                write_plan(self.root, store.spec, name, grown)
+        self.claims.release(f"{name}.plan")
 
+    def score(self, manifest: Manifest, teacher: Teacher) -> None:
+        """Have every planned shard scored and committed, by whoever is first."""
+        spec = self.store.spec
+        planned = {
+            key: shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
+            for key in manifest.shards()
+        }
+        scorer = Scorer(teacher, spec, manifest.root.batch_rows)
+        total = sum(planned[key].rows for key in self._todo(planned)) * spec.seq_len
+        with Progress("scoring", total, "tokens") as progress:
+            self._share(
+                lambda: self._todo(planned),
+                lambda key: record_path(self.root, key).exists(),
+                lambda key: str(key).replace("/", "."),
+                lambda key: self._score(key, planned[key], scorer, progress),
+            )
 
-def audit(scores: targets.Scores, key: ShardKey, first_row: int = 0) -> None:
-    """Raise CacheError where a score is no finite log-probability (a tail may be −inf)."""
-    bad = ~(scores.logprobs.isfinite().all(-1) & scores.label.isfinite())
-    bad |= scores.tail.isnan() | (scores.tail > 1e-4) | (scores.logprobs > 1e-4).any(-1)
-    if bad.any():
-        rows = bad.any(-1).nonzero()[:, 0] + first_row
-        raise CacheError(
-            f"the teacher's output is no distribution at {int(bad.sum()):,} positions of "
-            f"{key} (rows {int(rows[0])}–{int(rows[-1])} of the shard). Nothing of it was "
-            "committed. A wider dtype (--dtype float32) may help."
+    def _todo(self, planned: Mapping[ShardKey, Shard]) -> list[ShardKey]:
+        """Return the shards that are not committed."""
+        done = {pair: committed(self.root, *pair) for pair in {key[:2] for key in planned}}
+        return [key for key in planned if key.number not in done[key[:2]]]
+
+    def _score(self, key: ShardKey, shard: Shard, scorer: Scorer, progress: Progress) -> None:
+        """Score one shard and leave it to the writer."""
+        tokens = self.store.read(key, "tokens", shard.rows).astype(np.int64)
+        note = f"{key.domain}/{key.split}"
+        scores = scorer.score(key, tokens, partial(self._advance, progress, note=note))
+        self._settle()
+        finish = partial(self._finish, key, shard, tokens, scores, scorer.batch_rows)
+        self.pending = self.writer.submit(finish)
+
+    def _finish(
+        self, key: ShardKey, shard: Shard, tokens: Array, scores: dict[str, Array], batch_rows: int
+    ) -> None:
+        """Audit, encode, write and commit one shard."""
+        spec, codec = self.store.spec, self.store.codec
+        mask = self.store.read(key, "loss_mask", shard.rows).astype(bool)
+        stored = {name: codec.encode(part) for name, part in scores.items() if name != "target_ids"}
+        stored["target_ids"] = scores["target_ids"]
+        seen = audit(key, scores, stored, tokens[:, 1:], codec, spec.vocab_size)
+        self.store.write(key, stored)
+        self.store.commit(
+            key,
+            content=shard.content,
+            rows=shard.rows,
+            positions=int(mask.sum()),
+            teacher_loss=float(-scores["label_logprob"][mask].sum(dtype=np.float64)),
+            batch_rows=batch_rows,
+            audit=seen,
         )
+        self.claims.release(str(key).replace("/", "."))
 
+    def _advance(self, progress: Progress, amount: int, note: str = "") -> None:
+        self.claims.beat()
+        progress.advance(amount, note)
 
-# --- shards ---------------------------------------------------------------------------------------
+    def _share(
+        self,
+        todo: Callable[[], list[Job]],
+        done: Callable[[Job], bool],
+        name: Callable[[Job], str],
+        work: Callable[[Job], None],
+    ) -> None:
+        """Do jobs until none is left to do, by us or by others.
 
+        Ranks begin at different places, so that they seldom meet; whoever is ready early takes
+        what is left, and what a dead process had claimed.
+        """
+        while jobs := todo():
+            first = self.rank * len(jobs) // self.world
+            worked = False
+            for job in jobs[first:] + jobs[:first]:
+                if done(job) or not self.claims.take(name(job)):
+                    continue
+                if done(job):  # it was finished and released in between
+                    self.claims.release(name(job))
+                    continue
+                work(job)
+                worked = True
+                if self.pending is None:
+                    self.claims.release(name(job))
+            self._settle()
+            if not worked:
+                self.claims.beat()
+                time.sleep(POLL)
 
-def _score_all(store: Store, manifest: Manifest, teacher: Teacher) -> None:
-    """Score and commit every shard that is not committed yet."""
-    spec = store.spec
-    rows = {
-        key: shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
-        for key in manifest.shards()
-    }
-    done = {pair: committed(store.root, *pair) for pair in {key[:2] for key in rows}}
-    todo = [key for key in rows if key.number not in done[key[:2]]]
-    scorer = Scorer(teacher, spec, manifest.batch_rows)
-    total = sum(rows[key] for key in todo) * spec.seq_len
-    with Progress("scoring", total, "tokens") as progress, ThreadPoolExecutor(1) as writer:
-        pending: Future[None] | None = None
-        try:
-            for key in todo:
-                tokens = store.read(key, "tokens", rows[key]).astype(np.int64)
-                note = f"{key.domain}/{key.split}"
-                scores = scorer.score(tokens, partial(progress.advance, note=note))
-                audit(scores, key)
-                if pending:
-                    pending.result()
-                pending = writer.submit(_finish, store, key, rows[key], scores)
-            if pending:
-                pending.result()
-        except KeyboardInterrupt:
-            raise _stopped(store, manifest) from None
-    if scorer.batch_rows != manifest.batch_rows:
-        dataclasses.replace(manifest, batch_rows=scorer.batch_rows).write(store.root)
+    def _settle(self) -> None:
+        """Wait for the shard that is being written, and raise what went wrong with it."""
+        if self.pending:
+            self.pending.result()
+            self.pending = None
 
+    def stopped(self) -> str:
+        """Return what to tell a person who stopped the build."""
+        manifest = Manifest.read(self.root)
+        if len(manifest.plans) < len(manifest.root.sources):
+            far = f"{len(manifest.plans)} of {len(manifest.root.sources)} domains are planned"
+        else:
+            keys = manifest.shards()
+            done = sum(len(committed(self.root, *pair)) for pair in {key[:2] for key in keys})
+            far = f"{done} of {len(keys)} shards of {self.root} are committed"
+        return f"stopped: {far}. Run the same command again to go on."
 
-def _stopped(store: Store, manifest: Manifest) -> DDKError:
-    keys = manifest.shards()
-    done = sum(len(committed(store.root, *pair)) for pair in {key[:2] for key in keys})
-    return DDKError(
-        f"stopped: {done} of {len(keys)} shards of {store.root} are committed. Run the same "
-        "command again to go on."
-    )
-
-
-def _finish(store: Store, key: ShardKey, rows: int, scores: targets.Scores) -> None:
-    """Encode, write and commit one shard."""
-    mask = store.read(key, "loss_mask", rows).astype(bool)
-    loss = -scores.label.double().numpy()[mask]
-    encode = store.codec.encode
-    store.write(
-        key,
-        {
-            "target_ids": scores.ids.numpy(),
-            "target_logprobs": encode(scores.logprobs.numpy()),
-            "tail_logprob": encode(scores.tail.numpy()),
-            "label_logprob": encode(scores.label.numpy()),
-        },
-    )
-    store.commit(key, rows=rows, positions=int(mask.sum()), teacher_loss=float(loss.sum()))
+    def close(self) -> None:
+        """Leave nothing behind but what is committed; the last process also tidies up."""
+        self.writer.shutdown(wait=True, cancel_futures=True)
+        self.claims.release_all()
+        self.store.sweep()
+        files.sweep(self.root)
+        for folder in (FOLDER, SCRATCH):
+            with contextlib.suppress(OSError):  # another process is still at work in it
+                (self.root / folder).rmdir()

@@ -1,4 +1,4 @@
-"""ddk-cache build | info | verify.
+"""ddk-cache plan | build | info | verify.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
 told at once.
@@ -7,42 +7,148 @@ told at once.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 
 from ddk_cache.console import Commands, Known, Progress, say
-from ddk_cache.schema import TargetSpec
+from ddk_cache.schema import CacheError, InputError, TargetSpec, UnfinishedCacheError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DTYPES = ["auto", "float32", "bfloat16", "float16"]
+
+RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+         ("SLURM_PROCID", "SLURM_NTASKS"))  # fmt: skip
+"""Where torchrun and SLURM say which process this is, of how many."""
+
+WHAT = [
+    click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]"),
+    click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True,
+                 help="Positions in a row."),
+    click.option("--targets", default="topk:64", show_default=True,
+                 help="What is kept of each distribution, kind:size."),
+    click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05,
+                 show_default=True, help="Share of documents held out for measuring."),
+    click.option("--chunk-rows", type=click.IntRange(1),
+                 help="Rows in a chunk, the unit of reading.  [default: 4,096 tokens]"),
+    click.option("--shard-rows", type=click.IntRange(1),
+                 help="Rows in a shard, the unit of work.  [default: 262,144 tokens]"),
+]  # fmt: skip
+"""What a cache is."""
+
+HOW = [
+    click.option("--dtype", type=Known("dtype", DTYPES), default="auto", show_default=True,
+                 help="Of the teacher."),
+    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …"),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+]  # fmt: skip
+"""How the teacher is run."""
+
+
+def options(*groups: list[Any]) -> Callable[[Command], Command]:
+    """Give a command the options of several groups, in order."""
+
+    def give(command: Command) -> Command:
+        for option in reversed([option for group in groups for option in group]):
+            command = option(command)
+        return command
+
+    return give
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ddk")
 def main() -> None:
-    """Pay for the teacher once: build and check caches of its next-token targets."""
+    """Pay for the teacher once: plan, build and check caches of its next-token targets."""
+
+
+@main.command()
+@click.argument("corpus", type=click.Path(path_type=Path))
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--teacher", help="Model directory or hub id, to measure bytes and hours with.")
+@options(WHAT, HOW)
+@click.option("--probe-rows", type=click.IntRange(1), default=16, show_default=True,
+              help="Rows to run through the teacher.")  # fmt: skip
+@click.option("--student-speed", type=click.FloatRange(0), default=50_000.0, show_default=True,
+              help="Tokens a second of the student that will read the cache.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
+def plan(
+    corpus: Path,
+    cache: Path,
+    teacher: str | None,
+    tokenizer: str | None,
+    probe_rows: int,
+    student_speed: float,
+    as_json: bool,
+    targets: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    **settings: Any,
+) -> None:
+    """Say what building CACHE from CORPUS will cost. Nothing is written."""
+    from ddk_cache.corpus import find_sources
+
+    TargetSpec.parse(targets)
+    sources = find_sources(corpus, say)
+    if not (teacher or tokenizer):
+        raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
+    from ddk_cache import estimate
+    from ddk_cache.build import make_spec
+    from ddk_cache.pretrained import load_tokenizer
+    from ddk_cache.schema import ShardKey
+    from ddk_cache.scoring import Scorer, first_batch
+    from ddk_cache.teacher import Teacher, load_teacher, no_teacher
+
+    words = load_tokenizer(tokenizer or str(teacher))
+    model: Teacher = no_teacher(len(words))
+    if teacher:
+        model = load_teacher(
+            teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    spec = make_spec(model, words, target_spec=targets, **settings)
+    with Progress("counting", 0, "tokens") as progress:
+        counted = estimate.count(
+            sources,
+            words,
+            seq_len=spec.seq_len,
+            holdout=spec.holdout,
+            probe_rows=probe_rows,
+            advance=progress.advance,
+        )
+    probed = None
+    if teacher:
+        scorer = Scorer(model, spec, first_batch(model, spec))
+        key = ShardKey("probe", "train", 0)
+        probed = estimate.probe(
+            spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None)
+        )
+    facts = estimate.estimate(spec, counted, probed, cache, student_speed)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        estimate.show(facts)
 
 
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--teacher", required=True, help="Model directory or hub id.")
-@click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]")
-@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True,
-              help="Positions in a row.")  # fmt: skip
-@click.option("--targets", default="topk:64", show_default=True,
-              help="What is kept of each distribution, kind:size.")  # fmt: skip
-@click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05,
-              show_default=True, help="Share of documents held out for measuring.")  # fmt: skip
-@click.option("--dtype", type=Known("dtype", ["auto", "float32", "bfloat16", "float16"]),
-              default="auto", show_default=True, help="Of the teacher.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …")
+@options(WHAT, HOW)
 @click.option("--batch-rows", type=click.IntRange(1),
               help="Rows in one call to the teacher.  [default: by memory]")  # fmt: skip
-@click.option("--chunk-rows", type=click.IntRange(1),
-              help="Rows in a chunk, the unit of reading.  [default: 4,096 tokens]")  # fmt: skip
-@click.option("--shard-rows", type=click.IntRange(1),
-              help="Rows in a shard, the unit of work.  [default: 262,144 tokens]")  # fmt: skip
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+@click.option("--grow", is_flag=True,
+              help="Add new domains, and documents at the end of old ones.")  # fmt: skip
+@click.option(
+    "--rank",
+    type=click.IntRange(0),
+    help="Which process this is, of several on one cache.  [default: from RANK or SLURM]",
+)
+@click.option("--world", type=click.IntRange(1), help="How many there are.")
 def build(
     corpus: Path,
     cache: Path,
@@ -52,16 +158,20 @@ def build(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    rank: int | None,
+    world: int | None,
     **settings: Any,
 ) -> None:
     """Run the teacher over CORPUS once and store its targets in CACHE.
 
     CORPUS is a directory in which each file or sub-folder is a domain, or a YAML mix file. A
-    build that was stopped goes on by the same command.
+    build that was stopped goes on by the same command. Any number of processes may be given the
+    same command: they share the work.
     """
     from ddk_cache.corpus import find_sources
 
     TargetSpec.parse(targets)
+    place = which_process(rank, world)
     sources = find_sources(corpus, say)
 
     from ddk_cache.build import build
@@ -70,15 +180,36 @@ def build(
 
     words = load_tokenizer(tokenizer or teacher)
     model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    build(cache, sources, model, words, target_spec=targets, **settings)
+    settings |= {"target_spec": targets, "rank": place[0], "world": place[1]}
+    build(cache, sources, model, words, **settings)
     say(f"{cache} is finished. Train from it:  ddk-train run {cache} RUN --student …")
+
+
+def which_process(rank: int | None, world: int | None) -> tuple[int, int]:
+    """Return rank and world: as given, or as torchrun or SLURM say.
+
+    Raises:
+        InputError: they make no sense.
+    """
+    for rank_name, world_name in RANKS:
+        if rank is None and rank_name in os.environ and world_name in os.environ:
+            try:
+                rank, world = int(os.environ[rank_name]), int(os.environ[world_name])
+            except ValueError:
+                raise InputError(f"{rank_name} or {world_name} is no number.") from None
+            # A SLURM array may be numbered from 1, or with gaps.
+            rank %= max(world, 1)
+    rank, world = rank or 0, world or 1
+    if not 0 <= rank < max(world, 1):
+        raise InputError(f"rank {rank} has to be below the number of processes, {world}.")
+    return rank, world
 
 
 @main.command()
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: Path, as_json: bool) -> None:
-    """Show what CACHE holds: domains, rows, the teacher's perplexity, bytes a token."""
+    """Show what CACHE holds: domains, rows, what was seen of the teacher, bytes a token."""
     from ddk_cache.info import describe, show
     from ddk_cache.reader import open_cache
 
@@ -91,25 +222,85 @@ def info(cache: Path, as_json: bool) -> None:
 
 @main.command()
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--drop-bad", is_flag=True,
+              help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
+@click.option("--teacher", help="Run this teacher again on some rows, and compare.")
+@click.option("--rows", type=click.IntRange(1), default=32, show_default=True,
+              help="How many rows.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, help="Which rows.")
+@options(HOW)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
-def verify(cache: Path, as_json: bool) -> None:
+def verify(
+    cache: Path,
+    drop_bad: bool,
+    teacher: str | None,
+    rows: int,
+    seed: int,
+    as_json: bool,
+    **how: Any,
+) -> None:
     """Hash every committed byte of CACHE and compare it with what was committed."""
-    from ddk_cache.reader import object_sizes, open_cache
-    from ddk_cache.verify import verify
+    from ddk_cache import verify as audit
+    from ddk_cache.reader import open_cache
 
     opened = open_cache(cache, unfinished=True)
-    with Progress("verifying", sum(object_sizes(opened).values()), "bytes") as progress:
-        findings = verify(opened, progress.advance)
-    problems = [problem for finding in findings for problem in finding.problems]
+    with Progress("verifying", audit.bytes_below(opened), "bytes") as progress:
+        problems = audit.verify(opened, progress.advance)
+    facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
+    if drop_bad:
+        facts["removed"] = [str(path) for path in audit.drop_bad(opened, problems)]
+    elif teacher and not problems:
+        facts["replay"] = vars(replay(opened, teacher, rows, seed, how))
     if as_json:
-        click.echo(json.dumps([vars(finding) for finding in findings], indent=1))
+        click.echo(json.dumps(facts, indent=1))
     else:
-        for domain in opened.domains:
-            of = [f for f in findings if f.domain == domain]
-            counted = ", ".join(f"{f.shards} {f.split}" for f in of)
-            bad = sum(len(f.problems) for f in of)
-            click.echo(f"{domain:24} {counted} shards: {f'{bad} BAD' if bad else 'good'}")
+        show_verified(facts)
+    if drop_bad and facts["removed"]:
+        say(f"{len(problems)} problems; run the same 'ddk-cache build' again to mend {cache}.")
+        return
     if problems:
-        listed = "\n".join(f"  {problem}" for problem in problems[:20])
-        raise click.ClickException(f"{len(problems)} problems in {cache}:\n{listed}")
-    opened.require_finished()
+        raise CacheError(f"{len(problems)} problems in {cache}; --drop-bad removes what is bad.")
+    if facts.get("replay", {}).get("bad"):
+        raise CacheError(f"{cache} is not what this teacher says.")
+    try:
+        opened.require_finished()
+    except UnfinishedCacheError as error:
+        say(str(error))
+
+
+def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any]) -> Any:
+    """Load the teacher of a cache and compare it with what is stored.
+
+    Raises:
+        MismatchError: it is another teacher than the cache's.
+    """
+    from ddk_cache.build import compare
+    from ddk_cache.scoring import Scorer
+    from ddk_cache.teacher import load_teacher
+    from ddk_cache.verify import replay
+
+    model = load_teacher(teacher, **how)
+    compare(opened.root, opened.spec.teacher, model.identity)
+
+    def score(key: Any, tokens: Any, batch_rows: int) -> Any:
+        return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None)
+
+    return replay(opened, score, rows, seed)
+
+
+def show_verified(facts: dict[str, Any]) -> None:
+    """Print what verifying found."""
+    for text in facts["problems"][:50]:
+        click.echo(f"BAD  {text}")
+    for path in facts.get("removed", []):
+        click.echo(f"removed  {path}")
+    if found := facts.get("replay"):
+        click.echo(
+            f"teacher on {found['rows']} rows, nats: stored − live {found['stored_mean']:.2e} "
+            f"(largest {found['stored_max']:.2e}); live − live {found['control_mean']:.2e} "
+            f"(largest {found['control_max']:.2e}); limit for a row {found['limit']:.2e}"
+        )
+        for name in found["bad"][:20]:
+            click.echo(f"BAD  {name}")
+    if not facts["problems"]:
+        click.echo("every committed byte is as it was committed")

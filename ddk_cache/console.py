@@ -6,10 +6,11 @@ gets a line every few seconds, because a bar redrawn into a file is unreadable.
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
@@ -30,6 +31,7 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a DDKError or Ctrl-C becomes its message and exit code."""
+        signal.signal(signal.SIGTERM, _interrupt)
         try:
             return super().invoke(ctx)
         except DDKError as error:
@@ -41,6 +43,11 @@ class Commands(click.Group):
         except OSError as error:
             say(f"Error: {error}")
             ctx.exit(1)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Treat SIGTERM, by which schedulers stop a job, as Ctrl-C."""
+    raise KeyboardInterrupt
 
 
 class Known(click.ParamType[str]):

@@ -19,7 +19,15 @@ import numpy as np
 import xxhash
 import yaml
 
-from ddk_cache.schema import SPLITS, Array, InputError, canonical, check_name, unknown
+from ddk_cache.schema import (
+    SPLITS,
+    Array,
+    InputError,
+    MismatchError,
+    canonical,
+    check_name,
+    unknown,
+)
 
 LOADERS = {
     ".parquet": "parquet",
@@ -399,8 +407,29 @@ class Tally:
         self.content.update(len(data).to_bytes(8, "little") + data)
 
 
+@dataclass(frozen=True)
+class Span:
+    """A run of a source's documents."""
+
+    skip: int = 0
+    """Documents before it."""
+    stop: int | None = None
+    """Number of the document that it ends before; None is the end of the source."""
+    content: str = ""
+    """Hash that the skipped documents have to have."""
+    tokens: int = 0
+    """Tokens of the skipped documents."""
+
+
 def token_rows(
-    source: Source, tokenizer: Any, *, seq_len: int, holdout: float, block: int, tally: Tally
+    source: Source,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    holdout: float,
+    block: int,
+    tally: Tally,
+    span: Span = Span(),
 ) -> Iterator[tuple[str, Array, Array]]:
     """Yield (split, tokens (n, S+1), loss mask (n, S)): n = `block`, less in a split's last.
 
@@ -408,10 +437,11 @@ def token_rows(
 
     Raises:
         InputError: as `documents` and `encode`, or the domain is too short for one training row.
+        MismatchError: the documents before the span are others than it says.
     """
     packers = {split: Packer(seq_len) for split in SPLITS}
     taken = dict.fromkeys(SPLITS, 0)
-    for split, encoded in _encoded(source, tokenizer, holdout, tally):
+    for split, encoded in _encoded(source, tokenizer, holdout, tally, span):
         packers[split].add(encoded)
         while packers[split].rows >= block:
             taken[split] += block
@@ -420,7 +450,7 @@ def token_rows(
         if rows := packer.rows:
             taken[split] += rows
             yield split, *packer.take(rows)
-    if not taken["train"]:
+    if not taken["train"] and not span.skip:
         raise InputError(
             f"domain {source.name!r} ({source.place}) is too short: {tally.tokens:,} tokens in "
             f"{tally.documents:,} documents do not fill one training row of {seq_len + 1}."
@@ -428,9 +458,22 @@ def token_rows(
 
 
 def _encoded(
-    source: Source, tokenizer: Any, holdout: float, tally: Tally
+    source: Source, tokenizer: Any, holdout: float, tally: Tally, span: Span
 ) -> Iterator[tuple[str, Encoded]]:
-    for batch in _batches(documents(source), DOCUMENTS_AT_ONCE):
+    reading = documents(source)
+    for document in itertools.islice(reading, span.skip):
+        tally.add(content(document), 0)
+    tally.tokens = span.tokens
+    if span.skip and tally.content.hexdigest() != span.content:
+        raise MismatchError(
+            f"domain {source.name!r} ({source.place}): its first {span.skip:,} documents are not "
+            "those that the cache was built from. A domain grows at its end only."
+        )
+    if source.tokens and tally.tokens >= source.tokens:
+        return
+    if span.stop is not None:
+        reading = itertools.islice(reading, span.stop - span.skip)
+    for batch in _batches(reading, DOCUMENTS_AT_ONCE):
         try:
             encoded = encode(tokenizer, batch)
         except InputError as error:

@@ -14,13 +14,15 @@ from pathlib import Path
 
 import xxhash
 
+from ddk_cache import process
+
 PARTIAL = ".partial"
 """Suffix of a temporary file or directory. One that is found was left by a process that died."""
 
 
 def replace(path: Path, data: bytes) -> None:
     """Write `data` to `path`, which holds the old or the new bytes at every moment."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    partial = path.with_name(f"{path.name}.{process.owner()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -31,6 +33,14 @@ def replace(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def sweep(top: Path) -> None:
+    """Remove the temporary files that processes which are gone left below a directory."""
+    for path in top.rglob(f"*{PARTIAL}"):
+        host = path.name.removesuffix(PARTIAL).rpartition("json.")[2]
+        if not process.alive(host, path):
+            path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

@@ -8,25 +8,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ddk_cache.audit import total
 from ddk_cache.reader import Cache, object_sizes
 from ddk_cache.schema import SPLITS
 
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Return the facts of a cache as plain JSON values."""
-    spec, manifest = cache.spec, cache.manifest
-    domains: dict[str, dict[str, Any]] = {}
-    for name in cache.domains:
-        loss, positions = cache.teacher_loss(name, "validation")
-        plan = cache.plan(name)
-        domains[name] = {
-            "documents": plan.documents,
-            "rows": {split: plan.rows(split) for split in SPLITS},
-            "committed_rows": {split: cache.committed_rows(name, split) for split in SPLITS},
-            "train_tokens": plan.rows("train") * spec.seq_len,
-            "teacher_loss": loss / positions if positions else None,
-            "teacher_perplexity": math.exp(loss / positions) if positions else None,
-        }
+    spec, root = cache.spec, cache.manifest.root
+    domains = {name: _domain(cache, name) for name in cache.domains}
     rows = sum(sum(domain["committed_rows"].values()) for domain in domains.values())
     sizes = object_sizes(cache)
     tokens = rows * spec.seq_len
@@ -35,12 +25,30 @@ def describe(cache: Cache) -> dict[str, Any]:
         "path": str(cache.root),
         "fingerprint": spec.fingerprint,
         "spec": spec.to_json(),
-        "provenance": dict(manifest.provenance),
-        "unplanned": sorted(set(manifest.sources) - set(manifest.plans)),
+        "batch_rows": root.batch_rows,
+        "provenance": dict(root.provenance),
+        "unplanned": sorted(set(root.sources) - set(cache.domains)),
         "domains": domains,
         "tokens": tokens,
         "bytes": sum(sizes.values()),
         "bytes_per_token": per_token | {"all": sum(per_token.values())},
+    }
+
+
+def _domain(cache: Cache, name: str) -> dict[str, Any]:
+    plan = cache.plan(name)
+    loss, positions = cache.teacher_loss(name, "validation")
+    records = [record for split in SPLITS for record in cache.records(name, split)]
+    return {
+        "documents": plan.documents,
+        "tokens": plan.tokens,
+        "content": plan.content,
+        "portions": len(plan.portions),
+        "rows": {split: plan.rows(split) for split in SPLITS},
+        "committed_rows": {split: cache.committed_rows(name, split) for split in SPLITS},
+        "teacher_loss": loss / positions if positions else None,
+        "teacher_perplexity": math.exp(loss / positions) if positions else None,
+        "seen": total(record.audit for record in records),
     }
 
 
@@ -50,27 +58,36 @@ def show(facts: dict[str, Any]) -> None:
     from rich.table import Table
 
     spec, console = facts["spec"], Console()
+    teacher, dtype = facts["provenance"].get("teacher"), spec["teacher"].get("dtype", "callable")
     console.print(f"[bold]{facts['path']}[/]  fingerprint {facts['fingerprint']}")
     console.print(
         f"{spec['targets']} of {spec['vocab_size']:,} tokens, rows of {spec['seq_len']:,}; "
-        f"teacher {facts['provenance'].get('teacher')} ({spec['teacher'].get('dtype', 'callable')})"
+        f"teacher {teacher} ({dtype})"
     )
     table = Table("domain", box=None, pad_edge=False)
-    for column in ("documents", "train rows", "held-out rows", "committed", "teacher perplexity"):
+    figures = ("documents", "train\nrows", "held-out\nrows", "done", "teacher\nperplexity")
+    for column in (*figures, "top-1\nright", "entropy,\nnats", "kept mass\n1 % … 50 %"):
         table.add_column(column, justify="right")
     for name, domain in facts["domains"].items():
-        planned, done = (sum(domain[key].values()) for key in ("rows", "committed_rows"))
-        perplexity = domain["teacher_perplexity"]
-        table.add_row(
-            name,
-            f"{domain['documents']:,}",
-            f"{domain['rows']['train']:,}",
-            f"{domain['rows']['validation']:,}",
-            f"{done / planned:.0%}",
-            f"{perplexity:,.2f}" if perplexity else "–",
-        )
+        table.add_row(name, *_row(domain))
     for name in facts["unplanned"]:
-        table.add_row(name, "not planned yet", "", "", "", "")
+        table.add_row(name, "not planned yet")
     console.print(table)
     parts = ", ".join(f"{name} {size:.2f}" for name, size in facts["bytes_per_token"].items())
     console.print(f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes; bytes a token: {parts}")
+
+
+def _row(domain: dict[str, Any]) -> list[str]:
+    planned, done = (sum(domain[key].values()) for key in ("rows", "committed_rows"))
+    perplexity, seen = domain["teacher_perplexity"], domain["seen"]
+    mass = seen["kept_mass_quantiles"] if seen else {}
+    return [
+        f"{domain['documents']:,}",
+        f"{domain['rows']['train']:,}",
+        f"{domain['rows']['validation']:,}",
+        f"{done / planned:.0%}",
+        f"{perplexity:,.2f}" if perplexity else "–",
+        f"{seen['accuracy']:.1%}" if seen else "–",
+        f"{seen['entropy']:.2f}" if seen else "–",
+        f"{mass['0.01']:.2f} … {mass['0.5']:.2f}" if seen else "–",
+    ]

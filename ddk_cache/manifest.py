@@ -1,29 +1,33 @@
-"""The two JSON documents of a cache: the manifest in the root's attributes, and commit records.
+"""The JSON documents of a cache: the root, the plan of each domain, the record of each shard.
 
-The manifest says what the cache is and which rows it will hold; a record says that one shard of
-them is there. Both carry a seal, the hash of their own content, so that a changed digit is an
-error and not a number. They are kept apart because a manifest changes when the plan does, and a
-record never does.
+Each changes at another time and is its own file: the root says what the cache is and is written
+once; a plan fixes the rows of a domain; a record says that one shard is there, whole. So any
+number of processes can work on one cache without ever writing the same document. All carry a
+seal, the hash of their own content, and are read only if they are byte for byte what writing
+them again would give: a changed digit is an error, not a number.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ddk_cache import files
+from ddk_cache import files, process
 from ddk_cache.schema import (
     FORMAT_VERSION,
     SPLITS,
+    CacheError,
     CacheSpec,
     CorruptCacheError,
+    DDKError,
     DomainPlan,
     FormatVersionError,
-    InputError,
     NotACacheError,
+    Portion,
     ShardKey,
     canonical,
     check_name,
@@ -32,99 +36,257 @@ from ddk_cache.schema import (
 )
 
 ROOT = "zarr.json"
+PLANS = "plans"
 COMMITS = "commits"
 TOKENIZER = "tokenizer"
 
+T = TypeVar("T")
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+def dump(body: Mapping[str, Any]) -> bytes:
+    """Return the bytes of a sealed document."""
+    sealed = {"format_version": FORMAT_VERSION, **body}
+    sealed["seal"] = digest(canonical(sealed))
+    return json.dumps(sealed, indent=1, allow_nan=False).encode()
+
+
+def parse(data: bytes, where: str) -> dict[str, Any]:
+    """Return the body of a sealed document.
+
+    Raises:
+        FormatVersionError: it is of another version.
+        CorruptCacheError: it is not what was written.
+    """
+    try:
+        body = json.loads(data)
+        version = body.pop("format_version")
+        body.pop("seal", None)
+        if version == FORMAT_VERSION and dump(body) == data:
+            return dict(body)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptCacheError(f"{where} is damaged: {error!r}.") from error
+    if version != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where} has format version {version}; this ddk reads version {FORMAT_VERSION}. "
+            "Use the ddk that built it, or build it again."
+        )
+    raise CorruptCacheError(f"{where} is damaged: its content does not match its seal.")
+
+
+def read(path: Path) -> bytes:
+    """Return the bytes of a document; a missing one is a CorruptCacheError, for it was named."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def typed(value: Any, kind: type[T], least: int | None = None) -> T:
+    """Return a value that is exactly of a type, and at least so much; ValueError else."""
+    if type(value) is not kind or (least is not None and value < least):  # type: ignore[operator]
+        raise ValueError(f"{value!r} where a {kind.__name__} belongs")
+    return value
+
+
+# --- the root and the plans -----------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a cache is: its spec, the sources of its domains, and the rows planned for each."""
+class Root:
+    """What a cache is."""
 
     spec: CacheSpec
     batch_rows: int
-    """Rows that the teacher scores in one call."""
+    """Rows that the teacher scores in one call: they too decide the last bits of its word."""
     sources: Mapping[str, Mapping[str, Any]]
     """Every domain that the cache shall have, and where its documents come from."""
-    plans: Mapping[str, DomainPlan]
-    """The domains whose rows are fixed."""
+    tokenizer_files: Mapping[str, tuple[int, str]]
+    """Name → size and hash."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """Names and versions, for people; nothing depends on them."""
 
-    def shards(self) -> list[ShardKey]:
-        """Return every planned shard, in the order of building."""
-        return [
-            ShardKey(domain, split, index)
-            for domain, plan in self.plans.items()
-            for split in SPLITS
-            for index in range(len(shards(plan, split, self.spec.shard_rows)))
-        ]
-
-    def write(self, root: Path) -> None:
-        """Replace the root's attributes."""
+    def dump(self) -> bytes:
+        """Return the root's group document."""
         body = {
-            "format_version": FORMAT_VERSION,
             "spec": self.spec.to_json(),
             "fingerprint": self.spec.fingerprint,
             "batch_rows": self.batch_rows,
             "sources": {name: dict(source) for name, source in self.sources.items()},
-            "plans": {
-                name: {
-                    "documents": plan.documents,
-                    "tokens": plan.tokens,
-                    "content": plan.content,
-                    "extents": {split: list(rows) for split, rows in plan.extents.items()},
-                }
-                for name, plan in self.plans.items()
-            },
+            "tokenizer_files": {name: list(entry) for name, entry in self.tokenizer_files.items()},
             "provenance": dict(self.provenance),
         }
-        group = {"zarr_format": 3, "node_type": "group", "attributes": {"ddk": sealed(body)}}
-        files.replace(root / ROOT, json.dumps(group, indent=1).encode())
+        attributes = {"ddk": json.loads(dump(body))}
+        group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        return json.dumps(group, indent=1).encode()
 
     @classmethod
-    def read(cls, root: Path) -> Manifest:
-        """Read the root of a cache.
-
-        Raises:
-            NotACacheError: there is none at `root`.
-            FormatVersionError: it is of another format version.
-            CorruptCacheError: it is not what was written.
-        """
+    def parse(cls, data: bytes, path: Path) -> Root:
+        """Read what `dump` wrote; see `read_root` for the errors."""
         try:
-            group = json.loads((root / ROOT).read_bytes())
-            body = group["attributes"]["ddk"]
-        except (OSError, ValueError, KeyError, TypeError):
+            inner = json.loads(data)["attributes"]["ddk"]
+            version = inner["format_version"]
+            document = json.dumps(inner, indent=1, allow_nan=False).encode()
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise NotACacheError(
-                f"{root} is not a cache: it has no {ROOT} with the attributes that "
+                f"{path.parent} is not a cache: it has no {ROOT} with the attributes that "
                 "'ddk-cache build' writes."
             ) from None
-        version = body.get("format_version") if isinstance(body, dict) else None
+        body = parse(document, str(path)) if version == FORMAT_VERSION else inner
         if version != FORMAT_VERSION:
             raise FormatVersionError(
-                f"{root} has format version {version}; this ddk reads version {FORMAT_VERSION}. "
-                "Use the ddk that built it, or build it again."
+                f"{path.parent} has format version {version}; this ddk reads version "
+                f"{FORMAT_VERSION}. Use the ddk that built it, or build it again."
             )
-        check_seal(body, str(root / ROOT))
+        root: Root = understand(path, lambda: cls._of(body))
+        if root.dump() != data:
+            raise CorruptCacheError(f"{path} is damaged: it is not what was written.")
+        return root
+
+    @classmethod
+    def _of(cls, body: Mapping[str, Any]) -> Root:
+        return cls(
+            spec=CacheSpec.from_json(body["spec"]),
+            batch_rows=typed(body["batch_rows"], int, 1),
+            sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
+            tokenizer_files={
+                typed(name, str): (typed(size, int, 0), typed(hashed, str))
+                for name, (size, hashed) in body["tokenizer_files"].items()
+            },
+            provenance={name: typed(v, str) for name, v in body["provenance"].items()},
+        )
+
+
+def understand(path: Path, build: Any) -> Any:
+    """Return `build()`; what it cannot make sense of is a CorruptCacheError of that file."""
+    try:
+        return build()
+    except CacheError:
+        raise
+    except (DDKError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CorruptCacheError(f"{path} is damaged: {error!r}.") from error
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A cache's root, and the plans that are fixed so far."""
+
+    root: Root
+    plans: Mapping[str, DomainPlan]
+
+    @property
+    def spec(self) -> CacheSpec:
+        """Return what the cache is."""
+        return self.root.spec
+
+    def shards(self) -> list[ShardKey]:
+        """Return every planned shard, in the order of building."""
+        return [
+            ShardKey(domain, split, number)
+            for domain, plan in self.plans.items()
+            for split in SPLITS
+            for number in range(len(shards(plan, split, self.spec.shard_rows)))
+        ]
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Read the documents of the cache at `path`.
+
+        Raises:
+            NotACacheError: there is none.
+            FormatVersionError: it is of another format version.
+            CorruptCacheError: a document is not what was written.
+        """
         try:
-            return cls(
-                spec=CacheSpec.from_json(body["spec"]),
-                batch_rows=int(body["batch_rows"]),
-                sources=body["sources"],
-                plans={
-                    check_name(name): DomainPlan(
-                        documents=int(plan["documents"]),
-                        tokens=int(plan["tokens"]),
-                        content=str(plan["content"]),
-                        extents={
-                            split: tuple(map(int, plan["extents"][split])) for split in SPLITS
-                        },
-                    )
-                    for name, plan in body["plans"].items()
-                },
-                provenance=body["provenance"],
+            data = (path / ROOT).read_bytes()
+        except OSError:
+            data = b""
+        root = Root.parse(data, path / ROOT)
+        planned = [name for name in sorted(root.sources) if plan_path(path, name).exists()]
+        return cls(root, {name: read_plan(path, root.spec, name) for name in planned})
+
+
+def create_root(path: Path, root: Root) -> bool:
+    """Write the root of a new cache; False where another process was first."""
+    partial = path / f"{ROOT}.{process.owner()}{files.PARTIAL}"
+    files.replace(partial, root.dump())
+    try:
+        os.link(partial, path / ROOT)
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+    files.sync(path)
+    return True
+
+
+def plan_path(root: Path, domain: str) -> Path:
+    """Return where the plan of a domain lies."""
+    return root / PLANS / f"{domain}.json"
+
+
+def write_plan(root: Path, spec: CacheSpec, domain: str, plan: DomainPlan) -> None:
+    """Fix the rows of a domain."""
+    portions = [
+        {
+            "documents": portion.documents,
+            "tokens": portion.tokens,
+            "content": portion.content,
+            "rows": {split: portion.rows[split] for split in SPLITS},
+        }
+        for portion in plan.portions
+    ]
+    body = {
+        "domain": domain,
+        "fingerprint": spec.fingerprint,
+        "portions": portions,
+        "metadata": dict(plan.metadata),
+    }
+    plan_path(root, domain).parent.mkdir(exist_ok=True)
+    files.replace(plan_path(root, domain), dump(body))
+
+
+def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
+    """Read the plan of a domain. Raises CorruptCacheError where it is damaged or another's."""
+    path = plan_path(root, domain)
+    body = parse(read(path), str(path))
+    if (body.get("domain"), body.get("fingerprint")) != (domain, spec.fingerprint):
+        raise CorruptCacheError(f"{path} belongs to another domain or cache.")
+
+    def build() -> DomainPlan:
+        portions = tuple(
+            Portion(
+                documents=typed(portion["documents"], int, 1),
+                tokens=typed(portion["tokens"], int, 1),
+                content=typed(portion["content"], str),
+                rows={split: typed(portion["rows"][split], int, 0) for split in SPLITS},
             )
-        except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CorruptCacheError(f"{root / ROOT} is damaged: {error!r}.") from error
+            for portion in body["portions"]
+        )
+        if not portions:
+            raise ValueError("a plan without a portion")
+        metadata = {typed(name, str): typed(text, str) for name, text in body["metadata"].items()}
+        return DomainPlan(portions, metadata)
+
+    plan: DomainPlan = understand(path, build)
+    return plan
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Object:
+    """One committed file: a shard of one array."""
+
+    bytes: int
+    hash: str
+    """xxh3-128 of the file."""
+    chunks: str
+    """The crc32c of each chunk, eight hex digits each: a chunk is read only if it has it, so that
+    a good shard in the wrong place is noticed without reading it as a whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,50 +296,78 @@ class Record:
     key: ShardKey
     fingerprint: str
     """Of the spec that the shard was built under."""
+    content: str
+    """Of the portion that its rows come from."""
     rows: int
     """Valid rows; the rest of the shard is padding."""
     positions: int
     """Positions where the loss counts."""
     teacher_loss: float
     """Sum over those positions of the teacher's −log p(true token), nats, before rounding."""
-    objects: Mapping[str, tuple[int, str]]
-    """Path below the root → size in bytes and hash."""
+    batch_rows: int
+    """Rows that the teacher scored in one call."""
+    audit: Mapping[str, Any]
+    """What was seen while it was written; see `ddk_cache.audit`."""
+    objects: Mapping[str, Object]
+    """By array."""
 
     def write(self, root: Path) -> None:
         """Write the record; from here on the shard is committed."""
         body = {
-            "format_version": FORMAT_VERSION,
             "shard": list(self.key),
             "fingerprint": self.fingerprint,
+            "content": self.content,
             "rows": self.rows,
             "positions": self.positions,
             "teacher_loss": self.teacher_loss,
-            "objects": {path: list(entry) for path, entry in self.objects.items()},
+            "batch_rows": self.batch_rows,
+            "audit": dict(self.audit),
+            "objects": {name: vars(entry) for name, entry in self.objects.items()},
         }
         path = record_path(root, self.key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps(sealed(body), indent=1).encode())
+        files.replace(path, dump(body))
 
-    @classmethod
-    def read(cls, root: Path, key: ShardKey) -> Record:
-        """Read the record of a shard. Raises CorruptCacheError where it is damaged."""
-        path = record_path(root, key)
-        try:
-            body = json.loads(path.read_bytes())
-            check_seal(body, str(path))
-            record = cls(
-                key=ShardKey(*body["shard"]),
-                fingerprint=body["fingerprint"],
-                rows=int(body["rows"]),
-                positions=int(body["positions"]),
-                teacher_loss=float(body["teacher_loss"]),
-                objects={name: (int(n), str(h)) for name, (n, h) in body["objects"].items()},
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptCacheError(f"the commit record {path} is damaged: {error!r}.") from error
-        if record.key != key:
-            raise CorruptCacheError(f"{path} is the record of another shard, {record.key}.")
-        return record
+
+def read_record(root: Path, manifest: Manifest, key: ShardKey) -> Record:
+    """Read the record of a planned shard.
+
+    Raises:
+        CorruptCacheError: it is damaged, or of another shard, plan or cache.
+    """
+    path, spec = record_path(root, key), manifest.spec
+    body = parse(read(path), str(path))
+
+    def build() -> Record:
+        return Record(
+            key=ShardKey(*body["shard"]),
+            fingerprint=typed(body["fingerprint"], str),
+            content=typed(body["content"], str),
+            rows=typed(body["rows"], int, 1),
+            positions=typed(body["positions"], int, 0),
+            teacher_loss=typed(body["teacher_loss"], float),
+            batch_rows=typed(body["batch_rows"], int, 1),
+            audit=typed(body["audit"], dict),
+            objects={
+                name: Object(
+                    bytes=typed(body["objects"][name]["bytes"], int, 0),
+                    hash=typed(body["objects"][name]["hash"], str),
+                    chunks=typed(body["objects"][name]["chunks"], str),
+                )
+                for name in spec.arrays
+            },
+        )
+
+    record: Record = understand(path, build)
+    planned = shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
+    if (record.key, record.fingerprint, record.rows, record.content) != (
+        *(key, spec.fingerprint),
+        *planned,
+    ):
+        raise CorruptCacheError(f"{path} is the record of another shard or cache ({record.key}).")
+    if {len(entry.chunks) for entry in record.objects.values()} != {8 * spec.chunks_per_shard}:
+        raise CorruptCacheError(f"{path} is damaged: checksums are missing.")
+    return record
 
 
 def record_path(root: Path, key: ShardKey) -> Path:
@@ -192,22 +382,11 @@ def object_path(root: Path, spec: CacheSpec, key: ShardKey, name: str) -> Path:
 
 
 def committed(root: Path, domain: str, split: str) -> set[int]:
-    """Return the indices of the committed shards of a split, by their records' names."""
+    """Return the numbers of the committed shards of a split, by their records' names."""
     folder = root / COMMITS / domain / split
-    if not folder.is_dir():
+    try:
+        names = [entry.name for entry in os.scandir(folder)]
+    except OSError:
         return set()
-    return {int(path.stem) for path in folder.glob("*.json") if path.stem.isdecimal()}
-
-
-def sealed(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the document with its seal."""
-    return {**body, "seal": digest(canonical(body))}
-
-
-def check_seal(body: object, where: str) -> None:
-    """Raise CorruptCacheError unless the document is what was sealed."""
-    if isinstance(body, dict):
-        rest = {name: value for name, value in body.items() if name != "seal"}
-        if body.get("seal") == digest(canonical(rest)):
-            return
-    raise CorruptCacheError(f"{where} is damaged: its content does not match its seal.")
+    numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return {int(number) for number in numbers if number.isascii() and number.isdecimal()}

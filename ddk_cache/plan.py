@@ -9,28 +9,79 @@ is that planning reads the whole corpus; a domain that was interrupted is read a
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
-from ddk_cache.console import Progress
-from ddk_cache.corpus import Source, Tally, token_rows
-from ddk_cache.manifest import Manifest
-from ddk_cache.schema import SPLITS, DomainPlan, ShardKey
-from ddk_cache.store import TOKEN_ARRAYS, Store
+from ddk_cache.corpus import Source, Span, Tally, token_rows
+from ddk_cache.schema import SPLITS, DomainPlan, MismatchError, Portion, ShardKey, shards
+from ddk_cache.store import Store
+
+Advance = Callable[[int], None]
+"""Hears of tokens as they are done."""
 
 
-def plan_domain(
-    store: Store, source: Source, tokenizer: Any, advance: Callable[[int], None]
-) -> DomainPlan:
-    """Write the token rows of one domain and return its plan; `advance` hears of tokens.
+def plan_domain(store: Store, source: Source, tokenizer: Any, advance: Advance) -> DomainPlan:
+    """Write the token rows of a domain and return its plan.
 
     Raises:
         InputError: the source cannot be read or is too short.
     """
-    spec, tally = store.spec, Tally()
     store.clear(source.name)
-    rows = dict.fromkeys(SPLITS, 0)
+    portion = _write_portion(store, source, tokenizer, advance, None, Span())
+    return _with_metadata(store, source.name, DomainPlan((portion,)))
+
+
+def grow_domain(
+    store: Store, source: Source, tokenizer: Any, advance: Advance, plan: DomainPlan
+) -> DomainPlan:
+    """Write the rows of the documents that a domain has beyond its plan, and return the new plan.
+
+    Raises:
+        MismatchError: its first documents are not those that the cache was built from.
+    """
+    span = Span(skip=plan.documents, content=plan.content, tokens=plan.tokens)
+    portion = _write_portion(store, source, tokenizer, advance, plan, span)
+    if portion.documents == plan.documents:
+        return plan
+    return _with_metadata(store, source.name, DomainPlan((*plan.portions, portion)))
+
+
+def mend_tokens(
+    store: Store, source: Source, tokenizer: Any, advance: Advance, plan: DomainPlan
+) -> None:
+    """Write token rows of a planned domain again where they are missing.
+
+    Raises:
+        MismatchError: the documents are no longer those of the plan.
+    """
+    wanted, before = store.missing_tokens(source.name, plan), None
+    for number, portion in enumerate(plan.portions):
+        last = before.portions[-1] if before else Portion(0, 0, "", {})
+        span = Span(last.documents, portion.documents, last.content, last.tokens)
+        made = _write_portion(store, source, tokenizer, advance, before, span, wanted)
+        if made != portion:
+            raise MismatchError(
+                f"domain {source.name!r} ({source.place}): its documents are not those that the "
+                "cache was planned from, so its damaged token rows cannot be made again."
+            )
+        before = DomainPlan(plan.portions[: number + 1])
+
+
+def _write_portion(
+    store: Store,
+    source: Source,
+    tokenizer: Any,
+    advance: Advance,
+    before: DomainPlan | None,
+    span: Span,
+    wanted: set[ShardKey] | None = None,
+) -> Portion:
+    """Write the token rows of a span of documents behind those of a plan.
+
+    With `wanted`, only those shards are written.
+    """
+    spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
+    first = {s: len(shards(before, s, spec.shard_rows)) if before else 0 for s in SPLITS}
     blocks = token_rows(
         source,
         tokenizer,
@@ -38,37 +89,19 @@ def plan_domain(
         holdout=spec.holdout,
         block=spec.shard_rows,
         tally=tally,
+        span=span,
     )
     for split, tokens, loss_mask in blocks:
-        key = ShardKey(source.name, split, rows[split] // spec.shard_rows)
-        store.allocate(source.name, split, key.number + 1, TOKEN_ARRAYS)
-        store.write(key, {"tokens": tokens, "loss_mask": loss_mask})
+        key = ShardKey(source.name, split, first[split] + rows[split] // spec.shard_rows)
+        if wanted is None or key in wanted:
+            store.write(key, {"tokens": tokens, "loss_mask": loss_mask})
         rows[split] += len(tokens)
         advance(len(tokens) * spec.seq_len)
-    for split, count in rows.items():
-        store.allocate(source.name, split, -(-count // spec.shard_rows), spec.arrays)
-    return DomainPlan(
-        documents=tally.documents,
-        tokens=tally.tokens,
-        content=tally.content.hexdigest(),
-        extents={split: (count,) if count else () for split, count in rows.items()},
-    )
+    return Portion(tally.documents, tally.tokens, tally.content.hexdigest(), rows)
 
 
-def plan_all(
-    store: Store,
-    manifest: Manifest,
-    sources: list[Source],
-    tokenizer: Any,
-    progress: Progress,
-) -> Manifest:
-    """Plan every domain that has no plan yet; the manifest is replaced after each."""
-    for source in sources:
-        if source.name in manifest.plans:
-            continue
-        plan = plan_domain(
-            store, source, tokenizer, functools.partial(progress.advance, note=source.name)
-        )
-        manifest = dataclasses.replace(manifest, plans={**manifest.plans, source.name: plan})
-        manifest.write(store.root)
-    return manifest
+def _with_metadata(store: Store, domain: str, plan: DomainPlan) -> DomainPlan:
+    """Return the plan with its Zarr documents, which are written too."""
+    plan = dataclasses.replace(plan, metadata=store.metadata(domain, plan))
+    store.restore_metadata(plan)
+    return plan

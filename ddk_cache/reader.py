@@ -9,18 +9,26 @@ never Zarr's silent fill value.
 
 from __future__ import annotations
 
-import os
+import struct
 from collections.abc import Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
-import google_crc32c
 import numcodecs.blosc
 import numpy as np
 
 from ddk_cache.codec import LogprobCodec
-from ddk_cache.manifest import TOKENIZER, Manifest, Record, committed, object_path
+from ddk_cache.manifest import (
+    TOKENIZER,
+    Manifest,
+    Record,
+    committed,
+    object_path,
+    read_record,
+)
 from ddk_cache.schema import (
+    LARGEST_CHUNK,
     SPLITS,
     Array,
     CacheSpec,
@@ -29,18 +37,23 @@ from ddk_cache.schema import (
     Extent,
     InputError,
     Rows,
+    Shard,
     ShardKey,
     UnfinishedCacheError,
     extents,
     shards,
     unknown,
 )
+from ddk_cache.shards import Index, index_of
 
 CHUNKS_KEPT = 256
 """Decoded chunks held in memory, so that rows of one chunk drawn soon after cost one read."""
 
-SHARDS_KEPT = 1024
-"""Shard indices held in memory."""
+BLOSC_HEADER = struct.Struct("<4xIII")
+"""Of a chunk: versions and flags, then bytes before, of a block, and after compression."""
+
+SHARDS_KEPT = 512
+"""Records and indices of shards held in memory."""
 
 
 def open_cache(path: str | Path, *, unfinished: bool = False) -> Cache:
@@ -64,7 +77,7 @@ class Cache:
         self.root = root
         self.manifest = manifest
         self.codec = LogprobCodec(manifest.spec.logprob_step)
-        self._index = lru_cache(SHARDS_KEPT)(self._read_index)
+        self._shard = lru_cache(SHARDS_KEPT)(self._read_shard)
         self._chunk = lru_cache(CHUNKS_KEPT)(self._read_chunk)
 
     @property
@@ -105,20 +118,24 @@ class Cache:
             for split in SPLITS
         }
 
-    def shard_rows(self, domain: str, split: str) -> list[int]:
-        """Return the number of valid rows of every planned shard of a split."""
+    def shards(self, domain: str, split: str) -> list[Shard]:
+        """Return every planned shard of a split, by number."""
         return shards(self.plan(domain), split, self.spec.shard_rows)
 
     def committed_rows(self, domain: str, split: str) -> int:
         """Return the number of valid rows in committed shards."""
         done = self._committed[domain, split]
-        return sum(
-            rows for index, rows in enumerate(self.shard_rows(domain, split)) if index in done
-        )
+        planned = self.shards(domain, split)
+        return sum(shard.rows for number, shard in enumerate(planned) if number in done)
+
+    def committed_row_numbers(self, domain: str, split: str) -> Array:
+        """Return the numbers of the rows of committed shards, ascending, int64."""
+        rows = self.row_numbers(domain, split)
+        return rows[np.isin(rows // self.spec.shard_rows, self.committed(domain, split))]
 
     def require_finished(self) -> None:
         """Raise UnfinishedCacheError unless every row of every domain is committed."""
-        missing = sorted(set(self.manifest.sources) - set(self.manifest.plans))
+        missing = sorted(set(self.manifest.root.sources) - set(self.manifest.plans))
         again = "Run the same 'ddk-cache build' again to go on."
         if missing:
             raise UnfinishedCacheError(
@@ -135,7 +152,7 @@ class Cache:
 
     def committed(self, domain: str, split: str) -> list[int]:
         """Return the numbers of the committed shards of a split, ascending."""
-        return sorted(self._committed[domain, split])
+        return sorted(self._committed[domain, split] & set(range(len(self.shards(domain, split)))))
 
     def records(self, domain: str, split: str) -> Iterator[Record]:
         """Yield the commit records of a split, each checked against the spec."""
@@ -187,66 +204,56 @@ class Cache:
 
     def record(self, key: ShardKey) -> Record:
         """Return the commit record of a shard. Raises CorruptCacheError where it is damaged."""
-        record = Record.read(self.root, key)
-        if record.fingerprint != self.spec.fingerprint:
-            raise CorruptCacheError(f"the record of shard {key} belongs to another cache.")
-        return record
+        return read_record(self.root, self.manifest, key)
 
     def _read_chunk(self, domain: str, split: str, chunk: int) -> dict[str, Array]:
         """Return one chunk of every array, as stored."""
-        shard, place = divmod(chunk, self.spec.shard_rows // self.spec.chunk_rows)
-        key = ShardKey(domain, split, shard)
-        if shard not in self._committed[domain, split]:
+        number, place = divmod(chunk, self.spec.chunks_per_shard)
+        record, indices = self._shard(ShardKey(domain, split, number))
+        out = {}
+        for name, layout in self.spec.arrays.items():
+            index = indices[name]
+            data, checksum = index.chunk(place)
+            if checksum != record.objects[name].chunks[8 * place : 8 * place + 8]:
+                raise CorruptCacheError(f"{index.path} is not the shard that was committed.")
+            shape = (self.spec.chunk_rows, *layout.inner)
+            out[name] = decompress(data, index.path, layout.dtype).reshape(shape)
+        return out
+
+    def _read_shard(self, key: ShardKey) -> tuple[Record, dict[str, Index]]:
+        """Return the record of a committed shard, and the index of each of its objects."""
+        if key.number not in self._committed[key.domain, key.split]:
             raise UnfinishedCacheError(
                 f"{self.root}: shard {key} is not committed. Run the same 'ddk-cache build' "
                 "again to go on."
             )
-        out = {}
-        for name, layout in self.spec.arrays.items():
+        record = self.record(key)
+        root, indices = self.root.resolve(), {}
+        for name, entry in record.objects.items():
             path = object_path(self.root, self.spec, key, name)
-            offset, length = self._index(path)[place]
-            data = _unwrap(_pread(path, int(offset), int(length)), path)
-            shape = (self.spec.chunk_rows, *layout.inner)
-            try:
-                flat = np.frombuffer(numcodecs.blosc.decompress(data), layout.dtype)
-                out[name] = flat.reshape(shape)
-            except (RuntimeError, ValueError) as error:
-                raise CorruptCacheError(f"chunk {place} of {path} is damaged: {error}") from error
-        return out
-
-    def _read_index(self, path: Path) -> Array:
-        """Return (chunks, 2) offsets and lengths: the footer of a shard."""
-        count = self.spec.shard_rows // self.spec.chunk_rows
-        size = path.stat().st_size if path.exists() else 0
-        length = 16 * count + 4
-        if size < length:
-            raise CorruptCacheError(f"{path} is missing or cut short ({size:,} bytes).")
-        footer = _unwrap(_pread(path, size - length, length), path)
-        index = np.frombuffer(footer, "<u8").reshape(count, 2)
-        if (index > size).any() or (index.sum(1) > size).any():
-            raise CorruptCacheError(f"the index of {path} points outside of the file.")
-        return index
+            if not path.resolve().is_relative_to(root):
+                raise CorruptCacheError(f"{path} leads out of the cache.")
+            indices[name] = index_of(path, self.spec.chunks_per_shard)
+            if path.stat().st_size != entry.bytes:
+                raise CorruptCacheError(
+                    f"{path} has {path.stat().st_size:,} bytes, {entry.bytes:,} were committed."
+                )
+        return record, indices
 
 
-def _pread(path: Path, offset: int, length: int) -> bytes:
-    handle = os.open(path, os.O_RDONLY)
+def decompress(data: bytes, path: Path, dtype: Any) -> Array:
+    """Return the values of a chunk, flat, after checking the size that it claims.
+
+    Raises:
+        CorruptCacheError: it is no blosc chunk, or larger than a chunk can be.
+    """
     try:
-        data = os.pread(handle, length, offset)
-    finally:
-        os.close(handle)
-    if len(data) != length:
-        raise CorruptCacheError(f"{path} is cut short: {len(data):,} of {length:,} bytes.")
-    return data
-
-
-def _unwrap(data: bytes, path: Path) -> bytes:
-    """Check the four bytes that the crc32c codec appends, and return the rest."""
-    body, stored = data[:-4], int.from_bytes(data[-4:], "little")
-    if google_crc32c.value(body) != stored:
-        raise CorruptCacheError(
-            f"{path} is damaged: checksum {google_crc32c.value(body):08x}, stored {stored:08x}."
-        )
-    return body
+        claimed, _, packed = BLOSC_HEADER.unpack_from(data)
+        if packed != len(data) or claimed > 4 * LARGEST_CHUNK:
+            raise ValueError(f"it claims {claimed:,} bytes from {packed:,}")
+        return np.frombuffer(numcodecs.blosc.decompress(data), dtype)
+    except (RuntimeError, ValueError, struct.error) as error:
+        raise CorruptCacheError(f"a chunk of {path} is damaged: {error}.") from error
 
 
 def object_sizes(cache: Cache) -> dict[str, int]:
@@ -255,6 +262,6 @@ def object_sizes(cache: Cache) -> dict[str, int]:
     for domain in cache.domains:
         for split in SPLITS:
             for record in cache.records(domain, split):
-                for path, (size, _) in record.objects.items():
-                    sizes[path.split("/")[3]] += size
+                for name, entry in record.objects.items():
+                    sizes[name] += entry.bytes
     return sizes

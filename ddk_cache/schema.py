@@ -14,7 +14,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -161,6 +161,18 @@ class Rows:
 # --- what a cache is ----------------------------------------------------------------------------
 
 
+LARGEST = {
+    "seq_len": 2**24,
+    "vocab_size": 2**31 - 1,
+    "chunk_rows": 2**20,
+    "shard_rows": 2**24,
+}
+"""Bounds that no real cache meets: a damaged number must not turn into an allocation."""
+
+LARGEST_CHUNK = 2**28
+"""Entries in a chunk, at most; a chunk is decoded in memory as a whole."""
+
+
 class ArrayLayout(NamedTuple):
     """One array of a split: its first axis is rows, `inner` are the others."""
 
@@ -193,22 +205,30 @@ class CacheSpec:
     """Name and content hashes of the tokenizer."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "vocab_size", "chunk_rows", "shard_rows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} has to be at least 1, not {getattr(self, name)}.")
-        if self.vocab_size > 2**31:
-            raise InputError(f"a vocabulary of {self.vocab_size:,} is beyond any tokenizer.")
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(
+                    f"{name} has to be a whole number from 1 to {most:,}, not {value}."
+                )
+        if type(self.logprob_step) is not float or not 0 < self.logprob_step < 1:
+            raise InputError(f"logprob_step has to be in (0, 1), not {self.logprob_step}.")
         if self.targets.size > self.vocab_size:
             raise InputError(
                 f"targets {self.targets} ask for more entries than the teacher's vocabulary has "
                 f"({self.vocab_size:,})."
             )
-        if not 0 <= self.holdout < 1:
+        if type(self.holdout) not in (int, float) or not 0 <= self.holdout < 1:
             raise InputError(f"holdout has to be in [0, 1), not {self.holdout}.")
         if self.shard_rows % self.chunk_rows:
             raise InputError(
                 f"a shard of {self.shard_rows} rows is no whole number of chunks of "
                 f"{self.chunk_rows} rows."
+            )
+        if self.chunk_rows * self.seq_len * self.targets.size > LARGEST_CHUNK:
+            raise InputError(
+                f"a chunk of {self.chunk_rows} rows of {self.seq_len:,} positions with "
+                f"{self.targets.size} entries is too large; give fewer --chunk-rows."
             )
 
     @property
@@ -241,8 +261,17 @@ class CacheSpec:
         """Read what `to_json` wrote. Raises CorruptCacheError on anything else."""
         try:
             return cls(**{**values, "targets": TargetSpec.parse(values["targets"])})
-        except (InputError, TypeError, KeyError, AttributeError) as error:
+        except (InputError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise CorruptCacheError(f"the spec of this cache is unreadable: {error}") from error
+
+    def resized(self, shard_rows: int) -> CacheSpec:
+        """Return the spec with other shards."""
+        return dataclasses.replace(self, shard_rows=shard_rows)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Return how many chunks a shard has."""
+        return self.shard_rows // self.chunk_rows
 
     @property
     def fingerprint(self) -> str:
@@ -251,24 +280,52 @@ class CacheSpec:
 
 
 @dataclass(frozen=True)
-class DomainPlan:
-    """The rows of one domain, fixed before the teacher sees the first of them.
+class Portion:
+    """A run of documents of a domain, and the rows that they were cut into.
 
-    Each extent is a run of rows that begins on a shard border; a later addition to the domain
-    is a further extent, so that bytes already written never change.
+    The first portion is what the domain was planned with; each later one is what it grew by.
     """
 
     documents: int
+    """Documents up to and with this portion."""
     tokens: int
-    """Tokens of all documents, before they were cut into rows."""
+    """Their tokens, before they were cut into rows."""
     content: str
-    """Hash of the documents in order."""
-    extents: Mapping[str, tuple[int, ...]]
-    """Rows of each extent, by split."""
+    """Hash of those documents in order."""
+    rows: Mapping[str, int]
+    """Rows of this portion, by split."""
+
+
+@dataclass(frozen=True)
+class DomainPlan:
+    """The rows of one domain, fixed before the teacher sees the first of them.
+
+    The rows of a portion begin on a shard border, so that growing changes no byte already
+    written.
+    """
+
+    portions: tuple[Portion, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """Path below the root → text of each Zarr document of the domain."""
+
+    @property
+    def documents(self) -> int:
+        """Return the number of documents."""
+        return self.portions[-1].documents
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of all documents."""
+        return self.portions[-1].tokens
+
+    @property
+    def content(self) -> str:
+        """Return the hash of all documents in order."""
+        return self.portions[-1].content
 
     def rows(self, split: str) -> int:
         """Return the number of rows of a split, padding not counted."""
-        return sum(self.extents[split])
+        return sum(portion.rows[split] for portion in self.portions)
 
 
 class ShardKey(NamedTuple):
@@ -289,21 +346,32 @@ class Extent(NamedTuple):
     rows: int
 
 
+class Shard(NamedTuple):
+    """What the plan says of one shard."""
+
+    rows: int
+    """Valid rows; the rest is padding."""
+    content: str
+    """Of the portion that its rows come from."""
+
+
 def extents(plan: DomainPlan, split: str, shard_rows: int) -> list[Extent]:
-    """Return where the rows of a split lie in its arrays; each extent begins a new shard."""
+    """Return where the rows of a split lie in its arrays: an extent for each portion."""
     found, start = [], 0
-    for rows in plan.extents[split]:
-        found.append(Extent(start, rows))
+    for portion in plan.portions:
+        rows = portion.rows[split]
+        if rows:
+            found.append(Extent(start, rows))
         start += -(-rows // shard_rows) * shard_rows
     return found
 
 
-def shards(plan: DomainPlan, split: str, shard_rows: int) -> list[int]:
-    """Return the number of valid rows of each shard of a split."""
+def shards(plan: DomainPlan, split: str, shard_rows: int) -> list[Shard]:
+    """Return the shards of a split, by number."""
     return [
-        min(shard_rows, rows - first)
-        for rows in plan.extents[split]
-        for first in range(0, rows, shard_rows)
+        Shard(min(shard_rows, portion.rows[split] - first), portion.content)
+        for portion in plan.portions
+        for first in range(0, portion.rows[split], shard_rows)
     ]
 
 

@@ -1,15 +1,17 @@
 """Arrays on disk: create, write whole shards, commit. The only file that knows zarr.
 
-zarr-python writes each object to a temporary file and renames it, but does not flush, and reads
-the old object before it replaces one; so every object is removed first, flushed and hashed after,
-and named in a record last. Everything is written in whole, padded shards: no writer ever shares
-an object with another, and a torn one is never read.
+Every object is made in a folder of the process, flushed, and renamed into its place, so it is
+whole wherever it can be seen; zarr-python alone would rename too, but not flush, and would read
+the old object first. Everything is written in whole, padded shards: no writer ever shares an
+object with another, and two that make the same shard make the same bytes. The price is a rename
+and a flush for each object.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,30 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from ddk_cache import files
+from ddk_cache import files, process
 from ddk_cache.codec import LogprobCodec
-from ddk_cache.manifest import Record, object_path
-from ddk_cache.schema import Array, ArrayLayout, CacheSpec, CorruptCacheError, ShardKey
+from ddk_cache.manifest import Object, Record, object_path
+from ddk_cache.schema import (
+    SPLITS,
+    Array,
+    CacheSpec,
+    CorruptCacheError,
+    DomainPlan,
+    ShardKey,
+    shards,
+)
+from ddk_cache.shards import index_of
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned; the other arrays wait for the teacher."""
 
+SCRATCH = "tmp"
+
 STORED_WHOLE: Any = {"write_empty_chunks": True}
 """Chunks equal to the fill value are stored too: a missing one must mean a missing one. Zarr keeps
 this with the handle and not with the array, so it is given at every opening."""
+
+GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=1)
 
 
 class Store:
@@ -37,19 +52,32 @@ class Store:
         self.root = root
         self.spec = spec
         self.codec = LogprobCodec(spec.logprob_step)
+        self.scratch = root / SCRATCH / process.owner()
 
-    def allocate(self, domain: str, split: str, count: int, names: Iterable[str]) -> None:
-        """Give the named arrays of a split room for `count` shards; bytes there stay."""
-        for name in names:
-            layout = self.spec.arrays[name]
-            shape = (count * self.spec.shard_rows, *layout.inner)
-            path = self._path(domain, split, name)
-            if (path / "zarr.json").exists():
-                array = zarr.open_array(path, mode="r+")
-                if array.shape != shape:
-                    array.resize(shape)
-            else:
-                self._create(path, layout, shape, name)
+    # --- Zarr's documents ---
+
+    def metadata(self, domain: str, plan: DomainPlan) -> dict[str, str]:
+        """Return path → text of the Zarr documents that a plan calls for."""
+        documents = {"domains/zarr.json": GROUP, f"domains/{domain}/zarr.json": GROUP}
+        for split in SPLITS:
+            documents[f"domains/{domain}/{split}/zarr.json"] = GROUP
+            count = len(shards(plan, split, self.spec.shard_rows))
+            for name in self.spec.arrays:
+                path = self.scratch / "metadata" / name
+                self._create(path, name, max(count, 1))
+                text = (path / "zarr.json").read_text()
+                documents[f"domains/{domain}/{split}/{name}/zarr.json"] = text
+        return documents
+
+    def restore_metadata(self, plan: DomainPlan) -> None:
+        """Write the Zarr documents of a plan where they are missing or changed."""
+        for name, text in plan.metadata.items():
+            path = self.root / name
+            if not path.exists() or path.read_bytes() != text.encode():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                files.replace(path, text.encode())
+
+    # --- shards ---
 
     def write(self, key: ShardKey, arrays: Mapping[str, Array]) -> None:
         """Write one shard of each named array: (rows ≤ shard_rows, …), padded with the fill."""
@@ -57,13 +85,14 @@ class Store:
             layout = self.spec.arrays[name]
             whole = np.full((self.spec.shard_rows, *layout.inner), layout.fill, layout.dtype)
             whole[: len(data)] = data
-            path = self._object(key, name)
-            path.unlink(missing_ok=True)
-            start = key.number * self.spec.shard_rows
-            array = self._open(key, name)
-            array[start : start + self.spec.shard_rows] = whole
-            files.sync(path)
-            files.sync(path.parent)
+            path = self.scratch / "shards" / name
+            self._create(path, name, 1)[:] = whole
+            made = path.joinpath("c", *["0"] * (1 + len(layout.inner)))
+            files.sync(made)
+            final = object_path(self.root, self.spec, key, name)
+            final.parent.mkdir(parents=True, exist_ok=True)
+            made.replace(final)
+            files.sync(final.parent)
 
     def read(self, key: ShardKey, name: str, rows: int) -> Array:
         """Return the first `rows` rows of a shard that was written, committed or not.
@@ -71,60 +100,74 @@ class Store:
         Raises:
             CorruptCacheError: the shard is missing or its checksum fails.
         """
-        if not self._object(key, name).exists():
-            raise CorruptCacheError(f"{self._object(key, name)} is missing.")
+        path = object_path(self.root, self.spec, key, name)
+        if not path.exists():
+            raise CorruptCacheError(f"{path} is missing.")
         start = key.number * self.spec.shard_rows
         try:
-            return np.asarray(self._open(key, name)[start : start + rows])
+            array = zarr.open_array(self._array(key.domain, key.split, name), mode="r")
+            return np.asarray(array[start : start + rows])
         except (ValueError, RuntimeError) as error:
-            raise CorruptCacheError(f"{self._object(key, name)} is damaged: {error}") from error
+            raise CorruptCacheError(f"{path} is damaged: {error}") from error
 
-    def commit(self, key: ShardKey, *, rows: int, positions: int, teacher_loss: float) -> Record:
-        """Hash the objects of a shard and write its record."""
-        paths = [self._object(key, name) for name in self.spec.arrays]
-        record = Record(
-            key=key,
-            fingerprint=self.spec.fingerprint,
-            rows=rows,
-            positions=positions,
-            teacher_loss=teacher_loss,
-            objects={str(path.relative_to(self.root)): files.hash_file(path) for path in paths},
-        )
+    def commit(self, key: ShardKey, **facts: Any) -> Record:
+        """Hash the objects of a shard and write its record; `facts` are its other fields."""
+        objects = {}
+        for name in self.spec.arrays:
+            path = object_path(self.root, self.spec, key, name)
+            size, hashed = files.hash_file(path)
+            chunks = index_of(path, self.spec.chunks_per_shard).checksums()
+            objects[name] = Object(size, hashed, chunks)
+        record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
         record.write(self.root)
         return record
+
+    def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:
+        """Return the planned shards of a domain whose token rows are not there."""
+        return {
+            key
+            for split in SPLITS
+            for number in range(len(shards(plan, split, self.spec.shard_rows)))
+            for key in [ShardKey(domain, split, number)]
+            if not all(self._there(key, name) for name in TOKEN_ARRAYS)
+        }
+
+    # --- leftovers ---
 
     def clear(self, domain: str) -> None:
         """Remove the arrays of a domain whose rows are not planned yet."""
         shutil.rmtree(self.root / "domains" / domain, ignore_errors=True)
 
     def sweep(self) -> None:
-        """Remove the temporary files of a process that was killed."""
-        for path in self.root.rglob(f"*{files.PARTIAL}"):
-            path.unlink(missing_ok=True)
+        """Remove the scratch of this process and of those that died."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        folder = self.root / SCRATCH
+        for path in folder.iterdir() if folder.is_dir() else []:
+            if not process.alive(path.name, path):
+                shutil.rmtree(path, ignore_errors=True)
 
-    def _path(self, domain: str, split: str, name: str) -> Path:
+    def _there(self, key: ShardKey, name: str) -> bool:
+        return object_path(self.root, self.spec, key, name).exists()
+
+    def _array(self, domain: str, split: str, name: str) -> Path:
         return self.root / "domains" / domain / split / name
 
-    def _object(self, key: ShardKey, name: str) -> Path:
-        return object_path(self.root, self.spec, key, name)
-
-    def _open(self, key: ShardKey, name: str) -> zarr.Array[Any]:
-        path = self._path(key.domain, key.split, name)
-        return zarr.open_array(path, mode="r+").with_config(STORED_WHOLE)
-
-    def _create(self, path: Path, layout: ArrayLayout, shape: tuple[int, ...], name: str) -> None:
+    def _create(self, path: Path, name: str, count: int) -> Any:
+        """Create an empty array for `count` shards in the scratch folder."""
+        shutil.rmtree(path, ignore_errors=True)
+        layout = self.spec.arrays[name]
         typesize = layout.dtype.itemsize
         blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=typesize)
-        zarr.create_array(
-            self.root,
-            name=str(path.relative_to(self.root)),
-            shape=shape,
-            chunks=(self.spec.chunk_rows, *layout.inner),
-            shards=(self.spec.shard_rows, *layout.inner),
+        inner = layout.inner
+        return zarr.create_array(
+            path,
+            shape=(count * self.spec.shard_rows, *inner),
+            chunks=(self.spec.chunk_rows, *inner),
+            shards=(self.spec.shard_rows, *inner),
             dtype=layout.dtype,
             fill_value=layout.dtype.type(layout.fill),
             compressors=[blosc, Crc32cCodec()],
             attributes=self.codec.attributes() if name.endswith(("logprob", "logprobs")) else {},
-            dimension_names=("row", "position", "entry")[: len(shape)],
+            dimension_names=("row", "position", "entry")[: 1 + len(inner)],
             config=STORED_WHOLE,
         )

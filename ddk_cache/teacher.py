@@ -35,6 +35,15 @@ class Teacher:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
+def no_teacher(vocab_size: int) -> Teacher:
+    """Return a teacher that cannot be asked, to count rows with."""
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        raise InputError("there is no teacher to ask.")
+
+    return Teacher(logits, vocab_size, {}, "none")
+
+
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; `auto` is CUDA where there is one, else the CPU.
 

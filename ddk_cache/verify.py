@@ -1,76 +1,186 @@
-"""Audit of a cache: every committed object is there, with the size and hash of its record.
+"""Audit of a cache on disk: every committed byte, every document, and the teacher on a sample.
 
-Reading everything once is the only honest check, so it is done in parallel and with progress.
+Reading everything once is the only honest check of bytes, so it is done in parallel. What the
+teacher says now is compared with what is stored beside a control, the teacher against itself in
+another batch: on a GPU even that is not exact, and a difference means nothing without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from ddk_cache import files
-from ddk_cache.manifest import Record
+from ddk_cache.manifest import TOKENIZER, Object, object_path, record_path
 from ddk_cache.reader import Cache
-from ddk_cache.schema import SPLITS, CorruptCacheError, ShardKey
+from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey
+from ddk_cache.store import TOKEN_ARRAYS
 
 THREADS = 8
 """Objects hashed at the same time; hashing and reading both let the interpreter go."""
 
 
-@dataclass
-class Finding:
-    """What verifying one split of one domain brought to light."""
+@dataclass(frozen=True)
+class Problem:
+    """Something that is not as it was committed."""
 
-    domain: str
-    split: str
-    shards: int = 0
-    bytes: int = 0
-    problems: list[str] = field(default_factory=list)
+    path: Path
+    text: str
+    key: ShardKey | None = None
+    """The shard that it is part of, if it is part of one."""
 
 
-def verify(cache: Cache, advance: Callable[[int], None]) -> list[Finding]:
-    """Re-hash all committed objects; `advance` hears of bytes as they are done."""
+def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
+    """Return every problem of a cache; `advance` hears of bytes as they are hashed."""
+    problems = [*_tokenizer(cache), *_metadata(cache)]
+    keys = [
+        ShardKey(domain, split, number)
+        for domain in cache.domains
+        for split in SPLITS
+        for number in cache.committed(domain, split)
+    ]
     with ThreadPoolExecutor(THREADS) as pool:
-        return [
-            _verify_split(cache, domain, split, pool, advance)
-            for domain in cache.domains
-            for split in SPLITS
-        ]
-
-
-def _verify_split(
-    cache: Cache, domain: str, split: str, pool: ThreadPoolExecutor, advance: Callable[[int], None]
-) -> Finding:
-    finding = Finding(domain, split)
-    keys = [ShardKey(domain, split, index) for index in cache.committed(domain, split)]
-    for record, problem in pool.map(lambda key: _check_record(cache, key), keys):
-        finding.shards += 1
-        if problem:
-            finding.problems.append(problem)
-        if record:
-            checks = pool.map(lambda item: _check_object(cache, *item), record.objects.items())
-            finding.problems += [problem for problem in checks if problem]
-            size = sum(size for size, _ in record.objects.values())
-            finding.bytes += size
+        for found, size in pool.map(lambda key: _shard(cache, key), keys):
+            problems += found
             advance(size)
-    return finding
+    return problems
 
 
-def _check_record(cache: Cache, key: ShardKey) -> tuple[Record | None, str]:
+def bytes_below(cache: Cache) -> int:
+    """Return the bytes of all files below the domains of a cache."""
+    files_below = (cache.root / "domains").rglob("*")
+    return sum(path.stat().st_size for path in files_below if path.is_file())
+
+
+def _tokenizer(cache: Cache) -> Iterator[Problem]:
+    for name, entry in cache.manifest.root.tokenizer_files.items():
+        yield from _differs(cache.root / TOKENIZER / name, *entry)
+
+
+def _metadata(cache: Cache) -> Iterator[Problem]:
+    for domain in cache.domains:
+        for name, text in cache.plan(domain).metadata.items():
+            path = cache.root / name
+            if not path.is_file() or path.read_bytes() != text.encode():
+                yield Problem(path, f"{path} is missing or has changed")
+
+
+def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
+    """Return the problems of a committed shard and the bytes that it has."""
     try:
-        return cache.record(key), ""
+        record = cache.record(key)
     except CorruptCacheError as error:
-        return None, str(error)
+        return [Problem(record_path(cache.root, key), str(error), key)], 0
+    problems = []
+    for name, entry in record.objects.items():
+        problems += _object(cache, key, name, entry)
+    return problems, sum(entry.bytes for entry in record.objects.values())
 
 
-def _check_object(cache: Cache, name: str, committed: tuple[int, str]) -> str:
-    path = cache.root / name
-    if not path.is_file():
-        return f"{path} is missing"
-    size, found = files.hash_file(path)
-    if size != committed[0]:
-        return f"{path} has {size:,} bytes, {committed[0]:,} were committed"
-    if found != committed[1]:
-        return f"{path} has changed: its hash is {found}, {committed[1]} was committed"
-    return ""
+def _object(cache: Cache, key: ShardKey, name: str, entry: Object) -> list[Problem]:
+    path = object_path(cache.root, cache.spec, key, name)
+    if not path.resolve().is_relative_to(cache.root.resolve()):
+        return [Problem(path, f"{path} leads out of the cache", key)]
+    return list(_differs(path, entry.bytes, entry.hash, key))
+
+
+def _differs(path: Path, size: int, hashed: str, key: ShardKey | None = None) -> Iterator[Problem]:
+    if path.is_symlink() or not path.is_file():
+        yield Problem(path, f"{path} is missing, or not a plain file", key)
+        return
+    found = files.hash_file(path)
+    if found[0] != size:
+        yield Problem(path, f"{path} has {found[0]:,} bytes, {size:,} were committed", key)
+    elif found[1] != hashed:
+        yield Problem(path, f"{path} has changed: hash {found[1]}, committed {hashed}", key)
+
+
+def drop_bad(cache: Cache, problems: list[Problem]) -> list[Path]:
+    """Remove what is bad, so that `build` makes just that again; return what was removed.
+
+    The record of a shard goes first: from then on the shard does not exist for any reader. The
+    token rows of a shard are removed only if they are what is bad.
+    """
+    removed = []
+    for problem in problems:
+        if problem.key:
+            removed.append(record_path(cache.root, problem.key))
+        if (
+            problem.path.name == "zarr.json"
+            or problem.path.parent.name == TOKENIZER
+            or (problem.key and any(name in problem.path.parts for name in TOKEN_ARRAYS))
+        ):
+            removed.append(problem.path)
+    removed = list(dict.fromkeys(removed))
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
+
+
+# --- the teacher on a sample ----------------------------------------------------------------------
+
+
+Score = Callable[[ShardKey, Array, int], Mapping[str, Array]]
+"""(what, (R, S+1) tokens, rows in a batch) → the teacher's scores, as `Scorer.score` gives them."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Differences of log-probabilities on N rows, in nats, beside what they may be."""
+
+    rows: int
+    stored_mean: float
+    stored_max: float
+    """Of the stored values to the teacher's now."""
+    control_mean: float
+    control_max: float
+    """Of the teacher to itself, a row at a time."""
+    limit: float
+    """The largest mean difference of a row that rounding and the control explain."""
+    bad: tuple[str, ...]
+    """Rows beyond it."""
+
+
+def replay(cache: Cache, score: Score, count: int, seed: int) -> Replay:
+    """Run the teacher on random committed rows again and compare."""
+    stored, control = [], []
+    names = sample_rows(cache, count, seed)
+    for domain, split in dict.fromkeys((domain, split) for domain, split, _ in names):
+        numbers = [row for d, s, row in names if (d, s) == (domain, split)]
+        rows, key = cache.read(domain, split, numbers), ShardKey(domain, split, 0)
+        now = score(key, rows.tokens, cache.manifest.root.batch_rows)
+        again = score(key, rows.tokens, 1)
+        stored.append(_difference(rows.label_logprob, now["label_logprob"]))
+        control.append(_difference(again["label_logprob"], now["label_logprob"]))
+    off, noise = np.concatenate(stored), np.concatenate(control)
+    limit = cache.codec.error + 10 * float(noise.mean()) + 1e-4
+    bad = [name for name, row in zip(names, off.mean(1), strict=True) if row > limit]
+    return Replay(
+        rows=len(names),
+        stored_mean=float(off.mean()),
+        stored_max=float(off.max()),
+        control_mean=float(noise.mean()),
+        control_max=float(noise.max()),
+        limit=limit,
+        bad=tuple(f"{domain}/{split} row {row}" for domain, split, row in bad),
+    )
+
+
+def _difference(one: Array, other: Array) -> Array:
+    return np.abs(one.astype(np.float64) - other.astype(np.float64))
+
+
+def sample_rows(cache: Cache, count: int, seed: int) -> list[tuple[str, str, int]]:
+    """Return (domain, split, row) of random committed rows, in the order of the cache."""
+    every = [
+        (domain, split, int(row))
+        for domain in cache.domains
+        for split in SPLITS
+        for row in cache.committed_row_numbers(domain, split)
+    ]
+    chosen = np.random.default_rng(seed).permutation(len(every))[:count]
+    return [every[number] for number in sorted(chosen)]

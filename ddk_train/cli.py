@@ -57,6 +57,8 @@ def main() -> None:
 @setting("precision", "auto is bf16 where CUDA has it.", Known("precision", PRECISIONS))
 @setting("checkpoint_every", "Steps between checkpoints; 0 is the interval.")
 @setting("keep", "Checkpoints kept.")
+@click.option("--new-rows", is_flag=True,
+              help="When resumed from a cache that has grown: take the new rows too.")  # fmt: skip
 @setting("log_every", "Steps between two lines of metrics.")
 def run(**settings: Any) -> None:
     """Train a student from CACHE into the directory RUN, or go on with a run that stopped."""

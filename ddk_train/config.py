@@ -70,6 +70,8 @@ class TrainConfig:
     """Steps between checkpoints; 0 is the interval."""
     keep: int = 2
     """Checkpoints kept."""
+    new_rows: bool = False
+    """When resumed from a cache that has grown: take the new rows too."""
     log_every: int = 10
     """Steps between two lines of metrics."""
 

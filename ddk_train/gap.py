@@ -6,17 +6,20 @@ teacher's loss on them is read from the cache once; the teacher itself is never 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from ddk_cache import SPLITS, Cache
+from ddk_cache import SPLITS, Cache, Extent
 from ddk_train.mixture import Floats, Ints, key_of, permute
 from ddk_train.weights import Gaps
 
-HELD_OUT = SPLITS[1]
+TRAIN, HELD_OUT = SPLITS
+
+Known = Mapping[str, Mapping[str, Sequence[Extent]]]
+"""The rows that a run knows, by domain and split."""
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 """(B, S) tokens → (B, S, V) logits."""
@@ -25,17 +28,20 @@ Forward = Callable[[torch.Tensor], torch.Tensor]
 class GapMeter:
     """A fixed sample of held-out rows of every domain, and the teacher's loss on it."""
 
-    def __init__(self, cache: Cache, rows: int, micro: int, device: torch.device) -> None:
+    def __init__(
+        self, cache: Cache, extents: Known, rows: int, micro: int, device: torch.device
+    ) -> None:
         self.cache, self.micro, self.device = cache, micro, device
-        self.rows: dict[str, Ints] = {name: sample(cache, name, rows) for name in cache.domains}
-        self.teacher_loss: Floats = np.array([self._teacher(name) for name in cache.domains])
-        self.sizes: Floats = np.array(
-            [cache.plan(name).rows(SPLITS[0]) for name in cache.domains], np.float64
-        )
+        self.rows: dict[str, Ints] = {
+            name: sample(name, splits[HELD_OUT], rows) for name, splits in extents.items()
+        }
+        self.teacher_loss: Floats = np.array([self._teacher(name) for name in self.rows])
+        train_rows = [sum(e.rows for e in splits[TRAIN]) for splits in extents.values()]
+        self.sizes: Floats = np.array(train_rows, np.float64)
 
     def measure(self, forward: Forward) -> Gaps:
         """Return the gaps of a student."""
-        losses = [self._student(name, forward) for name in self.cache.domains]
+        losses = [self._student(name, forward) for name in self.rows]
         return Gaps(np.array(losses), self.teacher_loss, self.sizes)
 
     def _teacher(self, name: str) -> float:
@@ -59,12 +65,13 @@ class GapMeter:
         return total / positions if positions else float("nan")
 
 
-def sample(cache: Cache, name: str, count: int) -> Ints:
-    """Return the numbers of at most `count` held-out rows, spread evenly over a permutation.
+def sample(name: str, extents: Sequence[Extent], count: int) -> Ints:
+    """Return the numbers of at most `count` rows of a domain, ascending, spread by a permutation.
 
-    The choice depends on the cache alone, so that all runs from it measure the same rows.
+    The choice depends on the rows alone, so that all runs from a cache measure the same.
     """
-    rows: Ints = cache.row_numbers(name, HELD_OUT)
+    runs = [np.arange(e.start, e.start + e.rows) for e in extents]
+    rows: Ints = np.concatenate([np.empty(0, np.int64), *runs])
     if len(rows) <= count:
         return rows
     chosen = permute(np.arange(count), len(rows), key_of("eval", name))

@@ -11,6 +11,7 @@ Shape letters: P positions, K kept entries, V the student's vocabulary.
 from __future__ import annotations
 
 import torch
+from torch.nn.functional import pad
 
 from ddk_cache import SparseTargets
 
@@ -30,8 +31,25 @@ def ce_and_kl(
     norm_P = torch.logaddexp(kept_PK.logsumexp(-1), outside_P)
     ce_P = norm_P - logits_PV.gather(-1, labels_P[:, None])[:, 0]
     logq_PK = kept_PK - norm_P[:, None]
-    kept_P = (torch.xlogy(targets.probs, targets.probs) - targets.probs * logq_PK).sum(-1)
+    cross_PK = (targets.probs * logq_PK).where(targets.probs > 0, 0.0)  # 0 · log 0 = 0
+    kept_P = (torch.xlogy(targets.probs, targets.probs) - cross_PK).sum(-1)
     return ce_P, kept_P + bucket(targets.tail, outside_P - norm_P)
+
+
+def within(
+    logits_PV: torch.Tensor, targets: SparseTargets[torch.Tensor]
+) -> tuple[torch.Tensor, SparseTargets[torch.Tensor]]:
+    """Return logits and targets of a student with fewer outputs than the teacher.
+
+    Two heads over one tokenizer may be padded to different widths. What the teacher gave to ids
+    that the student does not have goes to the tail; in their place stands one more output, V,
+    that no one gives anything to.
+    """
+    V = logits_PV.shape[-1]
+    beyond = targets.ids >= V
+    tail = targets.tail + (targets.probs * beyond).sum(-1)
+    ids, probs = targets.ids.masked_fill(beyond, V), targets.probs.masked_fill(beyond, 0.0)
+    return pad(logits_PV, (0, 1), value=-torch.inf), SparseTargets(ids, probs, tail)
 
 
 def bucket(tail_P: torch.Tensor, log_outside_P: torch.Tensor) -> torch.Tensor:

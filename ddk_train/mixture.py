@@ -157,10 +157,14 @@ class Mixture:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain JSON values, floats exact."""
-        return {"cursor": list(self.cursor), "owed": [float(x).hex() for x in self.owed]}
+        """Return the state by domain as plain JSON values, floats exact."""
+        return {
+            order.name: [cursor, float(owed).hex()]
+            for order, cursor, owed in zip(self.orders, self.cursor, self.owed, strict=True)
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.cursor = list(state["cursor"])
-        self.owed = np.array([float.fromhex(x) for x in state["owed"]])
+        """Go on from a state; a domain that it does not know is at its beginning."""
+        known = [state.get(order.name, [0, "0x0p+0"]) for order in self.orders]
+        self.cursor = [int(cursor) for cursor, _ in known]
+        self.owed = np.array([float.fromhex(owed) for _, owed in known])

@@ -47,7 +47,10 @@ Losses are nats a position on the held-out rows, null where a domain has none. `
 rule's state (r of Eq. 1 and 2), `weight` the share of the rows drawn from here on.
 """
 
-RESUMABLE = {"steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"}
+RESUMABLE = {
+    *("steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"),
+    *("known_rows", "new_rows"),
+}
 """Settings that may differ when a run is resumed; paths may move, the content may not."""
 
 
@@ -66,8 +69,11 @@ class Run:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path} is no run directory: {error}") from error
 
-    def open(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
-        """Create the directory, or check that it holds the same run.
+    def open(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Create the directory, or check that it holds the same run; return its provenance.
+
+        The rows that a run began with stay its rows, unless `config.new_rows` asks for those of
+        now.
 
         Raises:
             InputError: it holds something else.
@@ -77,13 +83,12 @@ class Run:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise InputError(f"{self.path} exists and is no run directory. Give another path.")
             self.path.mkdir(parents=True, exist_ok=True)
-            self._write_config(config, provenance)
-            return
+            return self._write_config(config, provenance)
         was = self.config
         differences = [
             f"  {name}: it has {was[part].get(name)}, this call asks for {now}"
             for part, values in (("settings", config.to_json()), ("provenance", provenance))
-            for name, now in values.items()
+            for name, now in json.loads(json.dumps(values)).items()
             if was[part].get(name) != now and name not in RESUMABLE
         ]
         if differences:
@@ -92,11 +97,13 @@ class Run:
                 + "\n".join(differences)
                 + "\nUse another path, or the original values."
             )
-        self._write_config(config, provenance)
+        rows = (provenance if config.new_rows else was["provenance"])["known_rows"]
+        return self._write_config(config, {**provenance, "known_rows": rows})
 
-    def _write_config(self, config: TrainConfig, provenance: Mapping[str, Any]) -> None:
+    def _write_config(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
         value = {"settings": config.to_json(), "provenance": dict(provenance)}
         files.replace(self.path / "config.json", json.dumps(value, indent=1).encode())
+        return dict(provenance)
 
     # --- metrics ---
 

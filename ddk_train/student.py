@@ -6,6 +6,7 @@ the checkpoint holds, because small updates vanish in shorter types.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 
 from ddk_cache import Cache, InputError, MismatchError, files
 from ddk_cache.pretrained import identify_tokenizer, load, load_tokenizer
+
+IDENTITY = "ddk.json"
+"""What a student or a checkpoint was made from."""
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -58,8 +62,37 @@ def check_tokenizer(name: str, cache: Cache) -> None:
         )
 
 
-def save_student(student: Any, cache: Cache, path: Path) -> None:
-    """Write the student with its tokenizer as an ordinary Hugging Face model, atomically."""
+def identity(cache: Cache, student: str) -> dict[str, Any]:
+    """Return what a student or a checkpoint was made from."""
+    spec = cache.spec
+    return {
+        "cache": {
+            "fingerprint": spec.fingerprint,
+            "targets": str(spec.targets),
+            "teacher": dict(spec.teacher),
+            "tokenizer": dict(spec.tokenizer),
+            "content": {name: cache.plan(name).content for name in cache.domains},
+        },
+        "student": student,
+    }
+
+
+def check_identity(checkpoint: Path, cache: Cache) -> None:
+    """Raise MismatchError where a checkpoint was trained from another cache."""
+    was = json.loads((checkpoint / IDENTITY).read_text())["cache"]["fingerprint"]
+    if was != cache.spec.fingerprint:
+        raise MismatchError(
+            f"the checkpoint {checkpoint} was trained from the cache {was}, and {cache.root} is "
+            f"{cache.spec.fingerprint}. Give the cache that it began with."
+        )
+
+
+def save_student(student: Any, cache: Cache, path: Path, made_from: dict[str, Any]) -> None:
+    """Write the student with its tokenizer as an ordinary Hugging Face model, atomically.
+
+    Beside it stands what it was made from.
+    """
     with files.whole(path) as partial:
         student.save_pretrained(partial)
         shutil.copytree(cache.tokenizer_path, partial, dirs_exist_ok=True)
+        (partial / IDENTITY).write_text(json.dumps(made_from, indent=1))

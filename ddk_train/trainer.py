@@ -8,6 +8,7 @@ checkpoint and ends with the same student.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import signal
@@ -22,16 +23,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_cache import SPLITS, Cache, DDKError, SparseTargets, open_cache
+from ddk_cache import (
+    SPLITS,
+    Cache,
+    DDKError,
+    Extent,
+    MismatchError,
+    SparseTargets,
+    open_cache,
+)
 from ddk_cache.console import Progress, say
 from ddk_train.config import TrainConfig
 from ddk_train.gap import GapMeter
 from ddk_train.loader import Batch, Loader
-from ddk_train.losses import ce_and_kl
+from ddk_train.losses import ce_and_kl, within
 from ddk_train.mixture import Floats, Mixture
 from ddk_train.run import Run
-from ddk_train.student import load_student, save_student
+from ddk_train.student import IDENTITY, check_identity, identity, load_student, save_student
 from ddk_train.weights import Gaps, proportional, update
+
+TRAIN = SPLITS[0]
 
 LiveTargets = Callable[[torch.Tensor], SparseTargets[torch.Tensor]]
 """(B, S+1) tokens → (B, S, K): the teacher in the loop, to compare with."""
@@ -41,6 +52,10 @@ LiveTargets = Callable[[torch.Tensor], SparseTargets[torch.Tensor]]
 class State:
     """What changes during a run beside weights and optimizer; plain JSON in a checkpoint."""
 
+    domains: list[str]
+    mixture: dict[str, Any]
+    seen: dict[str, int] = field(default_factory=dict)
+    """Rows drawn of each domain."""
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -50,7 +65,9 @@ class State:
     """(D) log r of the weighting rule, exact hexadecimal floats."""
     weights: list[str] = field(default_factory=list)
     """(D) sampling weights in force, likewise."""
-    mixture: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.seen = self.seen or dict.fromkeys(self.domains, 0)
 
 
 def exact(values: Floats) -> list[str]:
@@ -91,7 +108,7 @@ def train(config: TrainConfig, *, live: LiveTargets | None = None) -> Run:
             if trainer.state.step % trainer.checkpoint_every == 0:
                 trainer.save()
         trainer.measure()
-    save_student(trainer.student, trainer.cache, trainer.run.student)
+    save_student(trainer.student, trainer.cache, trainer.run.student, trainer.identity)
     return trainer.run
 
 
@@ -106,20 +123,24 @@ class Trainer:
         self.cache = open_cache(config.cache)
         self.run = Run(Path(config.run))
         student = load_student(config.student, self.cache, config.seed)
-        self.run.open(config, provenance(self.cache, student))
+        known = self.run.open(config, provenance(self.cache, student))
+        rows = known_rows(self.cache, known["known_rows"])
         self.student = student.to(self.device).train()
         self.optimizer = optimizer(self.student, config)
         cuda_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
         self.bf16 = {"bf16": True, "fp32": False, "auto": cuda_bf16}[config.precision]
-        self.meter = GapMeter(self.cache, config.eval_rows, config.micro, self.device)
-        extents = {name: self.cache.extents(name, SPLITS[0]) for name in self.cache.domains}
+        self.domains = sorted(rows)
+        self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.device)
         self.mixture = Mixture(
-            extents, chunk_rows=self.cache.spec.chunk_rows, rows=config.rows, seed=config.seed
+            {name: rows[name][TRAIN] for name in self.domains},
+            chunk_rows=self.cache.spec.chunk_rows,
+            rows=config.rows,
+            seed=config.seed,
         )
         self.loader = Loader(self.cache, self.mixture, self.device)
         self.checkpoint_every = config.checkpoint_every or config.interval
-        self.state = State(mixture=self.mixture.state_dict())
-        self.seen = np.zeros(len(self.cache.domains), np.int64)
+        self.identity = identity(self.cache, config.student)
+        self.state = State(self.domains, self.mixture.state_dict())
         self.restore()
 
     # --- one step ---
@@ -153,6 +174,8 @@ class Trainer:
         mask = batch.loss_mask
         logits_PV = self.forward(batch.tokens[:, :-1])[mask]
         kept = SparseTargets(targets.ids[mask], targets.probs[mask], targets.tail[mask])
+        if logits_PV.shape[-1] < self.cache.spec.vocab_size:
+            logits_PV, kept = within(logits_PV, kept)
         ce_P, kl_P = ce_and_kl(logits_PV, batch.tokens[:, 1:][mask], kept)
         return ce_P.sum(), kl_P.sum()
 
@@ -171,7 +194,8 @@ class Trainer:
         state.tokens += positions
         seconds = time.perf_counter() - began + batch.wait
         state.seconds += seconds
-        self.seen += np.bincount(batch.draw.domain, minlength=len(self.seen))
+        for number, rows in enumerate(np.bincount(batch.draw.domain).tolist()):
+            state.seen[self.domains[number]] += rows
         metrics |= {
             "step": state.step,
             "tokens": state.tokens,
@@ -184,7 +208,7 @@ class Trainer:
         return metrics
 
     def _not_finite(self, batch: Batch) -> str:
-        names = self.cache.domains
+        names = self.domains
         rows = "; ".join(
             f"domain {names[n]!r}, rows {batch.draw.row[batch.draw.domain == n].tolist()}"
             for n in np.unique(batch.draw.domain)
@@ -211,7 +235,7 @@ class Trainer:
         """At a measurement's step: gaps → weights → history."""
         state, config = self.state, self.config
         due = state.step % config.interval == 0 or state.step == config.steps
-        if not due or state.measured == state.step:
+        if state.weights and (not due or state.measured == state.step):
             return
         self.student.eval()
         gaps = self.meter.measure(self.forward)
@@ -219,7 +243,7 @@ class Trainer:
         before = floats(state.log_factor) if state.log_factor else None
         log_factor = update(config.weighting, gaps, before, config.alpha)
         # Algorithm 1: the first interval is drawn from the whole set, in proportion to size.
-        first = config.weighting == "ddk" and state.step == 0
+        first = config.weighting == "ddk" and before is None
         log_weights = proportional(gaps, None, 0) if first else log_factor
         state.log_factor, state.weights = exact(log_factor), exact(normalised(log_weights))
         state.measured = state.step
@@ -232,15 +256,15 @@ class Trainer:
             {
                 "step": self.state.step,
                 "domain": name,
-                "rows_seen": int(self.seen[n]),
-                "tokens_seen": int(self.seen[n]) * self.cache.spec.seq_len,
+                "rows_seen": self.state.seen[name],
+                "tokens_seen": self.state.seen[name] * self.cache.spec.seq_len,
                 "epoch": epochs[n],
                 "student_loss": none_if_nan(gaps.student_loss[n]),
                 "teacher_loss": none_if_nan(gaps.teacher_loss[n]),
                 "factor": float(factor[n]),
                 "weight": float(weights[n]),
             }
-            for n, name in enumerate(self.cache.domains)
+            for n, name in enumerate(self.domains)
         )
 
     # --- save and restore ---
@@ -251,11 +275,11 @@ class Trainer:
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         held = {"optimizer": self.optimizer.state_dict(), "random": random}
-        state = asdict(self.state) | {"seen": self.seen.tolist()}
         with self.run.checkpoint(self.state.step, self.config.keep) as path:
             self.student.save_pretrained(path / "student")
             torch.save(held, path / "torch.pt")
-            (path / "state.json").write_text(json.dumps(state, indent=1))
+            (path / "state.json").write_text(json.dumps(asdict(self.state), indent=1))
+            (path / IDENTITY).write_text(json.dumps(self.identity, indent=1))
 
     def restore(self) -> None:
         """Go on from the last whole checkpoint, if there is one."""
@@ -264,9 +288,14 @@ class Trainer:
         if not saved:
             return
         path = saved[-1][1]
+        check_identity(path, self.cache)
         state = json.loads((path / "state.json").read_text())
-        self.seen = np.array(state.pop("seen"), np.int64)
         self.state = State(**state)
+        if self.state.domains != self.domains:  # the cache grew by a domain: measure at once
+            seen = {name: state["seen"].get(name, 0) for name in self.domains}
+            self.state = dataclasses.replace(
+                self.state, domains=self.domains, seen=seen, log_factor=None, weights=[]
+            )
         self.mixture.load_state_dict(self.state.mixture)
         self.student.load_state_dict(
             type(self.student).from_pretrained(path / "student", dtype=torch.float32).state_dict()
@@ -286,13 +315,43 @@ def provenance(cache: Cache, student: Any) -> dict[str, Any]:
     """Return what a run met: the cache's identity and the student's size."""
     return {
         "cache_fingerprint": cache.spec.fingerprint,
-        "cache_content": {name: cache.plan(name).content for name in cache.domains},
-        "teacher": cache.manifest.provenance.get("teacher", ""),
+        "known_rows": {
+            name: {split: cache.extents(name, split) for split in SPLITS} for name in cache.domains
+        },
+        "teacher": cache.manifest.root.provenance.get("teacher", ""),
         "targets": str(cache.spec.targets),
         "seq_len": cache.spec.seq_len,
         "student_class": type(student).__name__,
         "student_parameters": sum(p.numel() for p in student.parameters()),
     }
+
+
+def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[Extent]]]:
+    """Return the rows that a run keeps to, by domain and split, after checking that they are there.
+
+    A cache may have grown since the run began. Its old rows are where they were.
+
+    Raises:
+        MismatchError: the cache does not have the rows that the run knew.
+    """
+    rows = {
+        name: {split: [Extent(*extent) for extent in runs] for split, runs in splits.items()}
+        for name, splits in known.items()
+    }
+    for name, splits in rows.items():
+        for split, runs in splits.items():
+            if name not in cache.domains or cache.extents(name, split)[: len(runs)] != runs:
+                raise MismatchError(
+                    f"{cache.root} does not have the rows of {name}/{split} that this run began "
+                    "with. Give the cache that it began with, or another run directory."
+                )
+    if rows.keys() != set(cache.domains) or any(
+        len(cache.extents(name, split)) > len(runs)
+        for name, splits in rows.items()
+        for split, runs in splits.items()
+    ):
+        say(f"{cache.root} has grown; this run keeps to the rows that it began with (--new-rows)")
+    return rows
 
 
 def optimizer(student: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:

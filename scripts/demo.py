@@ -49,8 +49,8 @@ STUDENT = {
     "eos_token_id": 0,
 }
 SETTINGS: dict[str, Any] = {
-    "steps": 400,
-    "interval": 80,
+    "steps": 240,
+    "interval": 40,
     "rows": 16,
     "eval_rows": 40,
     "lr": 3e-3,

@@ -38,7 +38,7 @@ from ddk_cache.schema import SPLITS, Array, digest
 
 SEED = 0
 
-DOMAIN_BYTES = 900_000
+DOMAIN_BYTES = 600_000
 """Most text of a domain."""
 PIECE_BYTES = 3_000
 """Size at which texts are cut into documents, about."""
@@ -61,7 +61,7 @@ MODEL = {
 }
 """Small enough to see most of the corpus in two minutes. Weights begin near 1/√width: from the
 usual 0.02, made for wide models, a run of 400 steps ended about half a nat higher."""
-STEPS = 1500
+STEPS = 1000
 ROWS = 4
 """Rows in a step: few, since a CPU gains little from large batches and more steps learn more."""
 LR = 3e-3

@@ -12,6 +12,7 @@ from ddk_cache.schema import (
     DomainPlan,
     Extent,
     InputError,
+    Portion,
     TargetSpec,
     check_name,
     extents,
@@ -76,12 +77,13 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(vocab: int, size: int) -
 
 
 def test_an_extent_begins_a_new_shard() -> None:
-    plan = DomainPlan(
-        documents=1, tokens=1, content="", extents={"train": (9, 3), "validation": ()}
-    )
+    one = Portion(1, 1, "one", {"train": 9, "validation": 0})
+    two = Portion(2, 2, "two", {"train": 3, "validation": 1})
+    plan = DomainPlan((one, two))
     assert extents(plan, "train", 8) == [Extent(0, 9), Extent(16, 3)]
-    assert shards(plan, "train", 8) == [8, 1, 3]
-    assert shards(plan, "validation", 8) == []
+    assert shards(plan, "train", 8) == [(8, "one"), (1, "one"), (3, "two")]
+    assert extents(plan, "validation", 8) == [Extent(0, 1)]
+    assert shards(plan, "validation", 8) == [(1, "two")]
 
 
 def test_the_public_names_are_these() -> None:

@@ -1,0 +1,116 @@
+"""The write-time audit: a distribution, stored as it was computed, and what was seen of it.
+
+It runs on each shard before it is committed. A breach stops the build; what was seen goes into
+the shard's record as counts and sums, which add up over shards without opening an array. The
+entropy is that of the kept entries with the tail as one more: a lower bound of the teacher's own,
+which would cost another pass over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ddk_cache.codec import LogprobCodec
+from ddk_cache.schema import Array, CacheError, ShardKey
+
+SLACK = 1e-3
+"""Nats by which rounding in the teacher's arithmetic may put a log-probability above 0."""
+
+MASS_BINS = 50
+"""Even bins of kept mass over [0, 1]."""
+
+
+def audit(
+    key: ShardKey,
+    scores: Mapping[str, Array],
+    stored: Mapping[str, Array],
+    labels: Array,
+    codec: LogprobCodec,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """Check the scores of a shard and return what was seen.
+
+    `scores` and `stored` map `target_ids` (R, S, K), `target_logprobs` (R, S, K), `tail_logprob`
+    and `label_logprob` (R, S) to float32 nats and to what will be written; `labels` is (R, S).
+
+    Raises:
+        CacheError: with shard, rows and figure.
+    """
+    ids, logprobs = scores["target_ids"], scores["target_logprobs"]
+    tail, label = scores["tail_logprob"], scores["label_logprob"]
+    finite = np.isfinite(logprobs).all(-1) & np.isfinite(label) & ~np.isnan(tail) & (tail < np.inf)
+    _require(key, "log-probabilities are not finite", finite)
+    probs = np.exp(logprobs.astype(np.float64))
+    kept, rest = probs.sum(-1), np.exp(tail.astype(np.float64))
+    top = np.maximum(np.maximum(logprobs.max(-1), label), tail)
+    _require(key, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
+    sums = np.asarray(np.abs(kept + rest - 1) < 5 * SLACK)
+    _require(key, "kept entries and tail do not sum to one", sums, kept)
+    in_range = (ids.min(-1) >= 0) & (ids.max(-1) < vocab_size)
+    _require(key, "an id is outside of the vocabulary", in_range, ids.max(-1))
+    ranked = np.sort(ids, -1)
+    _require(key, "an id is kept twice", (ranked[..., 1:] != ranked[..., :-1]).all(-1))
+    falling = np.asarray(np.diff(logprobs, axis=-1) <= 0)
+    _require(key, "entries are not in order", np.asarray(falling.all(-1)))
+    error = 0.0
+    for name in ("target_logprobs", "tail_logprob", "label_logprob"):
+        off = _error(scores[name], stored[name], codec)
+        error = max(error, float(off.max()))
+        good = off <= codec.error + SLACK
+        _require(key, f"stored {name} differ from the computed", good, off)
+    _require(key, "stored ids differ from the computed", (stored["target_ids"] == ids).all(-1))
+    mass = np.clip(kept, 0, 1)
+    entropy = -(probs * logprobs).sum(-1) - rest * np.where(rest > 0, tail, 0.0)
+    return {
+        "positions": int(label.size),
+        "correct": int((ids[..., 0] == labels).sum()),
+        "entropy": float(entropy.sum()),
+        "kept_mass": float(mass.sum()),
+        "kept_mass_bins": np.histogram(mass, MASS_BINS, (0, 1))[0].tolist(),
+        "largest_error": error,
+    }
+
+
+def _require(key: ShardKey, what: str, good: Array, figure: Array | None = None) -> None:
+    if good.all():
+        return
+    bad = ~good.reshape(len(good), -1).all(-1)
+    rows = np.flatnonzero(bad)
+    worst = "" if figure is None else f", for example {figure[~good].flat[0]:.6g}"
+    raise CacheError(
+        f"{what} at {int((~good).sum()):,} places of {key} (rows {rows[0]}–{rows[-1]} of the "
+        f"shard{worst}). Nothing of the shard was committed. If the teacher overflows, a wider "
+        "dtype (--dtype float32) helps."
+    )
+
+
+def _error(computed: Array, stored: Array, codec: LogprobCodec) -> Array:
+    """Return |stored − computed| in nats; what lies below the codec's floor may go to the floor."""
+    decoded = codec.decode(stored)
+    with np.errstate(invalid="ignore"):
+        off = np.abs(decoded - np.clip(computed, codec.floor, 0))
+    off[np.isneginf(computed) & np.isneginf(decoded)] = 0.0
+    return np.asarray(off)
+
+
+def total(audits: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return means and quantiles over the audits of several shards; empty of none."""
+    audits = list(audits)
+    if not audits:
+        return {}
+    positions = sum(audit["positions"] for audit in audits)
+    bins = np.sum([audit["kept_mass_bins"] for audit in audits], axis=0)
+    edges = np.linspace(0, 1, MASS_BINS + 1)
+    below = np.concatenate([[0.0], np.cumsum(bins) / positions])
+    return {
+        "accuracy": sum(audit["correct"] for audit in audits) / positions,
+        "entropy": sum(audit["entropy"] for audit in audits) / positions,
+        "kept_mass": sum(audit["kept_mass"] for audit in audits) / positions,
+        "kept_mass_quantiles": {
+            str(q): float(np.interp(q, below, edges)) for q in (0.01, 0.1, 0.5, 0.9)
+        },
+        "largest_error": max(audit["largest_error"] for audit in audits),
+    }
