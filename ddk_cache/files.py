@@ -22,7 +22,7 @@ PARTIAL = ".partial"
 
 def replace(path: Path, data: bytes) -> None:
     """Write `data` to `path`, which holds the old or the new bytes at every moment."""
-    partial = path.with_name(f"{path.name}.{process.owner()}{PARTIAL}")
+    partial = path.with_name(f"{path.name}~{process.owner()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -37,10 +37,11 @@ def replace(path: Path, data: bytes) -> None:
 
 def sweep(top: Path) -> None:
     """Remove the temporary files that processes which are gone left below a directory."""
-    for path in top.rglob(f"*{PARTIAL}"):
-        host = path.name.removesuffix(PARTIAL).rpartition("json.")[2]
-        if not process.alive(host, path):
-            path.unlink(missing_ok=True)
+    for folder, _, names in os.walk(top):  # which bears with folders that go meanwhile
+        for path in (Path(folder, name) for name in names if name.endswith(PARTIAL)):
+            who = path.name.removesuffix(PARTIAL).rpartition("~")[2]
+            if not process.alive(who, path):
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

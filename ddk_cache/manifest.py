@@ -210,7 +210,7 @@ class Manifest:
 
 def create_root(path: Path, root: Root) -> bool:
     """Write the root of a new cache; False where another process was first."""
-    partial = path / f"{ROOT}.{process.owner()}{files.PARTIAL}"
+    partial = path / f"{ROOT}~{process.owner()}{files.PARTIAL}"
     files.replace(partial, root.dump())
     try:
         os.link(partial, path / ROOT)

@@ -62,11 +62,11 @@ def _tokenizer(cache: Cache) -> Iterator[Problem]:
 
 
 def _metadata(cache: Cache) -> Iterator[Problem]:
-    for domain in cache.domains:
-        for name, text in cache.plan(domain).metadata.items():
-            path = cache.root / name
-            if not path.is_file() or path.read_bytes() != text.encode():
-                yield Problem(path, f"{path} is missing or has changed")
+    documents = [cache.plan(domain).metadata for domain in cache.domains]
+    for name, text in {n: t for metadata in documents for n, t in metadata.items()}.items():
+        path = cache.root / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            yield Problem(path, f"{path} is missing or has changed")
 
 
 def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:

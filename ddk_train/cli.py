@@ -57,7 +57,7 @@ def main() -> None:
 @setting("precision", "auto is bf16 where CUDA has it.", Known("precision", PRECISIONS))
 @setting("checkpoint_every", "Steps between checkpoints; 0 is the interval.")
 @setting("keep", "Checkpoints kept.")
-@click.option("--new-rows", is_flag=True,
+@click.option("--new-rows", is_flag=True, default=False,
               help="When resumed from a cache that has grown: take the new rows too.")  # fmt: skip
 @setting("log_every", "Steps between two lines of metrics.")
 def run(**settings: Any) -> None:

@@ -138,12 +138,15 @@ class Run:
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], HISTORY), out)
         files.replace(self.path / "history.parquet", out.getvalue())
 
-    def rewind(self, step: int) -> None:
-        """Forget what was written after `step`, where a checkpoint goes on."""
+    def rewind(self, step: int, measured: int) -> None:
+        """Forget what was logged after `step` and measured after `measured`.
+
+        Those are where a checkpoint goes on; −1 forgets everything.
+        """
         if metrics := self.metrics():
             kept = [json.dumps(line) + "\n" for line in metrics if line["step"] <= step]
             files.replace(self.path / "metrics.jsonl", "".join(kept).encode())
-        self._write_history([row for row in self.history() if row["step"] <= step])
+        self._write_history([row for row in self.history() if row["step"] <= measured])
 
     # --- checkpoints ---
 

@@ -284,8 +284,8 @@ class Trainer:
     def restore(self) -> None:
         """Go on from the last whole checkpoint, if there is one."""
         saved = self.run.checkpoints()
-        self.run.rewind(saved[-1][0] if saved else -1)
         if not saved:
+            self.run.rewind(-1, -1)
             return
         path = saved[-1][1]
         check_identity(path, self.cache)
@@ -300,6 +300,7 @@ class Trainer:
         self.student.load_state_dict(
             type(self.student).from_pretrained(path / "student", dtype=torch.float32).state_dict()
         )
+        self.run.rewind(self.state.step, state["measured"])
         held = torch.load(path / "torch.pt", map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(held["optimizer"])
         torch.set_rng_state(held["random"]["cpu"])

@@ -153,6 +153,55 @@ def test_verify_fails_on_a_changed_byte(cache: Cache, tmp_path: Path) -> None:
     assert f"BAD  {victim} has changed" in result.stdout
 
 
+def test_plan_counts_exactly_and_measures_with_a_teacher(
+    corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mix.zarr"
+    words = ["--seq-len", 16, "--targets", "topk:8", "--holdout", 0.3, "--shard-rows", 8]
+    words += ["--chunk-rows", 2]
+    result = call(cache_main, "plan", corpus, out, "--tokenizer", teacher_dir, *words, "--json")
+    assert result.exit_code == 0, result.output
+    counted = json.loads(result.stdout)
+    assert not out.exists()
+    assert counted["hours"] is None
+    result = call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words, "--json")
+    planned = json.loads(result.stdout)
+    assert planned["hours"] > 0
+    assert planned["domains"] == counted["domains"]
+    assert call(cache_main, "plan", corpus, out, "--teacher", teacher_dir).exit_code == 0
+    built = call(cache_main, "build", corpus, out, "--teacher", teacher_dir, *words)
+    assert built.exit_code == 0, built.output
+    facts = json.loads(call(cache_main, "info", out, "--json").stdout)
+    assert planned["tokens"] == facts["tokens"]
+    assert planned["shards"] == len(list((out / "commits").rglob("*.json")))
+    for name, domain in facts["domains"].items():
+        assert planned["domains"][name]["rows"] == domain["rows"]
+        assert planned["domains"][name]["documents"] == domain["documents"]
+    result = call(cache_main, "verify", out, "--teacher", teacher_dir, "--rows", 5)
+    assert result.exit_code == 0, result.output
+    assert "teacher on 5 rows" in result.stdout
+
+
+def test_plan_needs_something_to_count_with(corpus: Path, tmp_path: Path) -> None:
+    refused(call(cache_main, "plan", corpus, tmp_path / "x"), 2, "at least --tokenizer")
+
+
+def test_verify_refuses_another_teacher_and_drops_what_is_bad(
+    cache: Cache, teacher_dir: Path, tmp_path: Path
+) -> None:
+    result = call(cache_main, "verify", cache.root, "--teacher", teacher_dir)
+    refused(result, 2, "class: the cache has random, this build asks for LlamaForCausalLM")
+    path = tmp_path / "mix.zarr"
+    shutil.copytree(cache.root, path)
+    victim = path / "domains/notes/train/tail_logprob/c/0/0"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    result = call(cache_main, "verify", path, "--drop-bad")
+    assert result.exit_code == 0, result.output
+    assert "commits/notes/train/0.json" in result.stdout
+    assert "run the same 'ddk-cache build' again" in result.stderr
+    refused(call(cache_main, "verify", path), 0, "is not finished")
+
+
 @pytest.mark.parametrize("name", ["info", "verify"])
 def test_what_is_no_cache_is_refused(name: str, tmp_path: Path) -> None:
     refused(call(cache_main, name, tmp_path), 1, "is not a cache")
