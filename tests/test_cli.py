@@ -168,7 +168,7 @@ def test_plan_counts_exactly_and_measures_with_a_teacher(
     planned = json.loads(result.stdout)
     assert planned["hours"] > 0
     assert planned["domains"] == counted["domains"]
-    assert call(cache_main, "plan", corpus, out, "--teacher", teacher_dir).exit_code == 0
+    assert call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words).exit_code == 0
     built = call(cache_main, "build", corpus, out, "--teacher", teacher_dir, *words)
     assert built.exit_code == 0, built.output
     facts = json.loads(call(cache_main, "info", out, "--json").stdout)

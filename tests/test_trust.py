@@ -330,7 +330,11 @@ def test_a_resumed_run_keeps_to_its_rows_unless_told_otherwise(
     make(growing, tokenizer, path)
 
     def config(run: str, steps: int, **changes: Any) -> TrainConfig:
-        paths = {"cache": str(path), "run": str(tmp_path / run), "student": str(student_config)}
+        paths: dict[str, Any] = {
+            "cache": str(path),
+            "run": str(tmp_path / run),
+            "student": str(student_config),
+        }
         settings: dict[str, Any] = {"rows": 4, "interval": 2, "eval_rows": 4, "log_every": 1}
         settings |= {"steps": steps, "warmup": 0, "min_lr": 1.0}
         return TrainConfig(**paths, **settings, **changes)
@@ -357,7 +361,11 @@ def test_a_resumed_run_keeps_to_its_rows_unless_told_otherwise(
 def test_students_and_checkpoints_say_what_they_were_made_from(
     cache: Cache, student_config: Path, tmp_path: Path
 ) -> None:
-    paths = {"cache": str(cache.root), "run": str(tmp_path / "run"), "student": str(student_config)}
+    paths: dict[str, Any] = {
+        "cache": str(cache.root),
+        "run": str(tmp_path / "run"),
+        "student": str(student_config),
+    }
     run = train(TrainConfig(**paths, steps=2, interval=1, rows=2, eval_rows=2))
     for place in (run.student, run.checkpoints()[-1][1]):
         made_from = json.loads((place / "ddk.json").read_text())
@@ -372,7 +380,7 @@ def test_a_head_padded_to_another_width_is_accepted(
 ) -> None:
     config = json.loads(student_config.read_text()) | {"vocab_size": width}
     (tmp_path / "student.json").write_text(json.dumps(config))
-    paths = {"cache": str(cache.root), "run": str(tmp_path / "run")}
+    paths: dict[str, Any] = {"cache": str(cache.root), "run": str(tmp_path / "run")}
     settings: dict[str, Any] = {"steps": 3, "interval": 3, "rows": 4, "eval_rows": 2}
     run = train(TrainConfig(**paths, student=str(tmp_path / "student.json"), **settings))
     assert np.isfinite([line["loss"] for line in run.metrics()]).all()
