@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from ddk_cache.corpus import Source, Tally, token_rows
+from ddk_cache.corpus import Source
+from ddk_cache.rows import Tally, token_rows
 from ddk_cache.schema import SPLITS, Array, CacheSpec, ShardKey
 from ddk_cache.store import Store
 

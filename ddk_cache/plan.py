@@ -12,7 +12,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from ddk_cache.corpus import Source, Span, Tally, token_rows
+from ddk_cache.corpus import Source
+from ddk_cache.rows import Span, Tally, token_rows
 from ddk_cache.schema import SPLITS, DomainPlan, MismatchError, Portion, ShardKey, shards
 from ddk_cache.store import Store
 

@@ -15,9 +15,7 @@ import torch
 
 from ddk_cache import Cache, InputError, MismatchError, files
 from ddk_cache.pretrained import identify_tokenizer, load, load_tokenizer
-
-IDENTITY = "ddk.json"
-"""What a student or a checkpoint was made from."""
+from ddk_train.identity import IDENTITY
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -59,31 +57,6 @@ def check_tokenizer(name: str, cache: Cache) -> None:
         raise MismatchError(
             f"the student {name!r} has another tokenizer than the cache {cache.root} (vocabulary "
             f"{theirs}, the cache has {ours}). Use a student over the cache's tokenizer."
-        )
-
-
-def identity(cache: Cache, student: str) -> dict[str, Any]:
-    """Return what a student or a checkpoint was made from."""
-    spec = cache.spec
-    return {
-        "cache": {
-            "fingerprint": spec.fingerprint,
-            "targets": str(spec.targets),
-            "teacher": dict(spec.teacher),
-            "tokenizer": dict(spec.tokenizer),
-            "content": {name: cache.plan(name).content for name in cache.domains},
-        },
-        "student": student,
-    }
-
-
-def check_identity(checkpoint: Path, cache: Cache) -> None:
-    """Raise MismatchError where a checkpoint was trained from another cache."""
-    was = json.loads((checkpoint / IDENTITY).read_text())["cache"]["fingerprint"]
-    if was != cache.spec.fingerprint:
-        raise MismatchError(
-            f"the checkpoint {checkpoint} was trained from the cache {was}, and {cache.root} is "
-            f"{cache.spec.fingerprint}. Give the cache that it began with."
         )
 
 

@@ -25,21 +25,19 @@ import torch
 
 from ddk_cache import (
     SPLITS,
-    Cache,
     DDKError,
-    Extent,
-    MismatchError,
     SparseTargets,
     open_cache,
 )
 from ddk_cache.console import Progress, say
 from ddk_train.config import TrainConfig
 from ddk_train.gap import GapMeter
+from ddk_train.identity import IDENTITY, check_identity, identity, known_rows, provenance
 from ddk_train.loader import Batch, Loader
 from ddk_train.losses import ce_and_kl, within
 from ddk_train.mixture import Floats, Mixture
 from ddk_train.run import Run
-from ddk_train.student import IDENTITY, check_identity, identity, load_student, save_student
+from ddk_train.student import load_student, save_student
 from ddk_train.weights import Gaps, proportional, update
 
 TRAIN = SPLITS[0]
@@ -310,49 +308,6 @@ class Trainer:
 
 
 # --- small things the trainer is made of ----------------------------------------------------------
-
-
-def provenance(cache: Cache, student: Any) -> dict[str, Any]:
-    """Return what a run met: the cache's identity and the student's size."""
-    return {
-        "cache_fingerprint": cache.spec.fingerprint,
-        "known_rows": {
-            name: {split: cache.extents(name, split) for split in SPLITS} for name in cache.domains
-        },
-        "teacher": cache.manifest.root.provenance.get("teacher", ""),
-        "targets": str(cache.spec.targets),
-        "seq_len": cache.spec.seq_len,
-        "student_class": type(student).__name__,
-        "student_parameters": sum(p.numel() for p in student.parameters()),
-    }
-
-
-def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[Extent]]]:
-    """Return the rows that a run keeps to, by domain and split, after checking that they are there.
-
-    A cache may have grown since the run began. Its old rows are where they were.
-
-    Raises:
-        MismatchError: the cache does not have the rows that the run knew.
-    """
-    rows = {
-        name: {split: [Extent(*extent) for extent in runs] for split, runs in splits.items()}
-        for name, splits in known.items()
-    }
-    for name, splits in rows.items():
-        for split, runs in splits.items():
-            if name not in cache.domains or cache.extents(name, split)[: len(runs)] != runs:
-                raise MismatchError(
-                    f"{cache.root} does not have the rows of {name}/{split} that this run began "
-                    "with. Give the cache that it began with, or another run directory."
-                )
-    if rows.keys() != set(cache.domains) or any(
-        len(cache.extents(name, split)) > len(runs)
-        for name, splits in rows.items()
-        for split, runs in splits.items()
-    ):
-        say(f"{cache.root} has grown; this run keeps to the rows that it began with (--new-rows)")
-    return rows
 
 
 def optimizer(student: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:

@@ -33,7 +33,8 @@ import torch
 
 from ddk_cache import files
 from ddk_cache.console import Progress, say
-from ddk_cache.corpus import Tally, documents, find_sources, token_rows
+from ddk_cache.corpus import documents, find_sources
+from ddk_cache.rows import Tally, token_rows
 from ddk_cache.schema import SPLITS, Array, digest
 
 SEED = 0

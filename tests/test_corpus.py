@@ -15,7 +15,8 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddk_cache.corpus import Packer, Tally, documents, encode, find_sources, token_rows
+from ddk_cache.corpus import documents, find_sources
+from ddk_cache.rows import Packer, Tally, encode, token_rows
 from ddk_cache.schema import InputError
 
 

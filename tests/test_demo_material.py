@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddk_cache.corpus import content, split_of
+from ddk_cache.rows import content, split_of
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
