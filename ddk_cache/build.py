@@ -10,8 +10,9 @@ last one stopped.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import platform
-import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,13 +24,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ddk_cache import files, process
+from ddk_cache import files
 from ddk_cache.audit import audit
 from ddk_cache.claims import FOLDER, Claims
 from ddk_cache.codec import LogprobCodec
 from ddk_cache.console import Progress
 from ddk_cache.corpus import Source
 from ddk_cache.manifest import (
+    ROOT,
     TOKENIZER,
     Manifest,
     Root,
@@ -52,6 +54,7 @@ from ddk_cache.schema import (
     Shard,
     ShardKey,
     TargetSpec,
+    digest,
     shards,
 )
 from ddk_cache.scoring import Scorer, first_batch
@@ -124,8 +127,7 @@ def build(
     """
     spec = make_spec(teacher, tokenizer, **settings)
     root = Path(cache)
-    batch = batch_rows or first_batch(teacher, spec)
-    _open(root, _describe(root, spec, sources, teacher, tokenizer, batch), tokenizer, grow)
+    _open(root, spec, sources, teacher, tokenizer, batch_rows, grow)
     job = Work(root, Store(root, spec), Claims(root), rank, world)
     try:
         manifest = job.plan(sources, tokenizer, grow)
@@ -139,23 +141,55 @@ def build(
 # --- opening --------------------------------------------------------------------------------------
 
 
-def _describe(
+def _open(
     path: Path,
     spec: CacheSpec,
     sources: Sequence[Source],
     teacher: Teacher,
     tokenizer: Any,
-    batch_rows: int,
-) -> Root:
-    """Return the root that this build would write."""
-    if path.exists() and not (path.is_dir() and _is_ours(path)):
+    batch_rows: int | None,
+    grow: bool,
+) -> None:
+    """Create the cache, or check that it is the one asked for; nothing is written before that."""
+    described = {source.name: source.describe() for source in sources}
+    words = tokenizer_files(tokenizer)
+    if not (path / ROOT).exists():
+        _create(path, spec, described, teacher, tokenizer, words, batch_rows)
+    try:
+        was = Manifest.read(path).root
+    except NotACacheError as error:
+        raise InputError(f"{path} exists and is not a cache. Give another path.") from error
+    asked = spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
+    compare(path, was.spec.to_json() | {"batch_rows": was.batch_rows}, asked)
+    if not grow:
+        hint = " --grow adds new domains, and documents at the end of old ones."
+        compare(path, dict(was.sources), described, hint)
+    elif (merged := {**was.sources, **described}) != was.sources:
+        files.replace(path / ROOT, dataclasses.replace(was, sources=merged).dump())
+    for name, data in words.items():
+        kept = path / TOKENIZER / name
+        if name in was.tokenizer_files and (not kept.exists() or kept.read_bytes() != data):
+            kept.parent.mkdir(exist_ok=True)
+            files.replace(kept, data)
+
+
+def _create(
+    path: Path,
+    spec: CacheSpec,
+    described: Mapping[str, Mapping[str, Any]],
+    teacher: Teacher,
+    tokenizer: Any,
+    words: Mapping[str, bytes],
+    batch_rows: int | None,
+) -> None:
+    """Write the root of a new cache, unless another process is first."""
+    if path.exists() and not (path.is_dir() and _only_begun(path)):
         raise InputError(f"{path} exists and is not a cache. Give another path.")
-    path.mkdir(parents=True, exist_ok=True)
-    return Root(
+    root = Root(
         spec=spec,
-        batch_rows=batch_rows,
-        sources={source.name: source.describe() for source in sources},
-        tokenizer_files=_save_tokenizer(path, tokenizer),
+        batch_rows=batch_rows or first_batch(teacher, spec),
+        sources=described,
+        tokenizer_files={name: (len(data), digest(data)) for name, data in words.items()},
         provenance={
             "teacher": teacher.name,
             "tokenizer": str(tokenizer.name_or_path),
@@ -163,49 +197,20 @@ def _describe(
             "torch": torch.__version__,
         },
     )
+    path.mkdir(parents=True, exist_ok=True)
+    create_root(path, root)
 
 
-def _is_ours(path: Path) -> bool:
-    """Return whether a directory is a cache, or was about to become one."""
-    begun = {TOKENIZER, SCRATCH}
-    rest = [entry.name for entry in path.iterdir() if not entry.name.endswith(files.PARTIAL)]
-    return "zarr.json" in rest or set(rest) <= begun
+def _only_begun(path: Path) -> bool:
+    """Return whether a directory without a root holds no more than a build that just began."""
+    return all(entry.name == ROOT or entry.name.endswith(files.PARTIAL) for entry in path.iterdir())
 
 
-def _save_tokenizer(path: Path, tokenizer: Any) -> dict[str, tuple[int, str]]:
-    """Write the tokenizer's files where they are missing or differ; return what they are."""
-    scratch = path / SCRATCH / process.owner() / TOKENIZER
-    tokenizer.save_pretrained(scratch)
-    entries = {}
-    for file in sorted(scratch.iterdir()):
-        kept = path / TOKENIZER / file.name
-        entries[file.name] = files.hash_file(file)
-        if not kept.exists() or files.hash_file(kept) != entries[file.name]:
-            kept.parent.mkdir(exist_ok=True)
-            files.replace(kept, file.read_bytes())
-    shutil.rmtree(scratch)
-    return entries
-
-
-def _open(path: Path, root: Root, tokenizer: Any, grow: bool) -> None:
-    """Create the cache, or compare with what it is."""
-    try:
-        was = Manifest.read(path).root
-    except NotACacheError:
-        if (path / "zarr.json").exists():
-            raise
-        if create_root(path, root):
-            return
-        was = Manifest.read(path).root
-    compare(path, was.spec.to_json(), root.spec.to_json())
-    if grow:
-        merged = {**was.sources, **root.sources}
-        if merged != was.sources:
-            grown = Root(was.spec, was.batch_rows, merged, was.tokenizer_files, was.provenance)
-            files.replace(path / "zarr.json", grown.dump())
-    else:
-        hint = " --grow adds new domains, and documents at the end of old ones."
-        compare(path, dict(was.sources), dict(root.sources), hint)
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files of a tokenizer, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
 def compare(path: Path, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:

@@ -251,7 +251,11 @@ def write_plan(root: Path, spec: CacheSpec, domain: str, plan: DomainPlan) -> No
 def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
     """Read the plan of a domain. Raises CorruptCacheError where it is damaged or another's."""
     path = plan_path(root, domain)
-    body = parse(read(path), str(path))
+    try:
+        body = parse(read(path), str(path))
+    except CorruptCacheError as error:
+        again = "If it is removed, 'ddk-cache build' makes the whole domain again."
+        raise CorruptCacheError(f"{error} {again}") from error
     if (body.get("domain"), body.get("fingerprint")) != (domain, spec.fingerprint):
         raise CorruptCacheError(f"{path} belongs to another domain or cache.")
 

@@ -21,7 +21,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ddk_cache import files, process
 from ddk_cache.codec import LogprobCodec
-from ddk_cache.manifest import Object, Record, object_path
+from ddk_cache.manifest import COMMITS, Object, Record, object_path
 from ddk_cache.schema import (
     SPLITS,
     Array,
@@ -135,8 +135,9 @@ class Store:
     # --- leftovers ---
 
     def clear(self, domain: str) -> None:
-        """Remove the arrays of a domain whose rows are not planned yet."""
-        shutil.rmtree(self.root / "domains" / domain, ignore_errors=True)
+        """Remove all of a domain whose rows are not planned: its records first."""
+        for folder in (COMMITS, "domains"):
+            shutil.rmtree(self.root / folder / domain, ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove the scratch of this process and of those that died."""

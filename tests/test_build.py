@@ -138,7 +138,8 @@ def test_ctrl_c_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     assert process.stdout
     process.stdout.readline()
     deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("commits/**/*.json")) and time.monotonic() < deadline:
+    commits = tmp_path / "mix.zarr" / "commits"
+    while not list(commits.rglob("*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -153,6 +154,7 @@ def test_ctrl_c_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
         ({"target_spec": "topk:4"}, "targets"),
         ({"holdout": 0.2}, "holdout"),
         ({"teacher": random_teacher(seed=1)}, "teacher"),
+        ({"batch_rows": 3}, "batch_rows"),
     ],
 )
 def test_going_on_with_other_settings_is_refused_by_name(
@@ -161,6 +163,14 @@ def test_going_on_with_other_settings_is_refused_by_name(
     before = tree(cache.root)
     with pytest.raises(MismatchError, match=f"  {field}: the cache has .*, this build asks for"):
         make_cache(cache.root, **change)
+    assert tree(cache.root) == before
+
+
+def test_another_tokenizer_is_refused_and_the_old_one_stays(cache: Cache, corpus: Path) -> None:
+    before, other = tree(cache.root), byte_tokenizer()
+    other.chat_template = "{{ messages }}"
+    with pytest.raises(MismatchError, match="  tokenizer: the cache has"):
+        build(cache.root, find_sources(corpus), random_teacher(), other, **BUILD)
     assert tree(cache.root) == before
 
 

@@ -31,7 +31,7 @@ CACHE = {
     "reader": {"schema", "manifest", "codec", "shards"},
     "plan": {"schema", "corpus", "rows", "store"},
     "build": {
-        *("schema", "files", "process", "console", "corpus", "manifest", "codec", "plan"),
+        *("schema", "files", "console", "corpus", "manifest", "codec", "plan"),
         *("store", "teacher", "pretrained", "audit", "claims", "scoring"),
     },
     "scoring": {"schema", "console", "targets", "teacher"},

@@ -206,6 +206,18 @@ def test_what_is_bad_is_found_dropped_and_made_again(
     assert tree(copy) == tree(cache.root)
 
 
+def test_a_domain_without_its_plan_is_made_again_as_a_whole(
+    copy: Path, cache: Cache, make_cache: Make
+) -> None:
+    plan = copy / "plans" / "letters.json"
+    plan.write_bytes(plan.read_bytes().replace(b"train", b"trian", 1))
+    with pytest.raises(CorruptCacheError, match=r"letters.json is damaged.*If it is removed"):
+        open_cache(copy)
+    plan.unlink()
+    make_cache(copy)
+    assert tree(copy) == tree(cache.root)
+
+
 def test_token_rows_are_made_again_only_from_the_same_documents(
     copy: Path, make_cache: Make, corpus: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
