@@ -152,7 +152,12 @@ class Cache:
 
     def committed(self, domain: str, split: str) -> list[int]:
         """Return the numbers of the committed shards of a split, ascending."""
-        return sorted(self._committed[domain, split] & set(range(len(self.shards(domain, split)))))
+        planned = len(self.shards(domain, split))
+        return sorted(number for number in self._committed[domain, split] if number < planned)
+
+    def is_committed(self, key: ShardKey) -> bool:
+        """Return whether a shard has a record."""
+        return key.number in self._committed[key.domain, key.split]
 
     def records(self, domain: str, split: str) -> Iterator[Record]:
         """Yield the commit records of a split, each checked against the spec."""
@@ -222,7 +227,7 @@ class Cache:
 
     def _read_shard(self, key: ShardKey) -> tuple[Record, dict[str, Index]]:
         """Return the record of a committed shard, and the index of each of its objects."""
-        if key.number not in self._committed[key.domain, key.split]:
+        if not self.is_committed(key):
             raise UnfinishedCacheError(
                 f"{self.root}: shard {key} is not committed. Run the same 'ddk-cache build' "
                 "again to go on."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from ddk_cache import files
 from ddk_cache.manifest import TOKENIZER, Object, object_path, record_path
 from ddk_cache.reader import Cache
 from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey
+from ddk_cache.shards import index_of
 from ddk_cache.store import TOKEN_ARRAYS
 
 THREADS = 8
@@ -37,14 +39,8 @@ class Problem:
 def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
     """Return every problem of a cache; `advance` hears of bytes as they are hashed."""
     problems = [*_tokenizer(cache), *_metadata(cache)]
-    keys = [
-        ShardKey(domain, split, number)
-        for domain in cache.domains
-        for split in SPLITS
-        for number in cache.committed(domain, split)
-    ]
     with ThreadPoolExecutor(THREADS) as pool:
-        for found, size in pool.map(lambda key: _shard(cache, key), keys):
+        for found, size in pool.map(partial(_shard, cache), cache.manifest.shards()):
             problems += found
             advance(size)
     return problems
@@ -70,7 +66,9 @@ def _metadata(cache: Cache) -> Iterator[Problem]:
 
 
 def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
-    """Return the problems of a committed shard and the bytes that it has."""
+    """Return the problems of a planned shard and the bytes that it has."""
+    if not cache.is_committed(key):
+        return list(_token_rows(cache, key)), 0
     try:
         record = cache.record(key)
     except CorruptCacheError as error:
@@ -79,6 +77,18 @@ def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
     for name, entry in record.objects.items():
         problems += _object(cache, key, name, entry)
     return problems, sum(entry.bytes for entry in record.objects.values())
+
+
+def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
+    """Check the chunks of the token rows of a shard that no record vouches for yet."""
+    for name in TOKEN_ARRAYS:
+        path = object_path(cache.root, cache.spec, key, name)
+        try:
+            index = index_of(path, cache.spec.chunks_per_shard)
+            for number in range(cache.spec.chunks_per_shard):
+                index.chunk(number)
+        except CorruptCacheError as error:
+            yield Problem(path, str(error), key)
 
 
 def _object(cache: Cache, key: ShardKey, name: str, entry: Object) -> list[Problem]:

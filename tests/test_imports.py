@@ -36,7 +36,7 @@ CACHE = {
     },
     "scoring": {"schema", "console", "targets", "teacher"},
     "estimate": {"schema", "corpus", "rows", "store"},
-    "verify": {"schema", "files", "manifest", "reader", "store"},
+    "verify": {"schema", "files", "manifest", "reader", "shards", "store"},
     "info": {"schema", "reader", "audit"},
     "cli": {
         *("schema", "console", "corpus", "build", "teacher", "pretrained", "reader", "verify"),

@@ -206,6 +206,22 @@ def test_what_is_bad_is_found_dropped_and_made_again(
     assert tree(copy) == tree(cache.root)
 
 
+def test_damaged_rows_that_wait_for_the_teacher_are_found_too(
+    copy: Path, cache: Cache, make_cache: Make
+) -> None:
+    (copy / "commits/digits/train/0.json").unlink()
+    victim = copy / VICTIMS[2]
+    whole = victim.read_bytes()
+    victim.write_bytes(b"?" + whole[1:])
+    with pytest.raises(CorruptCacheError, match="tokens"):
+        make_cache(copy)
+    opened = open_cache(copy, unfinished=True)
+    assert [problem.path for problem in verify(opened, quiet)] == [victim]
+    drop_bad(opened, verify(opened, quiet))
+    make_cache(copy)
+    assert tree(copy) == tree(cache.root)
+
+
 def test_a_domain_without_its_plan_is_made_again_as_a_whole(
     copy: Path, cache: Cache, make_cache: Make
 ) -> None:
