@@ -126,9 +126,9 @@ def test_kill_9_loses_nothing_committed_and_the_end_is_the_same_bytes(
 
 
 def test_ctrl_c_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
-    slow = BUILDER.replace("0.02", "0.3").replace(
-        "build(sys.argv[1]", "from ddk_cache.console import *\nbuild(sys.argv[1]"
-    )
+    # A process that a shell started in the background ignores SIGINT; this one shall not.
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    slow = heed + BUILDER.replace("0.02", "0.3")
     process = subprocess.Popen(
         [sys.executable, "-c", slow, str(tmp_path / "mix.zarr"), str(corpus)],
         stdout=subprocess.PIPE,

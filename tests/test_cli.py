@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from ddk_cache.cli import main as cache_main
 from ddk_cache.reader import Cache
 from ddk_train.cli import main as train_main
 from ddk_train.config import TrainConfig
-from tests.conftest import command, finish
 
 OPTIONS = {
     "ddk-cache plan": "--teacher --tokenizer --seq-len --targets --holdout --chunk-rows "
@@ -268,19 +266,3 @@ def test_run_and_report_as_a_person_would(
     assert "<svg" in page.read_text()
     facts = json.loads(call(train_main, "report", *runs, "--json").stdout)
     assert len(facts) == 2
-
-
-def test_ctrl_c_while_a_teacher_loads_is_no_traceback(tmp_path: Path, corpus: Path) -> None:
-    (tmp_path / "pipe").mkdir()
-    os.mkfifo(tmp_path / "pipe" / "tokenizer.json")  # reading it waits until Ctrl-C
-    process = command(
-        "ddk-cache", "build", corpus, tmp_path / "mix.zarr", "--teacher", tmp_path / "pipe"
-    )
-    import signal
-    import time
-
-    time.sleep(4)
-    process.send_signal(signal.SIGINT)
-    code, _, err = finish(process)
-    assert code != 0
-    assert "Traceback" not in err
