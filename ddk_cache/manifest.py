@@ -91,6 +91,13 @@ def typed(value: Any, kind: type[T], least: int | None = None) -> T:
     return value
 
 
+def file_name(name: Any) -> str:
+    """Return the name of a file in a folder, if it is one and leads nowhere else."""
+    if Path(typed(name, str)).name != name or name.startswith("."):
+        raise ValueError(f"{name!r} is no name of a file")
+    return str(name)
+
+
 # --- the root and the plans -----------------------------------------------------------------------
 
 
@@ -152,7 +159,7 @@ class Root:
             batch_rows=typed(body["batch_rows"], int, 1),
             sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
             tokenizer_files={
-                typed(name, str): (typed(size, int, 0), typed(hashed, str))
+                file_name(name): (typed(size, int, 0), typed(hashed, str))
                 for name, (size, hashed) in body["tokenizer_files"].items()
             },
             provenance={name: typed(v, str) for name, v in body["provenance"].items()},
@@ -272,6 +279,10 @@ def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
         if not portions:
             raise ValueError("a plan without a portion")
         metadata = {typed(name, str): typed(text, str) for name, text in body["metadata"].items()}
+        for name, text in metadata.items():
+            text.encode()
+            if ".." in name or not (name.startswith("domains/") and name.endswith("/zarr.json")):
+                raise ValueError(f"{name!r} is no Zarr document of a domain")
         return DomainPlan(portions, metadata)
 
     plan: DomainPlan = understand(path, build)

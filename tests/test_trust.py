@@ -21,6 +21,7 @@ from ddk_cache.build import build
 from ddk_cache.claims import Claims
 from ddk_cache.cli import which_process
 from ddk_cache.corpus import find_sources
+from ddk_cache.manifest import dump, parse
 from ddk_cache.process import owner
 from ddk_cache.reader import Cache
 from ddk_cache.schema import ShardKey
@@ -247,6 +248,16 @@ def test_token_rows_are_made_again_only_from_the_same_documents(
     (other / "digits.csv").write_text(text.replace("1", "2"))
     with pytest.raises(MismatchError, match="its documents are not those"):
         build(copy, find_sources(other), random_teacher(), tokenizer, **BUILD)
+
+
+@pytest.mark.parametrize("name", ["../evil/zarr.json", "domains/../../zarr.json", "domains/x"])
+def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) -> None:
+    path = copy / "plans" / "notes.json"
+    body = parse(path.read_bytes(), str(path))
+    body["metadata"][name] = "{}"
+    path.write_bytes(dump(body))
+    with pytest.raises(CorruptCacheError, match="no Zarr document of a domain"):
+        open_cache(copy)
 
 
 def test_a_swapped_shard_is_never_read_as_the_right_one(copy: Path) -> None:
