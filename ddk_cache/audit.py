@@ -74,6 +74,20 @@ def audit(
     }
 
 
+def sound(seen: Mapping[str, Any], positions: int) -> dict[str, Any]:
+    """Return what a record says was seen, if it can have been; ValueError else."""
+    bins = [int(count) for count in seen["kept_mass_bins"]]
+    sums = [float(seen[name]) for name in ("entropy", "kept_mass", "largest_error")]
+    possible = [
+        seen["positions"] == positions == sum(bins) and len(bins) == MASS_BINS and min(bins) >= 0,
+        0 <= seen["correct"] <= positions and isinstance(seen["correct"], int),
+        all(-1 <= value <= 1e3 * (positions + 1) for value in sums),
+    ]
+    if not all(possible):
+        raise ValueError(f"an audit that cannot have been seen: {dict(seen)!r}")
+    return dict(seen)
+
+
 def _require(key: ShardKey, what: str, good: Array, figure: Array | None = None) -> None:
     if good.all():
         return

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ddk_cache import files, process
+from ddk_cache.audit import sound
 from ddk_cache.schema import (
     FORMAT_VERSION,
     SPLITS,
@@ -84,9 +85,10 @@ def read(path: Path) -> bytes:
         raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def typed(value: Any, kind: type[T], least: int | None = None) -> T:
-    """Return a value that is exactly of a type, and at least so much; ValueError else."""
-    if type(value) is not kind or (least is not None and value < least):  # type: ignore[operator]
+def typed(value: Any, kind: type[T], least: float = 0, most: float = 2**62) -> T:
+    """Return a value that is exactly of a type and, a number, in its bounds; ValueError else."""
+    number = kind in (int, float)
+    if type(value) is not kind or (number and not least <= value <= most):  # type: ignore[operator]
         raise ValueError(f"{value!r} where a {kind.__name__} belongs")
     return value
 
@@ -172,7 +174,7 @@ def understand(path: Path, build: Any) -> Any:
         return build()
     except CacheError:
         raise
-    except (DDKError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (DDKError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CorruptCacheError(f"{path} is damaged: {error!r}.") from error
 
 
@@ -286,7 +288,28 @@ def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
         return DomainPlan(portions, metadata)
 
     plan: DomainPlan = understand(path, build)
+    for split in SPLITS:
+        check_shown(root, spec, domain, split, plan)
     return plan
+
+
+def check_shown(root: Path, spec: CacheSpec, domain: str, split: str, plan: DomainPlan) -> None:
+    """Believe a plan only as far as there are files to show for it.
+
+    Token rows are written before their plan. Some may have been lost since; most cannot, and a
+    number of rows that nothing bears out must not decide how long a list becomes.
+
+    Raises:
+        CorruptCacheError: it names many more shards than there are.
+    """
+    planned = sum(-(-portion.rows[split] // spec.shard_rows) for portion in plan.portions)
+    folder = root / "domains" / domain / split / "tokens" / "c"
+    there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+    if planned > 4 * there + 1024:
+        raise CorruptCacheError(
+            f"{plan_path(root, domain)} plans {planned:,} shards of {split} rows, and {there:,} "
+            "are there. If it is removed, 'ddk-cache build' makes the whole domain again."
+        )
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -359,10 +382,10 @@ def read_record(root: Path, manifest: Manifest, key: ShardKey) -> Record:
             fingerprint=typed(body["fingerprint"], str),
             content=typed(body["content"], str),
             rows=typed(body["rows"], int, 1),
-            positions=typed(body["positions"], int, 0),
-            teacher_loss=typed(body["teacher_loss"], float),
+            positions=typed(body["positions"], int, 0, planned.rows * spec.seq_len),
+            teacher_loss=typed(body["teacher_loss"], float, -1, 1e6 * body["positions"]),
             batch_rows=typed(body["batch_rows"], int, 1),
-            audit=typed(body["audit"], dict),
+            audit=sound(body["audit"], planned.rows * spec.seq_len),
             objects={
                 name: Object(
                     bytes=typed(body["objects"][name]["bytes"], int, 0),
@@ -373,8 +396,8 @@ def read_record(root: Path, manifest: Manifest, key: ShardKey) -> Record:
             },
         )
 
-    record: Record = understand(path, build)
     planned = shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
+    record: Record = understand(path, build)
     if (record.key, record.fingerprint, record.rows, record.content) != (
         *(key, spec.fingerprint),
         *planned,

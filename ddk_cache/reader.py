@@ -9,11 +9,11 @@ never Zarr's silent fill value.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numcodecs.blosc
 import numpy as np
@@ -28,7 +28,6 @@ from ddk_cache.manifest import (
     read_record,
 )
 from ddk_cache.schema import (
-    LARGEST_CHUNK,
     SPLITS,
     Array,
     CacheSpec,
@@ -77,6 +76,7 @@ class Cache:
         self.root = root
         self.manifest = manifest
         self.codec = LogprobCodec(manifest.spec.logprob_step)
+        self._committed = self._find_committed()
         self._shard = lru_cache(SHARDS_KEPT)(self._read_shard)
         self._chunk = lru_cache(CHUNKS_KEPT)(self._read_chunk)
 
@@ -110,13 +110,20 @@ class Cache:
         runs = [np.arange(e.start, e.start + e.rows) for e in self.extents(domain, split)]
         return np.concatenate([np.empty(0, np.int64), *runs])
 
-    @cached_property
-    def _committed(self) -> dict[tuple[str, str], set[int]]:
-        return {
-            (domain, split): committed(self.root, domain, split)
-            for domain in self.domains
-            for split in SPLITS
-        }
+    def _find_committed(self) -> dict[tuple[str, str], set[int]]:
+        """Return the numbers of committed shards by domain and split, by their records' names."""
+        found = {}
+        for domain in self.domains:
+            for split in SPLITS:
+                numbers = committed(self.root, domain, split)
+                planned = len(self.shards(domain, split))
+                if numbers and max(numbers) >= planned:
+                    raise CorruptCacheError(
+                        f"{self.root}: there is a record of shard {domain}/{split}/{max(numbers)}, "
+                        f"but {planned} shards are planned."
+                    )
+                found[domain, split] = numbers
+        return found
 
     def shards(self, domain: str, split: str) -> list[Shard]:
         """Return every planned shard of a split, by number."""
@@ -152,8 +159,7 @@ class Cache:
 
     def committed(self, domain: str, split: str) -> list[int]:
         """Return the numbers of the committed shards of a split, ascending."""
-        planned = len(self.shards(domain, split))
-        return sorted(number for number in self._committed[domain, split] if number < planned)
+        return sorted(self._committed[domain, split])
 
     def is_committed(self, key: ShardKey) -> bool:
         """Return whether a shard has a record."""
@@ -179,11 +185,13 @@ class Cache:
         """
         numbers = np.asarray(rows, np.int64)
         self._check_valid(domain, split, numbers)
+        chunks, offsets = np.divmod(numbers, self.spec.chunk_rows)
+        if len(chunks):  # so that a lie about sizes is found before memory is taken for it
+            self._chunk(domain, split, int(chunks[0]))
         raw = {
             name: np.empty((len(numbers), *layout.inner), layout.dtype)
             for name, layout in self.spec.arrays.items()
         }
-        chunks, offsets = np.divmod(numbers, self.spec.chunk_rows)
         for chunk in np.unique(chunks):
             here = chunks == chunk
             for name, data in self._chunk(domain, split, int(chunk)).items():
@@ -222,7 +230,9 @@ class Cache:
             if checksum != record.objects[name].chunks[8 * place : 8 * place + 8]:
                 raise CorruptCacheError(f"{index.path} is not the shard that was committed.")
             shape = (self.spec.chunk_rows, *layout.inner)
-            out[name] = decompress(data, index.path, layout.dtype).reshape(shape)
+            size = math.prod(shape) * layout.dtype.itemsize
+            flat = np.frombuffer(decompress(data, index.path, size), layout.dtype)
+            out[name] = flat.reshape(shape)
         return out
 
     def _read_shard(self, key: ShardKey) -> tuple[Record, dict[str, Index]]:
@@ -246,17 +256,17 @@ class Cache:
         return record, indices
 
 
-def decompress(data: bytes, path: Path, dtype: Any) -> Array:
-    """Return the values of a chunk, flat, after checking the size that it claims.
+def decompress(data: bytes, path: Path, size: int) -> bytes:
+    """Return the `size` bytes of a chunk, after checking that it claims as many.
 
     Raises:
-        CorruptCacheError: it is no blosc chunk, or larger than a chunk can be.
+        CorruptCacheError: it is no blosc chunk, or of another size.
     """
     try:
         claimed, _, packed = BLOSC_HEADER.unpack_from(data)
-        if packed != len(data) or claimed > 4 * LARGEST_CHUNK:
-            raise ValueError(f"it claims {claimed:,} bytes from {packed:,}")
-        return np.frombuffer(numcodecs.blosc.decompress(data), dtype)
+        if (claimed, packed) != (size, len(data)):
+            raise ValueError(f"it claims {claimed:,} bytes where {size:,} belong")
+        return bytes(numcodecs.blosc.decompress(data))
     except (RuntimeError, ValueError, struct.error) as error:
         raise CorruptCacheError(f"a chunk of {path} is damaged: {error}.") from error
 

@@ -213,6 +213,10 @@ class CacheSpec:
                 )
         if type(self.logprob_step) is not float or not 0 < self.logprob_step < 1:
             raise InputError(f"logprob_step has to be in (0, 1), not {self.logprob_step}.")
+        for name in ("teacher", "tokenizer"):
+            facts = getattr(self, name)
+            if not isinstance(facts, Mapping) or {type(fact) for fact in facts.values()} - {str}:
+                raise InputError(f"{name} has to map names to text, not {facts!r}.")
         if self.targets.size > self.vocab_size:
             raise InputError(
                 f"targets {self.targets} ask for more entries than the teacher's vocabulary has "
