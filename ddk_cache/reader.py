@@ -77,6 +77,7 @@ class Cache:
         self.manifest = manifest
         self.codec = LogprobCodec(manifest.spec.logprob_step)
         self._committed = self._find_committed()
+        self._real = root.resolve()
         self._shard = lru_cache(SHARDS_KEPT)(self._read_shard)
         self._chunk = lru_cache(CHUNKS_KEPT)(self._read_chunk)
 
@@ -161,6 +162,10 @@ class Cache:
         """Return the numbers of the committed shards of a split, ascending."""
         return sorted(self._committed[domain, split])
 
+    def holds(self, path: Path) -> bool:
+        """Return whether a path, its links followed, lies within the cache."""
+        return path.resolve().is_relative_to(self._real)
+
     def is_committed(self, key: ShardKey) -> bool:
         """Return whether a shard has a record."""
         return key.number in self._committed[key.domain, key.split]
@@ -243,10 +248,10 @@ class Cache:
                 "again to go on."
             )
         record = self.record(key)
-        root, indices = self.root.resolve(), {}
+        indices = {}
         for name, entry in record.objects.items():
             path = object_path(self.root, self.spec, key, name)
-            if not path.resolve().is_relative_to(root):
+            if not self.holds(path):
                 raise CorruptCacheError(f"{path} leads out of the cache.")
             indices[name] = index_of(path, self.spec.chunks_per_shard)
             if path.stat().st_size != entry.bytes:

@@ -93,7 +93,7 @@ def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
 
 def _object(cache: Cache, key: ShardKey, name: str, entry: Object) -> list[Problem]:
     path = object_path(cache.root, cache.spec, key, name)
-    if not path.resolve().is_relative_to(cache.root.resolve()):
+    if not cache.holds(path):
         return [Problem(path, f"{path} leads out of the cache", key)]
     return list(_differs(path, entry.bytes, entry.hash, key))
 

@@ -260,6 +260,43 @@ def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) 
         open_cache(copy)
 
 
+def reseal(path: Path, keys: list[Any], value: Any) -> None:
+    """Change one value of a document and give it a correct seal."""
+    body = parse(path.read_bytes(), str(path))
+    inner = body
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_bytes(dump(body))
+
+
+@pytest.mark.parametrize("rows", [2**40, 2**62, -1, 0, 1.5, "many", None])
+def test_a_plan_with_impossible_rows_is_refused_even_with_its_seal(rows: Any, copy: Path) -> None:
+    reseal(copy / "plans/notes.json", ["portions", 0, "rows", "train"], rows)
+    with pytest.raises(CorruptCacheError, match="notes"):
+        open_cache(copy)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["positions"], 10**29),
+        (["teacher_loss"], 1e308),
+        (["audit", "entropy"], 10**29),
+        (["audit", "largest_error"], None),
+        (["objects", "tokens", "bytes"], 10**29),
+        (["objects", "tokens", "chunks"], ""),
+        (["shard"], [[]]),
+    ],
+)
+def test_a_record_with_impossible_figures_is_refused_even_with_its_seal(
+    keys: list[Any], value: Any, copy: Path
+) -> None:
+    reseal(copy / "commits/notes/train/0.json", keys, value)
+    with pytest.raises(CorruptCacheError, match=r"notes/train/0\.json"):
+        open_cache(copy).read("notes", "train", [0])
+
+
 def test_a_swapped_shard_is_never_read_as_the_right_one(copy: Path) -> None:
     one, two = (copy / f"domains/letters/train/target_ids/c/{n}/0/0" for n in (0, 1))
     a, b = one.read_bytes(), two.read_bytes()
