@@ -40,6 +40,7 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from ddk_cache.audit import MASS_BINS
 from ddk_cache.console import Commands
 from ddk_cache.files import PARTIAL
 from ddk_cache.info import describe
@@ -919,7 +920,20 @@ def make_large(root: Path, megabytes: int, seed: int) -> None:
         }
         store.write(key, arrays)
         store.commit(
-            key, content="", rows=512, positions=1, teacher_loss=1.0, batch_rows=1, audit={}
+            key,
+            content="",
+            rows=512,
+            positions=1,
+            teacher_loss=1.0,
+            batch_rows=1,
+            audit={
+                "positions": 512 * spec.seq_len,
+                "correct": 0,
+                "entropy": 0.0,
+                "kept_mass": 0.0,
+                "kept_mass_bins": [512 * spec.seq_len] + [0] * (MASS_BINS - 1),
+                "largest_error": 0.0,
+            },
         )
     store.sweep()
 
