@@ -7,6 +7,7 @@ one the bytes are those of the arrays before compression, an upper bound, and no
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
 import time
@@ -87,7 +88,8 @@ def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[st
     began = time.perf_counter()
     scores = score(tokens)
     seconds = time.perf_counter() - began
-    small = spec.resized(-(-len(tokens) // spec.chunk_rows) * spec.chunk_rows)
+    chunks = -(-len(tokens) // spec.chunk_rows)
+    small = dataclasses.replace(spec, shard_rows=chunks * spec.chunk_rows)
     with tempfile.TemporaryDirectory() as folder:
         store, key = Store(Path(folder), small), ShardKey("probe", "train", 0)
         encoded = {name: store.codec.encode(part) for name, part in scores.items()}

@@ -133,22 +133,17 @@ class Root:
 
     @classmethod
     def parse(cls, data: bytes, path: Path) -> Root:
-        """Read what `dump` wrote; see `read_root` for the errors."""
+        """Read what `dump` wrote; see `Manifest.read` for the errors."""
         try:
             inner = json.loads(data)["attributes"]["ddk"]
-            version = inner["format_version"]
+            inner = {"format_version": inner["format_version"], **inner}
             document = json.dumps(inner, indent=1, allow_nan=False).encode()
         except (ValueError, KeyError, TypeError, RecursionError):
             raise NotACacheError(
                 f"{path.parent} is not a cache: it has no {ROOT} with the attributes that "
                 "'ddk-cache build' writes."
             ) from None
-        body = parse(document, str(path)) if version == FORMAT_VERSION else inner
-        if version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{path.parent} has format version {version}; this ddk reads version "
-                f"{FORMAT_VERSION}. Use the ddk that built it, or build it again."
-            )
+        body = parse(document, str(path))
         root: Root = understand(path, lambda: cls._of(body))
         if root.dump() != data:
             raise CorruptCacheError(f"{path} is damaged: it is not what was written.")

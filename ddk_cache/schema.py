@@ -28,7 +28,6 @@ SPLITS = ("train", "validation")
 """Rows to learn from, and held-out rows on which the gap is measured."""
 
 Array = npt.NDArray[Any]
-T = TypeVar("T")
 
 
 # --- errors -----------------------------------------------------------------------------------
@@ -267,10 +266,6 @@ class CacheSpec:
             return cls(**{**values, "targets": TargetSpec.parse(values["targets"])})
         except (InputError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise CorruptCacheError(f"the spec of this cache is unreadable: {error}") from error
-
-    def resized(self, shard_rows: int) -> CacheSpec:
-        """Return the spec with other shards."""
-        return dataclasses.replace(self, shard_rows=shard_rows)
 
     @property
     def chunks_per_shard(self) -> int:
