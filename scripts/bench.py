@@ -1,0 +1,47 @@
+"""Measure one thing, side by side with what a user would do otherwise.
+
+    bench.py NAME [--json FILE] [OPTIONS]      bench.py --help lists the names
+
+Each measurement is a module of `benches`, loaded when it is asked for. Everything that is compared
+runs in one process on one machine, and ratios are printed beside times, because times do not
+travel. What the corpus and the teacher of a measurement are is said by `DDK_DATA`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import click
+
+from ddk_cache.console import Commands
+
+FOLDER = Path(__file__).parent / "benches"
+NO_BENCH = {"__init__", "common"}
+
+
+class Benches(Commands):
+    """The modules of `benches` as commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the measurements."""
+        return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_BENCH)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load one measurement: the `main` of its module."""
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        module = importlib.import_module(f"benches.{cmd_name}")
+        command: click.Command = module.main
+        return command
+
+
+@click.command(cls=Benches, help=__doc__.splitlines()[0])
+def main() -> None:
+    """Choose a measurement."""
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER.parent))
+    main(prog_name="bench.py")
