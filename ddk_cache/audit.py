@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ddk_cache.codec import LogprobCodec
+from ddk_cache.codec import LogprobCodec, TargetCodec
 from ddk_cache.schema import Array, CacheError, ShardKey
 
 SLACK = 1e-3
@@ -22,56 +22,81 @@ SLACK = 1e-3
 MASS_BINS = 50
 """Even bins of kept mass over [0, 1]."""
 
+LOST = ("kl", "total_variation", "tail", "gradient_error")
+"""What `ddk_cache.fidelity` measures."""
+
 
 def audit(
     key: ShardKey,
     scores: Mapping[str, Array],
     stored: Mapping[str, Array],
     labels: Array,
-    codec: LogprobCodec,
+    codec: TargetCodec,
     vocab_size: int,
 ) -> dict[str, Any]:
     """Check the scores of a shard and return what was seen.
 
-    `scores` and `stored` map `target_ids` (R, S, K), `target_logprobs` (R, S, K), `tail_logprob`
-    and `label_logprob` (R, S) to float32 nats and to what will be written; `labels` is (R, S).
+    `scores` are as `Scorer.score` gives them, `stored` what will be written of them; `labels` is
+    (R, S).
 
     Raises:
         CacheError: with shard, rows and figure.
     """
-    ids, logprobs = scores["target_ids"], scores["target_logprobs"]
+    ids, logprobs = scores["ids"], scores["logprobs"]
     tail, label = scores["tail_logprob"], scores["label_logprob"]
-    finite = np.isfinite(logprobs).all(-1) & np.isfinite(label) & ~np.isnan(tail) & (tail < np.inf)
-    _require(key, "log-probabilities are not finite", finite)
-    probs = np.exp(logprobs.astype(np.float64))
-    kept, rest = probs.sum(-1), np.exp(tail.astype(np.float64))
-    top = np.maximum(np.maximum(logprobs.max(-1), label), tail)
+    numbers = ~np.isnan(logprobs).any(-1) & np.isfinite(label) & ~np.isnan(tail)
+    _require(key, "log-probabilities are not finite", numbers)
+    probs = np.exp(logprobs)
+    kept, rest = probs.sum(-1, dtype=np.float64), np.exp(tail.astype(np.float64))
+    top = np.maximum(np.maximum(logprobs[..., 0], label), tail)
     _require(key, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
     sums = np.asarray(np.abs(kept + rest - 1) < 5 * SLACK)
     _require(key, "kept entries and tail do not sum to one", sums, kept)
     in_range = (ids.min(-1) >= 0) & (ids.max(-1) < vocab_size)
     _require(key, "an id is outside of the vocabulary", in_range, ids.max(-1))
-    ranked = np.sort(ids, -1)
+    ranked = np.sort(ids.astype(np.uint32), -1)
     _require(key, "an id is kept twice", (ranked[..., 1:] != ranked[..., :-1]).all(-1))
-    falling = np.asarray(np.diff(logprobs, axis=-1) <= 0)
+    falling = np.asarray(probs[..., 1:] <= probs[..., :-1])
     _require(key, "entries are not in order", np.asarray(falling.all(-1)))
-    error = 0.0
-    for name in ("target_logprobs", "tail_logprob", "label_logprob"):
-        off = _error(scores[name], stored[name], codec)
-        error = max(error, float(off.max()))
-        good = off <= codec.error + SLACK
-        _require(key, f"stored {name} differ from the computed", good, off)
-    _require(key, "stored ids differ from the computed", (stored["target_ids"] == ids).all(-1))
+    errors = _stored_as_computed(key, scores, stored, probs, codec)
     mass = np.clip(kept, 0, 1)
-    entropy = -(probs * logprobs).sum(-1) - rest * np.where(rest > 0, tail, 0.0)
+    with np.errstate(invalid="ignore"):
+        nats = np.where(probs > 0, probs * logprobs, 0.0)
+    entropy = -nats.sum(-1, dtype=np.float64) - rest * np.where(rest > 0, tail, 0.0)
     return {
         "positions": int(label.size),
         "correct": int((ids[..., 0] == labels).sum()),
         "entropy": float(entropy.sum()),
         "kept_mass": float(mass.sum()),
         "kept_mass_bins": np.histogram(mass, MASS_BINS, (0, 1))[0].tolist(),
-        "largest_error": error,
+        **errors,
     }
+
+
+def _stored_as_computed(
+    key: ShardKey,
+    scores: Mapping[str, Array],
+    stored: Mapping[str, Array],
+    probs: Array,
+    codec: TargetCodec,
+) -> dict[str, float]:
+    """Decode what will be written and compare it; return the largest errors."""
+    codes = stored["target_probs"]
+    wanted = scores["ids"].astype(np.uint64) << np.uint64(8) | codec.prob.encode(probs)
+    found = codec.ids(stored["target_ids"]).astype(np.uint64) << np.uint64(8) | codes
+    wanted.sort(axis=-1)
+    found.sort(axis=-1)
+    _require(key, "stored entries differ from the computed", (wanted == found).all(-1))
+    off = np.abs(codec.prob.values[codec.prob.encode(probs)] - probs)
+    good = off <= codec.prob.error(probs) + SLACK
+    _require(key, "stored probabilities differ from the computed", good, off)
+    error = 0.0
+    for name in scores.keys() & stored.keys():
+        nats = _error(scores[name], stored[name], codec.logprob)
+        error = max(error, float(nats.max(initial=0)))
+        good = nats <= codec.logprob.error + SLACK
+        _require(key, f"stored {name} differ from the computed", good, nats)
+    return {"largest_error": error, "largest_prob_error": float(off.max())}
 
 
 def sound(seen: Mapping[str, Any], positions: int) -> dict[str, Any]:
@@ -83,6 +108,9 @@ def sound(seen: Mapping[str, Any], positions: int) -> dict[str, Any]:
         0 <= seen["correct"] <= positions and isinstance(seen["correct"], int),
         all(-1 <= value <= 1e3 * (positions + 1) for value in sums),
     ]
+    if "fidelity" in seen:
+        lost = [float(seen["fidelity"][name]) for name in ("positions", *LOST)]
+        possible.append(all(-1 <= value <= 1e3 * (positions + 1) for value in lost))
     if not all(possible):
         raise ValueError(f"an audit that cannot have been seen: {dict(seen)!r}")
     return dict(seen)
@@ -127,4 +155,13 @@ def total(audits: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             str(q): float(np.interp(q, below, edges)) for q in (0.01, 0.1, 0.5, 0.9)
         },
         "largest_error": max(audit["largest_error"] for audit in audits),
+        "fidelity": _lost([audit["fidelity"] for audit in audits if "fidelity" in audit]),
     }
+
+
+def _lost(parts: list[Mapping[str, float]]) -> dict[str, float]:
+    """Return means over the positions that were compared with the full distribution."""
+    positions = sum(part["positions"] for part in parts)
+    if not positions:
+        return {}
+    return {name: sum(part[name] for part in parts) / positions for name in LOST}

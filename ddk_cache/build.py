@@ -27,7 +27,7 @@ import torch
 from ddk_cache import files
 from ddk_cache.audit import audit
 from ddk_cache.claims import FOLDER, Claims
-from ddk_cache.codec import LogprobCodec
+from ddk_cache.codec import LogprobCodec, TargetCodec
 from ddk_cache.console import Progress
 from ddk_cache.corpus import Source
 from ddk_cache.manifest import (
@@ -57,7 +57,7 @@ from ddk_cache.schema import (
     digest,
     shards,
 )
-from ddk_cache.scoring import Scorer, first_batch
+from ddk_cache.scoring import Scored, Scorer, first_batch
 from ddk_cache.store import SCRATCH, Store
 from ddk_cache.teacher import Teacher
 
@@ -82,6 +82,9 @@ def make_spec(
     holdout: float = 0.05,
     chunk_rows: int | None = None,
     shard_rows: int | None = None,
+    temperatures: Sequence[float] = (),
+    seed: int = 0,
+    compression: str = "small",
 ) -> CacheSpec:
     """Return the spec of a cache. Raises InputError where a setting is out of range."""
     if len(tokenizer) > teacher.vocab_size:
@@ -100,6 +103,9 @@ def make_spec(
         logprob_step=LogprobCodec().step,
         teacher=teacher.identity,
         tokenizer=identify_tokenizer(tokenizer),
+        temperatures=tuple(sorted({float(t) for t in temperatures} - {1.0})),
+        seed=seed,
+        compression=compression,
     )
 
 
@@ -159,8 +165,9 @@ def _open(
         was = Manifest.read(path).root
     except NotACacheError as error:
         raise InputError(f"{path} exists and is not a cache. Give another path.") from error
-    asked = spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
-    compare(path, was.spec.to_json() | {"batch_rows": was.batch_rows}, asked)
+    beside = {"batch_rows": was.batch_rows, "format_version": was.spec.format_version}
+    asked = {"batch_rows": batch_rows or was.batch_rows, "format_version": spec.format_version}
+    compare(path, was.spec.to_json() | beside, spec.to_json() | asked)
     if not grow:
         hint = " --grow adds new domains, and documents at the end of old ones."
         compare(path, dict(was.sources), described, hint)
@@ -292,13 +299,16 @@ class Work:
             for key in manifest.shards()
         }
         scorer = Scorer(teacher, spec, manifest.root.batch_rows)
+        codecs = {
+            domain: TargetCodec(spec, plan.frequent_ids) for domain, plan in manifest.plans.items()
+        }
         total = sum(planned[key].rows for key in self._todo(planned)) * spec.seq_len
         with Progress("scoring", total, "tokens") as progress:
             self._share(
                 lambda: self._todo(planned),
                 lambda key: record_path(self.root, key).exists(),
                 lambda key: str(key).replace("/", "."),
-                lambda key: self._score(key, planned[key], scorer, progress),
+                lambda key: self._score(key, planned[key], scorer, codecs[key.domain], progress),
             )
 
     def _todo(self, planned: Mapping[ShardKey, Shard]) -> list[ShardKey]:
@@ -306,24 +316,31 @@ class Work:
         done = {pair: committed(self.root, *pair) for pair in {key[:2] for key in planned}}
         return [key for key in planned if key.number not in done[key[:2]]]
 
-    def _score(self, key: ShardKey, shard: Shard, scorer: Scorer, progress: Progress) -> None:
+    def _score(
+        self, key: ShardKey, shard: Shard, scorer: Scorer, codec: TargetCodec, progress: Progress
+    ) -> None:
         """Score one shard and leave it to the writer."""
         tokens = self.store.read(key, "tokens", shard.rows).astype(np.int64)
         note = f"{key.domain}/{key.split}"
-        scores = scorer.score(key, tokens, partial(self._advance, progress, note=note))
+        scored = scorer.score(key, tokens, partial(self._advance, progress, note=note))
         self._settle()
-        finish = partial(self._finish, key, shard, tokens, scores, scorer.batch_rows)
+        finish = partial(self._finish, key, shard, tokens, scored, codec, scorer.batch_rows)
         self.pending = self.writer.submit(finish)
 
     def _finish(
-        self, key: ShardKey, shard: Shard, tokens: Array, scores: dict[str, Array], batch_rows: int
+        self,
+        key: ShardKey,
+        shard: Shard,
+        tokens: Array,
+        scored: Scored,
+        codec: TargetCodec,
+        batch_rows: int,
     ) -> None:
-        """Audit, encode, write and commit one shard."""
-        spec, codec = self.store.spec, self.store.codec
+        """Encode, audit, write and commit one shard."""
+        scores, vocab_size = scored.arrays, self.store.spec.vocab_size
         mask = self.store.read(key, "loss_mask", shard.rows).astype(bool)
-        stored = {name: codec.encode(part) for name, part in scores.items() if name != "target_ids"}
-        stored["target_ids"] = scores["target_ids"]
-        seen = audit(key, scores, stored, tokens[:, 1:], codec, spec.vocab_size)
+        stored = codec.encode(scores)
+        seen = audit(key, scores, stored, tokens[:, 1:], codec, vocab_size)
         self.store.write(key, stored)
         self.store.commit(
             key,
@@ -332,7 +349,7 @@ class Work:
             positions=int(mask.sum()),
             teacher_loss=float(-scores["label_logprob"][mask].sum(dtype=np.float64)),
             batch_rows=batch_rows,
-            audit=seen,
+            audit=seen | {"fidelity": scored.fidelity},
         )
         self.claims.release(str(key).replace("/", "."))
 

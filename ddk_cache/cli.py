@@ -15,7 +15,13 @@ from typing import Any, TypeVar
 import click
 
 from ddk_cache.console import Commands, Known, Progress, say
-from ddk_cache.schema import CacheError, InputError, TargetSpec, UnfinishedCacheError
+from ddk_cache.schema import (
+    COMPRESSIONS,
+    CacheError,
+    InputError,
+    TargetSpec,
+    UnfinishedCacheError,
+)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -31,6 +37,14 @@ WHAT = [
                  help="Positions in a row."),
     click.option("--targets", default="topk:64", show_default=True,
                  help="What is kept of each distribution, kind:size."),
+    click.option("--temperature", "temperatures", type=float, multiple=True,
+                 help="Temperature beside 1 at which topk targets can be trained on; may be "
+                 "given several times."),
+    click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
+                 help="Of the draws of sampled targets."),
+    click.option("--compression", type=Known("compression", COMPRESSIONS),
+                 default=COMPRESSIONS[0], show_default=True,
+                 help="small: zstd, fewest bytes; fast: lz4, least work at reading."),
     click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05,
                  show_default=True, help="Share of documents held out for measuring."),
     click.option("--chunk-rows", type=click.IntRange(1),
@@ -125,7 +139,7 @@ def plan(
         scorer = Scorer(model, spec, first_batch(model, spec))
         key = ShardKey("probe", "train", 0)
         probed = estimate.probe(
-            spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None)
+            spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None).arrays
         )
     facts = estimate.estimate(spec, counted, probed, cache, student_speed)
     if as_json:
@@ -283,7 +297,7 @@ def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any])
     compare(opened.root, opened.spec.teacher, model.identity)
 
     def score(key: Any, tokens: Any, batch_rows: int) -> Any:
-        return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None)
+        return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None).arrays
 
     return replay(opened, score, rows, seed)
 

@@ -18,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from ddk_cache.codec import TargetCodec
 from ddk_cache.corpus import Source
+from ddk_cache.plan import FREQUENT
 from ddk_cache.rows import Tally, token_rows
 from ddk_cache.schema import SPLITS, Array, CacheSpec, ShardKey
 from ddk_cache.store import Store
 
 Score = Callable[[Array], Mapping[str, Array]]
-"""(R, S+1) tokens → the teacher's scores, as `Scorer.score` gives them."""
+"""(R, S+1) tokens → the arrays that `Scorer.score` gives."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,9 @@ def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[st
     small = dataclasses.replace(spec, shard_rows=chunks * spec.chunk_rows)
     with tempfile.TemporaryDirectory() as folder:
         store, key = Store(Path(folder), small), ShardKey("probe", "train", 0)
-        encoded = {name: store.codec.encode(part) for name, part in scores.items()}
-        encoded |= {"target_ids": scores["target_ids"], "tokens": tokens, "loss_mask": mask}
-        store.write(key, encoded)
+        counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
+        codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
+        store.write(key, codec.encode(scores) | {"tokens": tokens, "loss_mask": mask})
         sizes = {
             name: sum(p.stat().st_size for p in (Path(folder) / "domains").rglob(f"{name}/c/**/*")
                       if p.is_file())

@@ -66,7 +66,9 @@ def show(facts: dict[str, Any]) -> None:
     )
     table = Table("domain", box=None, pad_edge=False)
     figures = ("documents", "train\nrows", "held-out\nrows", "done", "teacher\nperplexity")
-    for column in (*figures, "top-1\nright", "entropy,\nnats", "kept mass\n1 % … 50 %"):
+    seen = ("top-1\nright", "entropy,\nnats", "kept mass\n1 % … 50 %")
+    lost = ("KL lost,\nnats", "total\nvariation", "gradient\nerror²")
+    for column in (*figures, *seen, *lost):
         table.add_column(column, justify="right")
     for name, domain in facts["domains"].items():
         table.add_row(name, *_row(domain))
@@ -81,6 +83,7 @@ def _row(domain: dict[str, Any]) -> list[str]:
     planned, done = (sum(domain[key].values()) for key in ("rows", "committed_rows"))
     perplexity, seen = domain["teacher_perplexity"], domain["seen"]
     mass = seen["kept_mass_quantiles"] if seen else {}
+    lost = seen.get("fidelity", {})
     return [
         f"{domain['documents']:,}",
         f"{domain['rows']['train']:,}",
@@ -90,4 +93,7 @@ def _row(domain: dict[str, Any]) -> list[str]:
         f"{seen['accuracy']:.1%}" if seen else "–",
         f"{seen['entropy']:.2f}" if seen else "–",
         f"{mass['0.01']:.2f} … {mass['0.5']:.2f}" if seen else "–",
+        f"{lost['kl']:.4f}" if lost.get("kl") else "–",
+        f"{lost['total_variation']:.3f}" if lost else "–",
+        f"{lost['gradient_error']:.4f}" if lost else "–",
     ]

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ddk_cache import files, process
 from ddk_cache.audit import sound
+from ddk_cache.codec import Numbering
 from ddk_cache.schema import (
-    FORMAT_VERSION,
+    READABLE_VERSIONS,
     SPLITS,
     CacheError,
     CacheSpec,
@@ -47,32 +48,33 @@ T = TypeVar("T")
 # --- documents ------------------------------------------------------------------------------------
 
 
-def dump(body: Mapping[str, Any]) -> bytes:
+def dump(body: Mapping[str, Any], version: int) -> bytes:
     """Return the bytes of a sealed document."""
-    sealed = {"format_version": FORMAT_VERSION, **body}
+    sealed = {"format_version": version, **body}
     sealed["seal"] = digest(canonical(sealed))
     return json.dumps(sealed, indent=1, allow_nan=False).encode()
 
 
-def parse(data: bytes, where: str) -> dict[str, Any]:
-    """Return the body of a sealed document.
+def parse(data: bytes, where: str, versions: Sequence[int]) -> tuple[dict[str, Any], int]:
+    """Return the body of a sealed document and its format version.
 
     Raises:
-        FormatVersionError: it is of another version.
+        FormatVersionError: it is of none of these versions.
         CorruptCacheError: it is not what was written.
     """
     try:
         body = json.loads(data)
         version = body.pop("format_version")
         body.pop("seal", None)
-        if version == FORMAT_VERSION and dump(body) == data:
-            return dict(body)
+        if type(version) is int and version in versions and dump(body, version) == data:
+            return dict(body), version
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCacheError(f"{where} is damaged: {error!r}.") from error
-    if version != FORMAT_VERSION:
+    if version not in versions:
+        known = " and ".join(map(str, versions))
         raise FormatVersionError(
-            f"{where} has format version {version}; this ddk reads version {FORMAT_VERSION}. "
-            "Use the ddk that built it, or build it again."
+            f"{where} has format version {version}; version {known} is read here. Use the ddk "
+            "that built it, or build it again."
         )
     raise CorruptCacheError(f"{where} is damaged: its content does not match its seal.")
 
@@ -127,7 +129,7 @@ class Root:
             "tokenizer_files": {name: list(entry) for name, entry in self.tokenizer_files.items()},
             "provenance": dict(self.provenance),
         }
-        attributes = {"ddk": json.loads(dump(body))}
+        attributes = {"ddk": json.loads(dump(body, self.spec.format_version))}
         group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         return json.dumps(group, indent=1).encode()
 
@@ -143,16 +145,16 @@ class Root:
                 f"{path.parent} is not a cache: it has no {ROOT} with the attributes that "
                 "'ddk-cache build' writes."
             ) from None
-        body = parse(document, str(path))
-        root: Root = understand(path, lambda: cls._of(body))
+        body, version = parse(document, str(path), READABLE_VERSIONS)
+        root: Root = understand(path, lambda: cls._of(body, version))
         if root.dump() != data:
             raise CorruptCacheError(f"{path} is damaged: it is not what was written.")
         return root
 
     @classmethod
-    def _of(cls, body: Mapping[str, Any]) -> Root:
+    def _of(cls, body: Mapping[str, Any], version: int) -> Root:
         return cls(
-            spec=CacheSpec.from_json(body["spec"]),
+            spec=CacheSpec.from_json(body["spec"], version),
             batch_rows=typed(body["batch_rows"], int, 1),
             sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
             tokenizer_files={
@@ -246,17 +248,18 @@ def write_plan(root: Path, spec: CacheSpec, domain: str, plan: DomainPlan) -> No
         "domain": domain,
         "fingerprint": spec.fingerprint,
         "portions": portions,
+        "frequent_ids": list(plan.frequent_ids),
         "metadata": dict(plan.metadata),
     }
     plan_path(root, domain).parent.mkdir(exist_ok=True)
-    files.replace(plan_path(root, domain), dump(body))
+    files.replace(plan_path(root, domain), dump(body, spec.format_version))
 
 
 def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
     """Read the plan of a domain. Raises CorruptCacheError where it is damaged or another's."""
     path = plan_path(root, domain)
     try:
-        body = parse(read(path), str(path))
+        body, _ = parse(read(path), str(path), [spec.format_version])
     except CorruptCacheError as error:
         again = "If it is removed, 'ddk-cache build' makes the whole domain again."
         raise CorruptCacheError(f"{error} {again}") from error
@@ -280,7 +283,9 @@ def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
             text.encode()
             if ".." in name or not (name.startswith("domains/") and name.endswith("/zarr.json")):
                 raise ValueError(f"{name!r} is no Zarr document of a domain")
-        return DomainPlan(portions, metadata)
+        frequent = tuple(typed(number, int) for number in body.get("frequent_ids", ()))
+        Numbering.of(frequent, spec.vocab_size)
+        return DomainPlan(portions, metadata, frequent)
 
     plan: DomainPlan = understand(path, build)
     for split in SPLITS:
@@ -344,7 +349,7 @@ class Record:
     objects: Mapping[str, Object]
     """By array."""
 
-    def write(self, root: Path) -> None:
+    def write(self, root: Path, version: int) -> None:
         """Write the record; from here on the shard is committed."""
         body = {
             "shard": list(self.key),
@@ -359,7 +364,7 @@ class Record:
         }
         path = record_path(root, self.key)
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, dump(body))
+        files.replace(path, dump(body, version))
 
 
 def read_record(root: Path, manifest: Manifest, key: ShardKey) -> Record:
@@ -369,7 +374,7 @@ def read_record(root: Path, manifest: Manifest, key: ShardKey) -> Record:
         CorruptCacheError: it is damaged, or of another shard, plan or cache.
     """
     path, spec = record_path(root, key), manifest.spec
-    body = parse(read(path), str(path))
+    body, _ = parse(read(path), str(path), [spec.format_version])
 
     def build() -> Record:
         return Record(

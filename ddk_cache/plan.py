@@ -12,10 +12,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ddk_cache.corpus import Source
 from ddk_cache.rows import Span, Tally, token_rows
-from ddk_cache.schema import SPLITS, DomainPlan, MismatchError, Portion, ShardKey, shards
+from ddk_cache.schema import SPLITS, Array, DomainPlan, MismatchError, Portion, ShardKey, shards
 from ddk_cache.store import Store
+
+FREQUENT = 2048
+"""Ids of a domain that get numbers of their own by how often they occur. Kept ids then cost about
+a seventh less; numbering all ids gains a hundredth more."""
 
 Advance = Callable[[int], None]
 """Hears of tokens as they are done."""
@@ -28,8 +34,12 @@ def plan_domain(store: Store, source: Source, tokenizer: Any, advance: Advance) 
         InputError: the source cannot be read or is too short.
     """
     store.clear(source.name)
-    portion = _write_portion(store, source, tokenizer, advance, None, Span())
-    return _with_metadata(store, source.name, DomainPlan((portion,)))
+    counts = np.zeros(store.spec.vocab_size, np.int64)
+    portion = _write_portion(store, source, tokenizer, advance, None, Span(), counts=counts)
+    frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
+    ids = tuple(frequent[counts[frequent] > 0].tolist())
+    plan = DomainPlan((portion,), frequent_ids=ids)
+    return _with_metadata(store, source.name, plan)
 
 
 def grow_domain(
@@ -44,7 +54,8 @@ def grow_domain(
     portion = _write_portion(store, source, tokenizer, advance, plan, span)
     if portion.documents == plan.documents:
         return plan
-    return _with_metadata(store, source.name, DomainPlan((*plan.portions, portion)))
+    grown = dataclasses.replace(plan, portions=(*plan.portions, portion))
+    return _with_metadata(store, source.name, grown)
 
 
 def mend_tokens(
@@ -76,10 +87,11 @@ def _write_portion(
     before: DomainPlan | None,
     span: Span,
     wanted: set[ShardKey] | None = None,
+    counts: Array | None = None,
 ) -> Portion:
     """Write the token rows of a span of documents behind those of a plan.
 
-    With `wanted`, only those shards are written.
+    With `wanted`, only those shards are written. The tokens are added to `counts` (V).
     """
     spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
     first = {s: len(shards(before, s, spec.shard_rows)) if before else 0 for s in SPLITS}
@@ -96,6 +108,8 @@ def _write_portion(
         key = ShardKey(source.name, split, first[split] + rows[split] // spec.shard_rows)
         if wanted is None or key in wanted:
             store.write(key, {"tokens": tokens, "loss_mask": loss_mask})
+        if counts is not None:
+            counts += np.bincount(tokens.ravel(), minlength=len(counts))
         rows[split] += len(tokens)
         advance(len(tokens) * spec.seq_len)
     return Portion(tally.documents, tally.tokens, tally.content.hexdigest(), rows)

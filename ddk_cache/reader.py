@@ -18,7 +18,7 @@ from pathlib import Path
 import numcodecs.blosc
 import numpy as np
 
-from ddk_cache.codec import LogprobCodec
+from ddk_cache.codec import Codec, LogprobCodec, codec_of
 from ddk_cache.manifest import (
     TOKENIZER,
     Manifest,
@@ -75,11 +75,12 @@ class Cache:
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root = root
         self.manifest = manifest
-        self.codec = LogprobCodec(manifest.spec.logprob_step)
+        self.logprob = LogprobCodec(manifest.spec.logprob_step)
         self._committed = self._find_committed()
         self._real = root.resolve()
         self._shard = lru_cache(SHARDS_KEPT)(self._read_shard)
         self._chunk = lru_cache(CHUNKS_KEPT)(self._read_chunk)
+        self._codecs: dict[str, Codec] = {}
 
     @property
     def spec(self) -> CacheSpec:
@@ -180,14 +181,25 @@ class Cache:
         records = list(self.records(domain, split))
         return sum(r.teacher_loss for r in records), sum(r.positions for r in records)
 
-    def read(self, domain: str, split: str, rows: Sequence[int] | Array) -> Rows:
-        """Read rows by number, in the order asked for.
+    def codec(self, domain: str) -> Codec:
+        """Return what decodes the targets of a domain."""
+        if domain not in self._codecs:
+            self._codecs[domain] = codec_of(self.spec, self.plan(domain).frequent_ids)
+        return self._codecs[domain]
+
+    def read(
+        self, domain: str, split: str, rows: Sequence[int] | Array, *, temperature: float = 1.0
+    ) -> Rows:
+        """Read rows by number, in the order asked for, with the targets at a temperature.
 
         Raises:
+            MismatchError: the cache cannot be read at this temperature.
             InputError: a number is of no valid row.
             UnfinishedCacheError: the shard of a row is not committed.
             CorruptCacheError: stored bytes fail their checksum.
         """
+        if temperature != 1:
+            self.spec.temperature_place(temperature)
         numbers = np.asarray(rows, np.int64)
         self._check_valid(domain, split, numbers)
         chunks, offsets = np.divmod(numbers, self.spec.chunk_rows)
@@ -203,10 +215,8 @@ class Cache:
                 raw[name][here] = data[offsets[here]]
         return Rows(
             tokens=raw["tokens"].astype(np.int64),
-            targets=self.codec.targets(
-                raw["target_ids"], raw["target_logprobs"], raw["tail_logprob"]
-            ),
-            label_logprob=self.codec.decode(raw["label_logprob"]),
+            targets=self.codec(domain).targets(raw, temperature),
+            label_logprob=self.logprob.decode(raw["label_logprob"]),
             loss_mask=raw["loss_mask"].astype(bool),
         )
 

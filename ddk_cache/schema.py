@@ -21,8 +21,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-FORMAT_VERSION = 1
-"""The layout described in docs/format.md. A reader opens its own version and names any other."""
+FORMAT_VERSION = 2
+"""The layout described in docs/format.md: what is written."""
+
+READABLE_VERSIONS = (1, 2)
+"""What is read; any other is named and refused. Version 1 kept whole ids in order of value, and
+16-bit log-probabilities."""
 
 SPLITS = ("train", "validation")
 """Rows to learn from, and held-out rows on which the gap is measured."""
@@ -100,24 +104,32 @@ def check_name(name: str) -> str:
 
 # --- what is stored at a position ---------------------------------------------------------------
 
-TARGET_KINDS = ("topk",)
+TARGET_KINDS = {"topk": 1, "sampled": 2}
+"""Kind → the least size that it can have."""
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """Which entries of the teacher's distribution are kept: `topk:64` keeps the 64 likeliest."""
+    """Which entries of the teacher's distribution are kept.
+
+    `topk:64` keeps the 64 likeliest. `sampled:12` keeps 12: the likeliest as they are, and a draw
+    of the others that is right on average.
+    """
 
     kind: str
     size: int
 
     @classmethod
     def parse(cls, text: str) -> TargetSpec:
-        """Read `kind:size`. Raises InputError on an unknown kind or a size below one."""
+        """Read `kind:size`. Raises InputError on an unknown kind or a size that is too small."""
         kind, _, size = text.partition(":")
         if kind not in TARGET_KINDS:
             raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
-        if not size.isdecimal() or int(size) < 1:
-            raise InputError(f"targets {text!r} need a size of at least 1, for example 'topk:64'.")
+        least = TARGET_KINDS[kind]
+        if not size.isdecimal() or int(size) < least:
+            raise InputError(
+                f"targets {text!r} need a size of at least {least}, for example '{kind}:12'."
+            )
         return cls(kind, int(size))
 
     def __str__(self) -> str:
@@ -131,8 +143,9 @@ A = TypeVar("A")
 class SparseTargets(Generic[A]):
     """A teacher distribution at each position: kept entries and the mass of everything else.
 
-    The probabilities are of the full vocabulary; kept entries and tail sum to one. The arrays
-    are NumPy's when they come from a cache and torch's in a training step.
+    The probabilities are of the full vocabulary; kept entries and tail sum to one, and of sampled
+    targets the entries alone do. The arrays are NumPy's when they come from a cache and torch's
+    in a training step.
     """
 
     ids: A
@@ -168,8 +181,17 @@ LARGEST = {
 }
 """Bounds that no real cache meets: a damaged number must not turn into an allocation."""
 
+SINCE_VERSION_2 = ("prob_levels", "temperatures", "seed", "compression")
+"""Settings that a spec of version 1 does not have."""
+
 LARGEST_CHUNK = 2**28
 """Entries in a chunk, at most; a chunk is decoded in memory as a whole."""
+
+
+MOST_TEMPERATURES = 16
+
+COMPRESSIONS = ("small", "fast")
+"""zstd for fewer bytes, lz4 for less work at every reading."""
 
 
 class ArrayLayout(NamedTuple):
@@ -178,6 +200,8 @@ class ArrayLayout(NamedTuple):
     dtype: np.dtype[Any]
     inner: tuple[int, ...]
     fill: int
+    axes: tuple[str, ...] = ("position",)
+    """Names of the inner axes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +226,16 @@ class CacheSpec:
     """Name, class, dtype and content hash of the teacher."""
     tokenizer: Mapping[str, str]
     """Name and content hashes of the tokenizer."""
+    prob_levels: int = 128
+    """Steps between probability 0 and 1 on the scale on which kept probabilities are stored."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures beside 1 at which the mass outside of the top k is stored too."""
+    seed: int = 0
+    """Of the draws of sampled targets."""
+    compression: str = "small"
+    """One of `COMPRESSIONS`."""
+    format_version: int = FORMAT_VERSION
+    """Stands in the documents beside the spec, not in it."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -216,6 +250,7 @@ class CacheSpec:
             facts = getattr(self, name)
             if not isinstance(facts, Mapping) or {type(fact) for fact in facts.values()} - {str}:
                 raise InputError(f"{name} has to map names to text, not {facts!r}.")
+        self._check_version_2()
         if self.targets.size > self.vocab_size:
             raise InputError(
                 f"targets {self.targets} ask for more entries than the teacher's vocabulary has "
@@ -234,36 +269,106 @@ class CacheSpec:
                 f"{self.targets.size} entries is too large; give fewer --chunk-rows."
             )
 
+    def _check_version_2(self) -> None:
+        """Check the settings that version 1 did not have."""
+        if type(self.prob_levels) is not int or not 16 <= self.prob_levels <= 255:
+            raise InputError(f"prob_levels has to be from 16 to 255, not {self.prob_levels}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise InputError(f"seed has to be a whole number of 0 or more, not {self.seed}.")
+        if self.compression not in COMPRESSIONS:
+            raise InputError(unknown("compression", str(self.compression), COMPRESSIONS))
+        declared = self.temperatures
+        if (
+            type(declared) is not tuple
+            or len(declared) > MOST_TEMPERATURES
+            or any(type(t) is not float or not 0.01 <= t <= 100 or t == 1 for t in declared)
+            or list(declared) != sorted(set(declared))
+        ):
+            raise InputError(
+                f"temperatures have to be different numbers from 0.01 to 100 beside 1, which is "
+                f"always there, not {declared}."
+            )
+        if declared and self.targets.kind != "topk":
+            raise InputError(
+                f"targets {self.targets} are drawn at temperature 1 and are right on average only "
+                "there; temperatures can be declared for topk."
+            )
+
     @property
     def arrays(self) -> dict[str, ArrayLayout]:
         """The arrays of every split, by name. Their order is the order of writing."""
-        S, K = self.seq_len, self.targets.size
+        S, K, T = self.seq_len, self.targets.size, len(self.temperatures)
         ids = np.dtype("<u2" if self.vocab_size < 2**16 else "<u4")
+        byte, logprob = np.dtype("u1"), np.dtype("<u2")
         impossible = int(np.iinfo(ids).max)
-        logprob = np.dtype("<u2")
-        return {
+        entry = ("position", "entry")
+        layouts = {
             "tokens": ArrayLayout(ids, (S + 1,), impossible),
-            "loss_mask": ArrayLayout(np.dtype("u1"), (S,), 0),
-            "target_ids": ArrayLayout(ids, (S, K), impossible),
-            "target_logprobs": ArrayLayout(logprob, (S, K), 0),
-            "tail_logprob": ArrayLayout(logprob, (S,), 0),
-            "label_logprob": ArrayLayout(logprob, (S,), 0),
+            "loss_mask": ArrayLayout(byte, (S,), 0),
         }
+        if self.format_version == 1:
+            layouts["target_ids"] = ArrayLayout(ids, (S, K), impossible, entry)
+            layouts["target_logprobs"] = ArrayLayout(logprob, (S, K), 0, entry)
+        else:
+            inner = (self.id_bytes, S, K)
+            layouts["target_ids"] = ArrayLayout(byte, inner, 255, ("byte", *entry))
+            layouts["target_probs"] = ArrayLayout(byte, (S, K), 0, entry)
+        layouts["tail_logprob"] = ArrayLayout(logprob, (S,), 0)
+        layouts["label_logprob"] = ArrayLayout(logprob, (S,), 0)
+        if T:
+            layouts["tempered_tail_logprob"] = ArrayLayout(
+                logprob, (T, S), 0, ("temperature", "position")
+            )
+        return layouts
+
+    def temperature_place(self, temperature: float) -> int:
+        """Return the place of a declared temperature. Raises MismatchError, with the reason."""
+        if temperature in self.temperatures:
+            return self.temperatures.index(temperature)
+        if self.targets.kind != "topk":
+            reason = (
+                f"targets {self.targets} are drawn at temperature 1 and are biased at any other"
+            )
+        else:
+            reason = "the mass outside of the top k at it was not stored"
+        known = ", ".join(f"{t:g}" for t in sorted([1.0, *self.temperatures]))
+        raise MismatchError(
+            f"this cache cannot be read at temperature {temperature:g}: {reason}. It can at "
+            f"{known}; others are declared when a cache is built (--temperature, for topk)."
+        )
+
+    @property
+    def id_bytes(self) -> int:
+        """Return how many bytes an id needs."""
+        return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` reads them back."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return values | {
-            "targets": str(self.targets),
-            "teacher": dict(self.teacher),
-            "tokenizer": dict(self.tokenizer),
-        }
+        fields = [field.name for field in dataclasses.fields(self)][:-1]
+        if self.format_version == 1:
+            fields = [name for name in fields if name not in SINCE_VERSION_2]
+        return (
+            {name: getattr(self, name) for name in fields}
+            | {
+                "targets": str(self.targets),
+                "teacher": dict(self.teacher),
+                "tokenizer": dict(self.tokenizer),
+            }
+            | ({"temperatures": list(self.temperatures)} if self.format_version > 1 else {})
+        )
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> CacheSpec:
+    def from_json(cls, values: Mapping[str, Any], version: int = FORMAT_VERSION) -> CacheSpec:
         """Read what `to_json` wrote. Raises CorruptCacheError on anything else."""
         try:
-            return cls(**{**values, "targets": TargetSpec.parse(values["targets"])})
+            return cls(
+                **{
+                    **values,
+                    "targets": TargetSpec.parse(values["targets"]),
+                    "temperatures": tuple(values.get("temperatures", ())),
+                    "format_version": version,
+                }
+            )
         except (InputError, TypeError, KeyError, AttributeError, ValueError) as error:
             raise CorruptCacheError(f"the spec of this cache is unreadable: {error}") from error
 
@@ -306,6 +411,9 @@ class DomainPlan:
     portions: tuple[Portion, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Path below the root → text of each Zarr document of the domain."""
+    frequent_ids: tuple[int, ...] = ()
+    """The most frequent ids of the first portion, the most frequent first: they get the smallest
+    numbers when kept ids are stored."""
 
     @property
     def documents(self) -> int:

@@ -20,7 +20,7 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ddk_cache import files, process
-from ddk_cache.codec import LogprobCodec
+from ddk_cache.codec import TargetCodec
 from ddk_cache.manifest import COMMITS, Object, Record, object_path
 from ddk_cache.schema import (
     SPLITS,
@@ -38,11 +38,19 @@ TOKEN_ARRAYS = ("tokens", "loss_mask")
 
 SCRATCH = "tmp"
 
+COMPRESSORS: dict[str, Any] = {
+    "small": {"cname": "zstd", "clevel": 9},
+    "fast": {"cname": "lz4", "clevel": 5},
+}
+
 STORED_WHOLE: Any = {"write_empty_chunks": True}
 """Chunks equal to the fill value are stored too: a missing one must mean a missing one. Zarr keeps
 this with the handle and not with the array, so it is given at every opening."""
 
-GROUP = json.dumps({"zarr_format": 3, "node_type": "group", "attributes": {}}, indent=1)
+
+def group(**attributes: Any) -> str:
+    """Return the document of a Zarr group."""
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1)
 
 
 class Store:
@@ -51,16 +59,17 @@ class Store:
     def __init__(self, root: Path, spec: CacheSpec) -> None:
         self.root = root
         self.spec = spec
-        self.codec = LogprobCodec(spec.logprob_step)
+        self.codec = TargetCodec(spec)
         self.scratch = root / SCRATCH / process.owner()
 
     # --- Zarr's documents ---
 
     def metadata(self, domain: str, plan: DomainPlan) -> dict[str, str]:
         """Return path → text of the Zarr documents that a plan calls for."""
-        documents = {"domains/zarr.json": GROUP, f"domains/{domain}/zarr.json": GROUP}
+        named = group(frequent_ids=list(plan.frequent_ids))
+        documents = {"domains/zarr.json": group(), f"domains/{domain}/zarr.json": named}
         for split in SPLITS:
-            documents[f"domains/{domain}/{split}/zarr.json"] = GROUP
+            documents[f"domains/{domain}/{split}/zarr.json"] = group()
             count = len(shards(plan, split, self.spec.shard_rows))
             for name in self.spec.arrays:
                 path = self.scratch / "metadata" / name
@@ -119,7 +128,7 @@ class Store:
             chunks = index_of(path, self.spec.chunks_per_shard).checksums()
             objects[name] = Object(size, hashed, chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
-        record.write(self.root)
+        record.write(self.root, self.spec.format_version)
         return record
 
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:
@@ -157,8 +166,12 @@ class Store:
         """Create an empty array for `count` shards in the scratch folder."""
         shutil.rmtree(path, ignore_errors=True)
         layout = self.spec.arrays[name]
-        typesize = layout.dtype.itemsize
-        blosc = BloscCodec(cname="zstd", clevel=5, shuffle="bitshuffle", typesize=typesize)
+        small = layout.dtype.itemsize == 1 and self.spec.compression == "small"
+        blosc = BloscCodec(
+            **COMPRESSORS[self.spec.compression],
+            shuffle="noshuffle" if small else "bitshuffle",  # zstd finds more in bytes as they are
+            typesize=layout.dtype.itemsize,
+        )
         inner = layout.inner
         return zarr.create_array(
             path,
@@ -168,7 +181,7 @@ class Store:
             dtype=layout.dtype,
             fill_value=layout.dtype.type(layout.fill),
             compressors=[blosc, Crc32cCodec()],
-            attributes=self.codec.attributes() if name.endswith(("logprob", "logprobs")) else {},
-            dimension_names=("row", "position", "entry")[: 1 + len(inner)],
+            attributes=self.codec.attributes(name),
+            dimension_names=("row", *layout.axes),
             config=STORED_WHOLE,
         )

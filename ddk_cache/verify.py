@@ -135,7 +135,7 @@ def drop_bad(cache: Cache, problems: list[Problem]) -> list[Path]:
 
 
 Score = Callable[[ShardKey, Array, int], Mapping[str, Array]]
-"""(what, (R, S+1) tokens, rows in a batch) → the teacher's scores, as `Scorer.score` gives them."""
+"""(what, (R, S+1) tokens, rows in a batch) → the arrays that `Scorer.score` gives."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def replay(cache: Cache, score: Score, count: int, seed: int) -> Replay:
         stored.append(_difference(rows.label_logprob, now["label_logprob"]))
         control.append(_difference(again["label_logprob"], now["label_logprob"]))
     off, noise = np.concatenate(stored), np.concatenate(control)
-    limit = cache.codec.error + 10 * float(noise.mean()) + 1e-4
+    limit = cache.logprob.error + 10 * float(noise.mean()) + 1e-4
     bad = [name for name, row in zip(names, off.mean(1), strict=True) if row > limit]
     return Replay(
         rows=len(names),

@@ -88,7 +88,7 @@ def train_beside_the_teacher(cache: Path, student: Path, teacher: Path) -> Run:
     @torch.inference_mode()
     def live(tokens: torch.Tensor) -> SparseTargets[torch.Tensor]:
         scores = targets.extract(model.logits(tokens[:, :-1]), tokens[:, 1:], spec)
-        return SparseTargets(scores.ids.clone(), scores.logprobs.exp(), scores.tail.exp())
+        return targets.Scores(*(part.clone() for part in scores)).targets(spec.kind)
 
     settings = SETTINGS | {"steps": LIVE_STEPS, "interval": LIVE_STEPS, "eval_rows": 1}
     paths: dict[str, Any] = {

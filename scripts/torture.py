@@ -639,10 +639,9 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a sealed document, and give it the seal that it then has to have."""
     whole = json.loads(path.read_bytes())
     body = whole["attributes"]["ddk"] if "attributes" in whole else whole
-    body.pop("format_version", None)
     body.pop("seal", None)
     change(body)
-    data = dump(body)
+    data = dump(body, body.pop("format_version"))
     if body is not whole:
         whole["attributes"]["ddk"] = json.loads(data)
         data = json.dumps(whole, indent=1).encode()

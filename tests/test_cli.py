@@ -20,10 +20,12 @@ from ddk_train.cli import main as train_main
 from ddk_train.config import TrainConfig
 
 OPTIONS = {
-    "ddk-cache plan": "--teacher --tokenizer --seq-len --targets --holdout --chunk-rows "
-    "--shard-rows --dtype --device --trust-remote-code --probe-rows --student-speed --json",
-    "ddk-cache build": "--teacher --tokenizer --seq-len --targets --holdout --chunk-rows "
-    "--shard-rows --dtype --device --trust-remote-code --batch-rows --grow --rank --world",
+    "ddk-cache plan": "--teacher --tokenizer --seq-len --targets --temperature --seed "
+    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
+    "--probe-rows --student-speed --json",
+    "ddk-cache build": "--teacher --tokenizer --seq-len --targets --temperature --seed "
+    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
+    "--batch-rows --grow --rank --world",
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",

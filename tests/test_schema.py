@@ -12,6 +12,7 @@ from ddk_cache.schema import (
     DomainPlan,
     Extent,
     InputError,
+    MismatchError,
     Portion,
     TargetSpec,
     check_name,
@@ -69,11 +70,43 @@ def test_a_spec_survives_json_and_its_fingerprint_sees_every_field() -> None:
     assert len(prints) == 5
 
 
-@pytest.mark.parametrize(("vocab", "size"), [(300, 2), (65535, 2), (65536, 4), (262144, 4)])
-def test_ids_take_two_bytes_where_the_vocabulary_allows(vocab: int, size: int) -> None:
-    layout = spec(vocab_size=vocab).arrays["target_ids"]
-    assert layout.dtype.itemsize == size
-    assert layout.fill >= vocab
+@pytest.mark.parametrize(
+    ("vocab", "token", "kept"),
+    [(256, 2, 1), (300, 2, 2), (65535, 2, 2), (65536, 4, 2), (2**18, 4, 3)],
+)
+def test_ids_take_the_bytes_that_the_vocabulary_needs(vocab: int, token: int, kept: int) -> None:
+    arrays = spec(vocab_size=vocab).arrays
+    assert arrays["tokens"].dtype.itemsize == token
+    assert arrays["tokens"].fill >= vocab
+    assert arrays["target_ids"].inner == (kept, 16, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"temperatures": [1.0]},
+        {"temperatures": [2.0, 2.0]},
+        {"temperatures": [4.0, 2.0]},
+        {"temperatures": [0.0]},
+        {"temperatures": [2.0], "targets": "sampled:8"},
+        {"prob_levels": 300},
+        {"seed": -1},
+        {"compression": "none"},
+        {"targets": "sampled:1"},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(CorruptCacheError):
+        spec(**changes)
+
+
+def test_a_temperature_that_was_not_declared_is_refused_with_the_reason_and_the_choices() -> None:
+    declared = spec(temperatures=[0.5, 2.0])
+    assert declared.temperature_place(2.0) == 1
+    with pytest.raises(MismatchError, match=r"temperature 3: the mass outside.* at 0\.5, 1, 2;"):
+        declared.temperature_place(3.0)
+    with pytest.raises(MismatchError, match="drawn at temperature 1 and are biased at any other"):
+        spec(targets="sampled:8").temperature_place(2.0)
 
 
 def test_an_extent_begins_a_new_shard() -> None:

@@ -104,7 +104,7 @@ def test_teacher_loss_is_that_of_the_measured_rows(configure: Configure, cache: 
     run = train(configure(eval_rows=10_000, steps=1))
     for row in run.history()[:3]:
         total, positions = cache.teacher_loss(row["domain"], "validation")
-        assert row["teacher_loss"] == pytest.approx(total / positions, abs=cache.codec.error)
+        assert row["teacher_loss"] == pytest.approx(total / positions, abs=cache.logprob.error)
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
@@ -169,7 +169,7 @@ def test_a_live_teacher_gives_the_run_of_its_cache(configure: Configure) -> None
     def live(tokens: torch.Tensor) -> SparseTargets[torch.Tensor]:
         logits = teacher.logits(tokens[:, :-1])
         scores = targets.extract(logits, tokens[:, 1:], TargetSpec("topk", 8))
-        return SparseTargets(scores.ids, scores.logprobs.exp(), scores.tail.exp())
+        return scores.targets("topk")
 
     cached, alive = train(configure("cached")), train(configure("live"), live=live)
     for one, other in zip(cached.metrics(), alive.metrics(), strict=True):

@@ -20,11 +20,12 @@ from ddk_cache.audit import audit
 from ddk_cache.build import build
 from ddk_cache.claims import Claims
 from ddk_cache.cli import which_process
+from ddk_cache.codec import TargetCodec
 from ddk_cache.corpus import find_sources
 from ddk_cache.manifest import dump, parse
 from ddk_cache.process import owner
 from ddk_cache.reader import Cache
-from ddk_cache.schema import ShardKey
+from ddk_cache.schema import READABLE_VERSIONS, ShardKey
 from ddk_cache.scoring import Scorer
 from ddk_cache.verify import Problem, drop_bad, replay, verify
 from ddk_train import TrainConfig, train
@@ -116,18 +117,18 @@ def scores() -> dict[str, Any]:
     p = np.array([0.5, 0.3, 0.15, 0.05])
     shape = (2, 3, 2)
     return {
-        "target_ids": np.broadcast_to([2, 0], shape).copy(),
-        "target_logprobs": np.broadcast_to(np.log(p[:2]), shape).astype(np.float32),
+        "ids": np.broadcast_to([2, 0], shape).copy(),
+        "logprobs": np.broadcast_to(np.log(p[:2]), shape).astype(np.float32),
         "tail_logprob": np.full((2, 3), np.log(0.2), np.float32),
         "label_logprob": np.full((2, 3), np.log(0.05), np.float32),
     }
 
 
 def run_audit(cache: Cache, given: dict[str, Any], **stored: Any) -> dict[str, Any]:
-    encoded = {n: cache.codec.encode(a) for n, a in given.items() if n != "target_ids"}
-    encoded = {"target_ids": given["target_ids"]} | encoded | stored
+    codec = TargetCodec(cache.spec)
+    encoded = codec.encode(given) | stored
     key, labels = ShardKey("web", "train", 7), np.full((2, 3), 2)
-    return audit(key, given, encoded, labels, cache.codec, 4)
+    return audit(key, given, encoded, labels, codec, 4)
 
 
 def test_an_honest_shard_passes_and_says_what_was_seen(cache: Cache) -> None:
@@ -136,7 +137,7 @@ def test_an_honest_shard_passes_and_says_what_was_seen(cache: Cache) -> None:
     assert seen["kept_mass"] == pytest.approx(6 * 0.8, rel=1e-6)
     entropy = -(0.5 * np.log(0.5) + 0.3 * np.log(0.3) + 0.2 * np.log(0.2))
     assert seen["entropy"] == pytest.approx(6 * entropy, rel=1e-6)
-    assert seen["largest_error"] <= cache.codec.error + 1e-6
+    assert seen["largest_error"] <= cache.logprob.error + 1e-6
     assert sum(seen["kept_mass_bins"]) == 6
 
 
@@ -147,11 +148,11 @@ def lie(name: str, value: float) -> dict[str, Any]:
 
 
 LIES = {
-    "not finite": lie("target_logprobs", np.nan),
+    "not finite": lie("logprobs", np.nan),
     "above one": lie("label_logprob", 0.1),
     "do not sum to one": lie("tail_logprob", np.log(0.4)),
-    "outside of the vocabulary": lie("target_ids", 4),
-    "kept twice": lie("target_ids", 1),
+    "outside of the vocabulary": lie("ids", 4),
+    "kept twice": lie("ids", 1),
 }
 
 
@@ -163,13 +164,15 @@ def test_a_shard_that_is_no_distribution_is_refused_by_name(said: str, cache: Ca
 
 def test_disorder_and_a_wrong_encoding_are_refused(cache: Cache) -> None:
     given = scores()
-    given["target_logprobs"] = given["target_logprobs"][..., ::-1].copy()
+    given["logprobs"] = given["logprobs"][..., ::-1].copy()
     with pytest.raises(CacheError, match="not in order"):
         run_audit(cache, given)
     with pytest.raises(CacheError, match="stored tail_logprob differ from the computed"):
         run_audit(cache, scores(), tail_logprob=np.full((2, 3), 7, np.uint16))
-    with pytest.raises(CacheError, match="stored ids differ"):
-        run_audit(cache, scores(), target_ids=np.zeros((2, 3, 2), np.uint16))
+    with pytest.raises(CacheError, match="stored entries differ"):
+        run_audit(cache, scores(), target_ids=np.zeros((2, 2, 3, 2), np.uint8))
+    with pytest.raises(CacheError, match="stored entries differ"):
+        run_audit(cache, scores(), target_probs=np.zeros((2, 3, 2), np.uint8))
 
 
 # --- verify and mend ------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def copy(cache: Cache, tmp_path: Path) -> Path:
 
 
 VICTIMS = [
-    "domains/letters/train/target_ids/c/1/0/0",
+    "domains/letters/train/target_ids/c/1/0/0/0",
     "domains/notes/validation/label_logprob/c/0/0",
     "domains/digits/train/tokens/c/0/0",
     "domains/digits/train/loss_mask/c/1/0",
@@ -253,21 +256,21 @@ def test_token_rows_are_made_again_only_from_the_same_documents(
 @pytest.mark.parametrize("name", ["../evil/zarr.json", "domains/../../zarr.json", "domains/x"])
 def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) -> None:
     path = copy / "plans" / "notes.json"
-    body = parse(path.read_bytes(), str(path))
+    body, version = parse(path.read_bytes(), str(path), READABLE_VERSIONS)
     body["metadata"][name] = "{}"
-    path.write_bytes(dump(body))
+    path.write_bytes(dump(body, version))
     with pytest.raises(CorruptCacheError, match="no Zarr document of a domain"):
         open_cache(copy)
 
 
 def reseal(path: Path, keys: list[Any], value: Any) -> None:
     """Change one value of a document and give it a correct seal."""
-    body = parse(path.read_bytes(), str(path))
+    body, version = parse(path.read_bytes(), str(path), READABLE_VERSIONS)
     inner = body
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    path.write_bytes(dump(body))
+    path.write_bytes(dump(body, version))
 
 
 @pytest.mark.parametrize("rows", [2**40, 2**62, -1, 0, 1.5, "many", None])
@@ -298,7 +301,7 @@ def test_a_record_with_impossible_figures_is_refused_even_with_its_seal(
 
 
 def test_a_swapped_shard_is_never_read_as_the_right_one(copy: Path) -> None:
-    one, two = (copy / f"domains/letters/train/target_ids/c/{n}/0/0" for n in (0, 1))
+    one, two = (copy / f"domains/letters/train/target_ids/c/{n}/0/0/0" for n in (0, 1))
     a, b = one.read_bytes(), two.read_bytes()
     one.write_bytes(b)
     two.write_bytes(a)
@@ -315,7 +318,7 @@ def test_a_record_in_another_place_is_refused(copy: Path) -> None:
 
 
 def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
-    victim = copy / "domains/letters/train/target_ids/c/0/0/0"
+    victim = copy / "domains/letters/train/target_ids/c/0/0/0/0"
     victim.rename(tmp_path / "outside")
     victim.symlink_to(tmp_path / "outside")
     with pytest.raises(CorruptCacheError, match="leads out of the cache"):
@@ -328,12 +331,14 @@ def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
 def test_the_teacher_agrees_with_its_cache_and_another_does_not(cache: Cache) -> None:
     def score(seed: int) -> Any:
         teacher = random_teacher(seed)
-        return lambda key, tokens, rows: Scorer(teacher, cache.spec, rows).score(key, tokens, quiet)
+        return lambda key, tokens, rows: (
+            Scorer(teacher, cache.spec, rows).score(key, tokens, quiet).arrays
+        )
 
     found = replay(cache, score(0), 12, seed=1)
     assert found.rows == 12
     assert not found.bad
-    assert found.stored_max <= cache.codec.error + found.control_max + 1e-4
+    assert found.stored_max <= cache.logprob.error + found.control_max + 1e-4
     assert found.control_mean <= found.control_max < 1e-3
     assert len(replay(cache, score(1), 12, seed=1).bad) == 12
 
