@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 
 from ddk_cache import files, process
 from ddk_cache.audit import sound
-from ddk_cache.codec import Numbering
 from ddk_cache.schema import (
     READABLE_VERSIONS,
     SPLITS,
@@ -283,8 +282,10 @@ def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
             text.encode()
             if ".." in name or not (name.startswith("domains/") and name.endswith("/zarr.json")):
                 raise ValueError(f"{name!r} is no Zarr document of a domain")
-        frequent = tuple(typed(number, int) for number in body.get("frequent_ids", ()))
-        Numbering.of(frequent, spec.vocab_size)
+        known = body.get("frequent_ids", ())
+        frequent = tuple(typed(number, int, 0, spec.vocab_size - 1) for number in known)
+        if len(set(frequent)) != len(frequent):
+            raise ValueError("frequent ids that stand there twice")
         return DomainPlan(portions, metadata, frequent)
 
     plan: DomainPlan = understand(path, build)

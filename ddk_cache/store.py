@@ -13,7 +13,7 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -51,6 +51,12 @@ this with the handle and not with the array, so it is given at every opening."""
 def group(**attributes: Any) -> str:
     """Return the document of a Zarr group."""
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": attributes}, indent=1)
+
+
+def shuffle_of(spec: CacheSpec, name: str) -> Literal["noshuffle", "bitshuffle"]:
+    """Return how blosc puts the values of an array: zstd finds more in bytes as they are."""
+    single = spec.arrays[name].dtype.itemsize == 1
+    return "noshuffle" if single and spec.compression == "small" else "bitshuffle"
 
 
 class Store:
@@ -166,10 +172,9 @@ class Store:
         """Create an empty array for `count` shards in the scratch folder."""
         shutil.rmtree(path, ignore_errors=True)
         layout = self.spec.arrays[name]
-        small = layout.dtype.itemsize == 1 and self.spec.compression == "small"
         blosc = BloscCodec(
             **COMPRESSORS[self.spec.compression],
-            shuffle="noshuffle" if small else "bitshuffle",  # zstd finds more in bytes as they are
+            shuffle=shuffle_of(self.spec, name),
             typesize=layout.dtype.itemsize,
         )
         inner = layout.inner

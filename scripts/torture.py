@@ -699,6 +699,10 @@ ABSURD: dict[str, list[Any]] = {
     "shard_rows": [2**40, 2**24, 16, 2],
     "targets": ["topk:1", "topk:300", "topk:99999999999999999999", 8],
     "logprob_step": [-1.0, 10**400, "x"],
+    "prob_levels": [0, 256, 128.0, None],
+    "temperatures": [[1.0], [2], [4.0, 2.0], [2.0] * 99, {}, None, [10**400]],
+    "seed": [-1, 1.5, 2**64],
+    "compression": ["none", 1, None],
     "holdout": [-1, 7.0, {}],
     "teacher": [[], 3, {"class": [1]}],
 }

@@ -28,7 +28,7 @@ CACHE = {
     "teacher": {"schema", "pretrained"},
     "targets": {"schema"},
     "codec": {"schema"},
-    "manifest": {"schema", "files", "process", "audit", "codec"},
+    "manifest": {"schema", "files", "process", "audit"},
     "store": {"schema", "files", "process", "manifest", "codec", "shards"},
     "reader": {"schema", "manifest", "codec", "shards"},
     "plan": {"schema", "corpus", "rows", "store"},

@@ -280,6 +280,15 @@ def test_a_plan_with_impossible_rows_is_refused_even_with_its_seal(rows: Any, co
         open_cache(copy)
 
 
+@pytest.mark.parametrize("ids", [[300], [-1], [5, 5], ["5"], 5, [1.0], [2**40]])
+def test_a_plan_with_impossible_frequent_ids_is_refused_even_with_its_seal(
+    ids: Any, copy: Path
+) -> None:
+    reseal(copy / "plans/notes.json", ["frequent_ids"], ids)
+    with pytest.raises(CorruptCacheError, match="notes"):
+        open_cache(copy)
+
+
 @pytest.mark.parametrize(
     ("keys", "value"),
     [
@@ -287,6 +296,8 @@ def test_a_plan_with_impossible_rows_is_refused_even_with_its_seal(rows: Any, co
         (["teacher_loss"], 1e308),
         (["audit", "entropy"], 10**29),
         (["audit", "largest_error"], None),
+        (["audit", "fidelity", "kl"], "none"),
+        (["audit", "fidelity", "tail"], 1e300),
         (["objects", "tokens", "bytes"], 10**29),
         (["objects", "tokens", "chunks"], ""),
         (["shard"], [[]]),

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -57,7 +58,8 @@ class Record:
             "versions": {"python": platform.python_version()} | _versions(packages),
             "tables": {},
         }
-        self.console = Console(soft_wrap=True)
+        width = None if sys.stdout.isatty() else 200  # a file has no width of its own
+        self.console = Console(soft_wrap=True, width=width)
         for what in ("settings", "versions"):
             pairs = (f"{key} {value}" for key, value in self.facts[what].items())
             self.console.print(f"{what}: " + ", ".join(pairs), highlight=False)

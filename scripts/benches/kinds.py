@@ -12,9 +12,6 @@ Targets = SparseTargets[torch.Tensor]
 Make = Callable[[torch.Tensor, torch.Tensor], Targets]
 """(P, V) teacher logits and (P) true tokens → (P, K) targets whose ids differ."""
 
-DRAWS = 50
-"""Of random-sampling KD (arXiv 2503.16870)."""
-
 
 def stored(spec: str) -> Make:
     """Return a kind that a cache can have, before rounding."""
@@ -56,24 +53,30 @@ def rest_on_the_label(k: int) -> Make:
     return make
 
 
-def random_sampling(logits_PV: torch.Tensor, labels_P: torch.Tensor) -> Targets:
-    """Return the shares of `DRAWS` ids drawn with replacement."""
-    parts = []
-    for logits in logits_PV.split(256):
-        drawn = torch.multinomial(logits.softmax(-1), DRAWS, replacement=True)
-        counts = torch.zeros_like(logits).scatter_add_(-1, drawn, torch.ones(drawn.shape))
-        parts.append(counts.topk(DRAWS, -1))
-    ids = torch.cat([part.indices for part in parts])
-    probs = torch.cat([part.values for part in parts]) / DRAWS
-    return SparseTargets(ids, probs, torch.zeros(len(ids)))
+def random_sampling(draws: int) -> Make:
+    """Return the shares of ids drawn with replacement (arXiv 2503.16870)."""
+
+    def make(logits_PV: torch.Tensor, labels_P: torch.Tensor) -> Targets:
+        parts = []
+        for logits in logits_PV.split(256):
+            drawn = torch.multinomial(logits.softmax(-1), draws, replacement=True)
+            counts = torch.zeros_like(logits).scatter_add_(-1, drawn, torch.ones(drawn.shape))
+            parts.append(counts.topk(draws, -1))
+        ids = torch.cat([part.indices for part in parts])
+        probs = torch.cat([part.values for part in parts]) / draws
+        return SparseTargets(ids, probs, torch.zeros(len(ids)))
+
+    return make
 
 
-def kinds(topk: tuple[int, ...], sampled: tuple[int, ...]) -> dict[str, Make]:
-    """Return all kinds by name."""
-    found: dict[str, Make] = {f"random sampling, N = {DRAWS}": random_sampling}
-    found |= {f"sampled:{size}": stored(f"sampled:{size}") for size in sampled}
-    for k in topk:
-        found[f"topk:{k}"] = stored(f"topk:{k}")
-        found[f"top {k}, renormalised"] = renormalised(k)
-        found[f"top {k}, rest on the label"] = rest_on_the_label(k)
+OTHERS = {"random": random_sampling, "renormalised": renormalised, "label": rest_on_the_label}
+"""What others store, by the word before the colon; topk and sampled are ours."""
+
+
+def kinds(names: str) -> dict[str, Make]:
+    """Return kinds by name, for example of `sampled:16,topk:64,random:50`."""
+    found = {}
+    for name in names.split(","):
+        kind, size = name.split(":")
+        found[name] = OTHERS[kind](int(size)) if kind in OTHERS else stored(name)
     return found

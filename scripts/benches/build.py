@@ -1,0 +1,168 @@
+"""What a cache costs beside its teacher: extraction, and everything around it.
+
+The teacher's forward pass alone, with extraction, and a whole build are timed over the same rows
+in the same batches, in turn. A build may take little longer than forward and extraction: auditing,
+compressing and writing run behind them, in a thread.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from pyarrow import parquet
+
+from benches.common import Record, data, json_option, middle
+from ddk_cache import TargetSpec, targets
+from ddk_cache.build import build
+from ddk_cache.corpus import find_sources
+from ddk_cache.manifest import COMMITS
+from ddk_cache.pretrained import load_tokenizer
+from ddk_cache.reader import open_cache
+from ddk_cache.teacher import Teacher, load_teacher
+
+SEQ_LEN = 256
+BATCH_ROWS = 16
+
+LARGE = {
+    "vocab_size": 50_000,
+    "hidden_size": 768,
+    "intermediate_size": 2_048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "tie_word_embeddings": True,
+}
+"""A Llama of about 150 M parameters."""
+
+
+def large_teacher() -> Teacher:
+    """Return a teacher of random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**LARGE)).eval()
+    size = sum(p.numel() for p in model.parameters())
+
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = model(input_ids=tokens_BS, use_cache=False).logits
+        return out
+
+    return Teacher(logits, 50_000, {}, f"{size / 1e6:.0f} M, random")
+
+
+def once(work: Callable[[], object]) -> float:
+    """Return the seconds of a call."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def extraction(teacher: Teacher, rows: int, kinds: list[str], repeats: int) -> list[dict[str, Any]]:
+    """Return the time of a forward pass, and of the extraction of each kind from its logits."""
+    tokens = torch.randint(1000, (rows, SEQ_LEN + 1))
+    labels = tokens[:, 1:]
+    found: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        logits = teacher.logits(tokens[:, :-1])
+        for _ in range(repeats):
+            found.setdefault("forward", []).append(once(lambda: teacher.logits(tokens[:, :-1])))
+            for kind in kinds:
+                spec = TargetSpec.parse(kind)
+                found.setdefault(kind, []).append(
+                    once(partial(targets.extract, logits, labels, spec))
+                )
+    forward = middle(found.pop("forward"))
+    each = rows * SEQ_LEN
+    return [
+        {
+            "teacher": teacher.name,
+            "targets": kind,
+            "forward, µs/token": forward / each * 1e6,
+            "extraction, µs/token": middle(seconds) / each * 1e6,
+            "share": middle(seconds) / forward,
+        }
+        for kind, seconds in found.items()
+    ]
+
+
+def bare(teacher: Teacher, tokens: torch.Tensor, kind: str) -> None:
+    """Run forward and extraction over rows, and keep nothing."""
+    spec = TargetSpec.parse(kind)
+    with torch.inference_mode():
+        for batch in tokens.split(BATCH_ROWS):
+            logits = teacher.logits(batch[:, :-1])
+            targets.extract(logits, batch[:, 1:], spec)
+
+
+def whole(
+    folder: Path, teacher: Teacher, tokenizer: Any, kind: str, repeats: int
+) -> dict[str, Any]:
+    """Return the speed of a whole build against forward and extraction of the same rows.
+
+    The rows are planned by a first build, which is not timed, so that both do the same work.
+    """
+    sources = find_sources(folder / "corpus", lambda _: None)
+    path = folder / "cache.zarr"
+    make = partial(
+        build, path, sources, teacher, tokenizer,
+        seq_len=SEQ_LEN, target_spec=kind, batch_rows=BATCH_ROWS,
+    )  # fmt: skip
+    make()
+    cache = open_cache(path)
+    parts = [
+        torch.from_numpy(cache.read(d, s, cache.row_numbers(d, s)).tokens)
+        for d in cache.domains
+        for s in ("train", "validation")
+        if cache.plan(d).rows(s)
+    ]
+    alone, built = [], []
+    for _ in range(repeats):
+        alone.append(sum(once(partial(bare, teacher, part, kind)) for part in parts))
+        shutil.rmtree(path / COMMITS)
+        built.append(once(make))
+    shutil.rmtree(path)
+    count = sum(part[:, 1:].numel() for part in parts)
+    return {
+        "targets": kind,
+        "tokens": count,
+        "forward and extraction, tokens/s": count / middle(alone),
+        "build, tokens/s": count / middle(built),
+        "ratio": float(np.median(np.array(alone) / np.array(built))),
+    }
+
+
+@click.command()
+@click.option("--kinds", default="topk:64,sampled:16", show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+@click.option("--documents", default=150, show_default=True, help="Of three domains, to build.")
+@click.option("--large/--no-large", default=True, show_default=True, help="The 150 M teacher too.")
+@json_option
+def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:
+    """Time extraction beside the teacher's forward pass, and a build beside both."""
+    settings = {"kinds": kinds, "repeats": repeats, "documents": documents}
+    settings |= {"threads": torch.get_num_threads(), "seq_len": SEQ_LEN, "rows": BATCH_ROWS}
+    record = Record("build", settings, ["torch", "transformers", "zarr"])
+    place, names = data() / "teacher", kinds.split(",")
+    teacher = load_teacher(str(place), device="cpu")
+    rows = extraction(teacher, BATCH_ROWS, names, repeats)
+    if large:
+        rows += extraction(large_teacher(), 4, names, repeats)
+    record.table("extraction beside the forward pass", rows)
+    tokenizer = load_tokenizer(str(place))
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = Path(scratch) / "corpus"
+        corpus.mkdir()
+        for path in sorted((data() / "corpus").glob("*.parquet"))[:3]:
+            parquet.write_table(parquet.read_table(path).slice(0, documents), corpus / path.name)
+        built = [whole(Path(scratch), teacher, tokenizer, name, repeats) for name in names]
+    record.table("a build beside forward and extraction", built)
+    record.write(json_path)
