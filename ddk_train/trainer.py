@@ -116,7 +116,9 @@ class Trainer:
                 raise InputError("--lora-rank is for a trained student; a fresh one has to learn.")
             student = add_adapter(student, config.lora_rank)
         if config.gradient_checkpointing:
-            student.gradient_checkpointing_enable({"use_reentrant": False})
+            # transformers has begun to call it by another name
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(student, new if hasattr(student, new) else old)({"use_reentrant": False})
         if self.processes.rank:  # dropout of each process has numbers of its own
             torch.manual_seed(config.seed + self.processes.rank)
         return student.to(device).train()

@@ -1,4 +1,4 @@
-"""What a run can be told: how a step is cut, schedules, memory, adapters, trackers, an early end."""
+"""What a run can be told: how to cut a step, schedules, memory, adapters, trackers, its end."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -24,14 +25,16 @@ def launch(processes: int, *words: object) -> tuple[int, str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # To accelerate, several processes of one machine are "multi_gpu", also on CPUs.
     start = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", 1),
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1),
         *("--num_processes", processes, "--mixed_precision", "no", "--dynamo_backend", "no"),
         *("--main_process_port", port, "-m", "ddk_train"),
     ]
     done = subprocess.run(
         [str(word) for word in (*start, *words)],
         capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
     )  # fmt: skip
     return done.returncode, done.stderr
 
@@ -43,18 +46,19 @@ def test_two_processes_give_the_update_of_one(
     options = [word for key, value in settings.items()
                for word in ("--" + key.replace("_", "-"), value)]  # fmt: skip
     one = train(configure("one", **settings))
-    words = ["run", cache.root, tmp_path / "two", "--student", student_config, *options]
+    words = ["run", cache.root, tmp_path / "two", "--student", student_config]
+    words += [*options, "--device", "cpu"]
     code, err = launch(2, *words)
     assert code == 0, err
     two = Run(tmp_path / "two")
     assert [line["step"] for line in two.metrics()] == [1, 2, 3, 4, 5]
     for name in ("loss", "ce", "kl", "grad_norm"):
-        values = [[line[name] for line in run.metrics()] for run in (one, two)]
-        np.testing.assert_allclose(*values, rtol=1e-4)
+        mine, theirs = ([line[name] for line in run.metrics()] for run in (one, two))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4)
     assert len(two.history()) == len(one.history())
-    for mine, theirs in zip(one.history(), two.history(), strict=True):
-        assert mine["rows_seen"] == theirs["rows_seen"]
-        assert abs(mine["student_loss"] - theirs["student_loss"]) < 1e-4
+    for a, b in zip(one.history(), two.history(), strict=True):
+        assert a["rows_seen"] == b["rows_seen"]
+        assert abs(a["student_loss"] - b["student_loss"]) < 1e-4
     students = [load_file(run.student / "model.safetensors") for run in (one, two)]
     for name in students[0]:
         torch.testing.assert_close(students[0][name], students[1][name], rtol=1e-3, atol=2e-4)
@@ -67,6 +71,7 @@ def test_rows_that_cannot_be_shared_are_refused(
     cache: Cache, student_config: Path, tmp_path: Path
 ) -> None:
     words = ["run", cache.root, tmp_path / "run", "--student", student_config, "--rows", 5]
+    words += ["--device", "cpu"]
     code, err = launch(2, *words)
     assert code
     assert "5 rows in a step cannot be shared evenly by 2 processes" in err
