@@ -2,8 +2,9 @@
 
 Bits are the same only on the same machine: another one sums in another order. Cutting the batch
 into other pieces, which does that too, moves these figures by 1e-6 of themselves after thirty
-steps; γ = 0.49 in the place of 0.5 moves them by 2e-3. The tolerance lies between. To write them down anew, after a change that
-is meant to move them:  python -m tests.test_golden
+steps; γ = 0.49 in the place of 0.5 moves them by 2e-3. The tolerance lies between.
+
+To write them down anew, after a change that is meant to move them:  python -m tests.test_golden
 """
 
 from __future__ import annotations
