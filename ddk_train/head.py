@@ -11,6 +11,7 @@ Shape letters: P positions, H hidden, V vocabulary, K kept ids, B buckets (K and
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,17 +22,14 @@ from ddk_train.losses import Divergence, forward_kl
 
 Targets = SparseTargets[torch.Tensor]
 
-CPU_CHUNK = 2**24
-"""Bytes of the float32 logits of a chunk. On two cores with 16 MiB of L3 each, 4 to 32 MiB were
-within a tenth of one another for V = 16,384, and 2 MiB took a third longer."""
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Most bytes of the float32 logits of a chunk. On a CPU with 32 MiB of L3, 4 to 32 MiB differed by
+a fifth for V = 16,384, and 2 MiB took 1.4 times as long. On CUDA: enough to fill the device, little
+beside the activations, and an eighth of the free memory where that is less."""
 
-CPU_POSITIONS = 256
+LEAST_POSITIONS = 256
 """Positions of a chunk at least: each chunk goes once through the whole head and its gradient, and
-with 32 of them that alone doubled the time for V = 128,256."""
-
-CUDA_CHUNK = 2**28
-"""Bytes likewise, or an eighth of the free memory where that is less: enough to fill the device,
-little beside the activations."""
+with 32 of them that alone made V = 128,256 take 1.4 times as long."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,9 @@ class Terms:
     gamma: float
     divergence: Divergence = forward_kl
     temperature: float = 1.0
+    compiled: bool = False
+    """Fuse the passes over a chunk by torch.compile. Meant for CUDA: on a CPU the chunk is in cache
+    anyway, and the compiled passes took twice as long."""
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,15 @@ def cross_entropy(hidden_PH: torch.Tensor, head: Head, labels_P: torch.Tensor) -
 
 def chunks(hidden_PH: torch.Tensor, head: Head) -> list[slice]:
     """Return the positions of each chunk, by the memory at hand."""
-    P, V = len(hidden_PH), len(hidden_PH[0:1].T if head.weight is None else head.weight)
-    if hidden_PH.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(hidden_PH.device)
-        size = max(1, min(CUDA_CHUNK, free // 8) // (4 * V))
-    else:
-        size = max(CPU_POSITIONS, CPU_CHUNK // (4 * V))
+    P, V, device = len(hidden_PH), hidden_PH.shape[-1], hidden_PH.device
+    if head.weight is not None:
+        V = len(head.weight)
+    most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        most = min(most, free // 8)
+    size = max(LEAST_POSITIONS, most // (4 * V))
     return [slice(first, first + size) for first in range(0, P, size)]
 
 
@@ -175,13 +179,14 @@ class _Fused(torch.autograd.Function):
         d_bias = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
         sums = hidden_PH.new_zeros(2, dtype=torch.float64)
         head = head.like(hidden_PH.dtype)
+        turn_into_gradient = compiled_gradient() if terms.compiled else gradient_
         for part in chunks(hidden_PH, head):
             logits_PV = head.logits(hidden_PH[part])
             slope = head.slope(logits_PV)
             kept = targets and pick(targets, part)
             if head.narrow:
                 logits_PV = pad(logits_PV, (0, 1), value=-torch.inf)
-            ce_P, divergence_P = gradient_(logits_PV, labels_P[part], kept, terms)
+            ce_P, divergence_P = turn_into_gradient(logits_PV, labels_P[part], kept, terms)
             sums += torch.stack([ce_P.sum(), divergence_P.sum()])
             logits_PV = logits_PV[:, : logits_PV.shape[-1] - head.narrow]
             if not isinstance(slope, float) or slope != 1:
@@ -246,6 +251,12 @@ def gradient_(
         logits_PV += soft_PV
     logits_PV.scatter_add_(-1, labels_P[:, None], torch.full_like(label_P1, -1.0))
     return (norm_P1 - label_P1)[:, 0], divergence_P
+
+
+@cache
+def compiled_gradient() -> Any:
+    """Return `gradient_` compiled, once for any number of positions."""
+    return torch.compile(gradient_, dynamic=True)
 
 
 def softmax_(logits_PV: torch.Tensor) -> torch.Tensor:

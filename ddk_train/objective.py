@@ -87,7 +87,7 @@ class Objective(torch.nn.Module):
         return hidden_PH.bfloat16() if self.bf16 else hidden_PH, self.parts.head(self.narrow)
 
     def compile_body(self) -> None:
-        """Compile the student's body; the head is made of large products, which gain little."""
+        """Compile the student's body; of the head, see `Terms.compiled`."""
         (self.student if self.parts is None else self.parts.body).compile()
 
 

@@ -83,7 +83,8 @@ class Trainer:
         check_targets(
             config.loss, config.temperature, spec.targets.kind, getattr(spec, "temperatures", ())
         )
-        terms = Terms(config.gamma, divergence(config.loss), config.temperature)
+        compiled = config.compile and self.processes.device.type == "cuda"
+        terms = Terms(config.gamma, divergence(config.loss), config.temperature, compiled)
         self.student = self._student()
         self.optimizer = optimizer(self.student, config)
         known = self._open()

@@ -93,8 +93,8 @@ def test_loss_and_gradients_agree_with_the_reference(
 ) -> None:
     c, head = case(P, V, min(k, V), seed), Head()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heads, "CPU_POSITIONS", chunk)
-        patch.setattr(heads, "CPU_CHUNK", 0)
+        patch.setattr(heads, "LEAST_POSITIONS", chunk)
+        patch.setattr(heads, "CHUNK_BYTES", {"cpu": 0, "cuda": 0})
         got = fused(c, head, name, 0.7, T)
     agree(got, reference(c, head, name, 0.7, T), 3e-4 if name == "reverse_kl" else 5e-5)
 
@@ -162,6 +162,21 @@ def test_cross_entropy_alone_is_that_of_torch() -> None:
     alone = fused_loss(c.hidden, Head(c.weight), c.labels, None, Terms(0.5))
     for got in (alone.loss, alone.ce, cross_entropy(c.hidden, Head(c.weight), c.labels)):
         torch.testing.assert_close(got.float(), expected)
+
+
+@pytest.mark.slow
+def test_compiled_passes_give_the_same() -> None:
+    c = case(300, 40, 3, 6)
+
+    def run(compiled: bool) -> tuple[torch.Tensor, ...]:
+        hidden = c.hidden.clone().requires_grad_()
+        terms = Terms(0.5, compiled=compiled)
+        sums = fused_loss(hidden, Head(c.weight), c.labels, c.targets, terms)
+        sums.loss.backward()
+        assert hidden.grad is not None
+        return sums.loss.detach(), sums.divergence, hidden.grad
+
+    agree(run(True), run(False), 1e-5)
 
 
 def test_ids_that_only_the_teacher_has_belong_to_the_rest() -> None:

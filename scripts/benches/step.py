@@ -49,6 +49,8 @@ class Setting:
     device: str
     bf16: bool
     gradient_checkpointing: bool
+    compiled: bool
+    """The passes over a chunk of our head."""
 
 
 def make_model(shape: tuple[int, int, int, int], vocab: int, setting: Setting) -> Any:
@@ -82,7 +84,8 @@ class Material:
             name: random_targets(shape, setting.vocab, k, mass, device)
             for name, (k, mass) in KINDS.items()
         }
-        self.objective = Objective(self.student, Terms(0.2), setting.vocab, setting.bf16)
+        terms = Terms(0.2, compiled=setting.compiled)
+        self.objective = Objective(self.student, terms, setting.vocab, setting.bf16)
         self._teacher: Any = None
 
     @property
@@ -292,12 +295,14 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
     wide = random_targets((1, positions), setting.vocab, 64, 0.9, setting.device)
     targets = SparseTargets(wide.ids[0], wide.probs[0], wide.tail[0])
 
+    terms = Terms(0.2, compiled=setting.compiled)
+
     def plain() -> torch.Tensor:
         logits = (hidden @ weight.to(dtype).T).float()
         return torch.nn.functional.cross_entropy(logits, labels)
 
     def fused(given: Targets | None) -> torch.Tensor:
-        return fused_loss(hidden, Head(weight), labels, given, Terms(0.2)).loss / positions
+        return fused_loss(hidden, Head(weight), labels, given, terms).loss / positions
 
     rows = []
     for name, loss in (
@@ -330,6 +335,7 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--bf16/--fp32", default=False, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
+@click.option("--compiled", is_flag=True, help="Compile the passes over a chunk of our head.")
 @click.option("--head-positions", default=0, help="Measure the head alone too, at so many.")
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--threads", default=0, help="Of torch; 0 leaves them.")
@@ -341,7 +347,15 @@ def main(json_path: Path | None, **options: Any) -> None:
     facts = options | {"threads": torch.get_num_threads()}
     record = Record("step", facts, ("torch", "transformers", "liger-kernel"))
     for vocab in options["vocabs"]:
-        names = ("student", "rows", "seq_len", "device", "bf16", "gradient_checkpointing")
+        names = (
+            "student",
+            "rows",
+            "seq_len",
+            "device",
+            "bf16",
+            "gradient_checkpointing",
+            "compiled",
+        )
         setting = Setting(vocab=vocab, **{name: options[name] for name in names})
         compare(setting, options["repeats"], record)
         if options["head_positions"]:
