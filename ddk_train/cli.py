@@ -6,6 +6,7 @@ Options mirror `TrainConfig` field by field; a test holds the two together.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from ddk_cache.console import Commands, Known, say
-from ddk_train.config import PRECISIONS, TrainConfig
+from ddk_train.config import OPTIMIZERS, PRECISIONS, SCHEDULES, TrainConfig
 from ddk_train.weights import RULES
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -23,8 +24,11 @@ DEFAULTS = {name: field.default for name, field in TrainConfig.__dataclass_field
 
 def setting(name: str, help: str, type: Any = None) -> Callable[[Command], Command]:
     """Return an option with the name and default of a field of `TrainConfig`."""
-    option = "--" + name.replace("_", "-")
-    return click.option(option, default=DEFAULTS[name], show_default=True, help=help, type=type)
+    option, default = "--" + name.replace("_", "-"), DEFAULTS[name]
+    flag = default is False
+    return click.option(
+        option, default=default, is_flag=flag, show_default=not flag, help=help, type=type
+    )
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -43,23 +47,33 @@ def main() -> None:
 @setting("interval", "Steps between two measurements of the gaps.")
 @setting("eval_rows", "Held-out rows of each domain to measure on.")
 @setting("gamma", "Weight of the divergence from the teacher.")
+@setting("loss", "forward_kl, reverse_kl, jsd:BETA or skew_kl:ALPHA.")
+@setting("temperature", "Of the divergence; the cache has to declare one that is not 1.")
 @setting("steps", "Optimizer steps.")
 @setting("rows", "Rows in a step.")
 @setting("micro_rows", "Rows in one forward pass; 0 is all of a step.")
 @setting("lr", "Highest learning rate.")
-@setting("min_lr", "Where the cosine ends, as a share of --lr.")
+@setting("min_lr", "Where the schedule ends, as a share of --lr.")
 @setting("warmup", "Steps of warm-up, at most a tenth of the run.")
+@setting("schedule", "How the learning rate falls.", Known("schedule", SCHEDULES))
+@setting("decay", "Share of the run over which wsd falls.")
+@setting("optimizer", "8-bit states need bitsandbytes.", Known("optimizer", OPTIMIZERS))
 @setting("weight_decay", "AdamW's decay of matrices.")
 @setting("beta2", "AdamW's second moment.")
 @setting("clip", "Largest norm of the gradient.")
+@setting("lora_rank", "Train a LoRA adapter of this rank; 0 trains the student itself.")
+@setting("keep_adapter", "Leave the adapter by itself at the end, not merged.")
 @setting("seed", "Of the data order and of a fresh student's weights.")
 @setting("device", "auto, cpu, cuda, cuda:1 …")
 @setting("precision", "auto is bf16 where CUDA has it.", Known("precision", PRECISIONS))
+@setting("gradient_checkpointing", "Less memory, a third more time.")
+@setting("compile", "Compile the student with torch.compile.")
 @setting("checkpoint_every", "Steps between checkpoints; 0 is the interval.")
-@setting("keep", "Checkpoints kept.")
-@click.option("--new-rows", is_flag=True, default=False,
-              help="When resumed from a cache that has grown: take the new rows too.")  # fmt: skip
+@setting("keep", "Newest checkpoints kept; the best is kept beside them.")
+@setting("patience", "Measurements without a lower loss that end the run; 0 is no end.")
+@setting("new_rows", "When resumed from a cache that has grown: take the new rows too.")
 @setting("log_every", "Steps between two lines of metrics.")
+@setting("report_to", "Trackers beside metrics.jsonl: tensorboard, wandb, … joined by commas.")
 def run(**settings: Any) -> None:
     """Train a student from CACHE into the directory RUN, or go on with a run that stopped."""
     config = TrainConfig(**settings)
@@ -71,6 +85,8 @@ def run(**settings: Any) -> None:
     from ddk_train.trainer import train
 
     finished = train(config)
+    if os.environ.get("RANK", "0") != "0":
+        return  # one of several processes speaks
     show(load([finished.path]))
     say(f"the student is in {finished.student}; look at the run:  ddk-train report {config.run}")
 

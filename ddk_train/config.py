@@ -16,6 +16,8 @@ from ddk_cache import DDKError, InputError
 from ddk_cache.schema import unknown
 
 PRECISIONS = ("auto", "bf16", "fp32")
+SCHEDULES = ("cosine", "wsd")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,11 @@ class TrainConfig:
 
     gamma: float = 0.2
     """Weight of the divergence from the teacher beside the cross-entropy; the paper's best."""
+    loss: str = "forward_kl"
+    """The divergence: a name in `ddk_train.losses.LOSSES`."""
+    temperature: float = 1.0
+    """Of teacher and student in the divergence, which gets T² times the weight; the cache has to
+    declare one that is not 1."""
 
     steps: int = 30_000
     """Optimizer steps."""
@@ -50,15 +57,25 @@ class TrainConfig:
     lr: float = 3e-5
     """Highest learning rate."""
     min_lr: float = 0.1
-    """Where the cosine ends, as a share of `lr`."""
+    """Where the schedule ends, as a share of `lr`."""
     warmup: int = 1000
     """Steps over which the learning rate rises; at most a tenth of the run."""
+    schedule: str = "cosine"
+    """How the learning rate falls after the warm-up: along a cosine, or only at the end (wsd)."""
+    decay: float = 0.2
+    """Share of the run over which `wsd` falls."""
+    optimizer: str = "adamw"
+    """AdamW with float32 states, or with states of 8 bits (CUDA and bitsandbytes)."""
     weight_decay: float = 0.1
     """AdamW's decay of matrices (not of vectors: norms and biases)."""
     beta2: float = 0.95
     """AdamW's second moment. Its first is 0.9."""
     clip: float = 1.0
     """Largest norm of the gradient."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter, which is trained in place of the student; 0 is none."""
+    keep_adapter: bool = False
+    """Leave the adapter by itself at the end, instead of merged into the student."""
 
     seed: int = 0
     """Of the data order and of a fresh student's weights."""
@@ -66,31 +83,48 @@ class TrainConfig:
     """auto, cpu, cuda, …"""
     precision: str = "auto"
     """bf16 computes in bfloat16 with float32 weights; auto is bf16 where CUDA has it."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the student with torch.compile."""
     checkpoint_every: int = 0
     """Steps between checkpoints; 0 is the interval."""
     keep: int = 2
-    """Checkpoints kept."""
+    """Newest checkpoints kept; the one with the lowest held-out loss is kept beside them."""
+    patience: int = 0
+    """Measurements without a lower mean held-out loss after which the run ends; its student is
+    then the best one. 0 goes on to the last step and takes the last."""
     new_rows: bool = False
     """When resumed from a cache that has grown: take the new rows too."""
     log_every: int = 10
     """Steps between two lines of metrics."""
+    report_to: str = ""
+    """Trackers that accelerate knows, joined by commas: tensorboard, wandb, …"""
 
     def __post_init__(self) -> None:
         from ddk_train.weights import RULES
 
-        if self.weighting not in RULES:
-            raise InputError(unknown("weighting", self.weighting, RULES))
-        if self.precision not in PRECISIONS:
-            raise InputError(unknown("precision", self.precision, PRECISIONS))
+        for name, words in (
+            ("weighting", RULES),
+            ("precision", PRECISIONS),
+            ("schedule", SCHEDULES),
+            ("optimizer", OPTIMIZERS),
+        ):
+            if getattr(self, name) not in words:
+                raise InputError(unknown(name, getattr(self, name), words))
         for name in ("interval", "eval_rows", "steps", "rows", "keep", "log_every"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("micro_rows", "warmup", "checkpoint_every", "gamma", "weight_decay", "seed"):
+        for name in (
+            *("micro_rows", "warmup", "checkpoint_every", "gamma", "weight_decay", "seed"),
+            *("lora_rank", "patience"),
+        ):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "temperature"):
             self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("alpha", "min_lr"):
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
+        self._check("decay", 0 < self.decay <= 1, "above 0 and at most 1")
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 
 from ddk_cache import SPLITS, Cache, Extent
 from ddk_train.mixture import Floats, Ints, key_of, permute
+from ddk_train.processes import Processes
 from ddk_train.weights import Gaps
 
 TRAIN, HELD_OUT = SPLITS
@@ -21,17 +21,17 @@ TRAIN, HELD_OUT = SPLITS
 Known = Mapping[str, Mapping[str, Sequence[Extent]]]
 """The rows that a run knows, by domain and split."""
 
-Forward = Callable[[torch.Tensor], torch.Tensor]
-"""(B, S) tokens → (B, S, V) logits."""
+CrossEntropy = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(B, S+1) tokens, (B, S) mask → sum of the student's cross-entropy over counted positions."""
 
 
 class GapMeter:
     """A fixed sample of held-out rows of every domain, and the teacher's loss on it."""
 
     def __init__(
-        self, cache: Cache, extents: Known, rows: int, micro: int, device: torch.device
+        self, cache: Cache, extents: Known, rows: int, micro: int, processes: Processes
     ) -> None:
-        self.cache, self.micro, self.device = cache, micro, device
+        self.cache, self.micro, self.processes = cache, micro, processes
         self.rows: dict[str, Ints] = {
             name: sample(name, splits[HELD_OUT], rows) for name, splits in extents.items()
         }
@@ -39,9 +39,9 @@ class GapMeter:
         train_rows = [sum(e.rows for e in splits[TRAIN]) for splits in extents.values()]
         self.sizes: Floats = np.array(train_rows, np.float64)
 
-    def measure(self, forward: Forward) -> Gaps:
-        """Return the gaps of a student."""
-        losses = [self._student(name, forward) for name in self.rows]
+    def measure(self, cross_entropy: CrossEntropy) -> Gaps:
+        """Return the gaps of a student; the processes share the rows."""
+        losses = [self._student(name, cross_entropy) for name in self.rows]
         return Gaps(np.array(losses), self.teacher_loss, self.sizes)
 
     def _teacher(self, name: str) -> float:
@@ -51,18 +51,17 @@ class GapMeter:
         loss = -rows.label_logprob[rows.loss_mask].mean(dtype=np.float64)
         return float(loss)
 
-    @torch.no_grad()
-    def _student(self, name: str, forward: Forward) -> float:
+    def _student(self, name: str, cross_entropy: CrossEntropy) -> float:
         """Return the mean cross-entropy over counted positions, nats."""
-        total, positions = 0.0, 0
-        for first in range(0, len(self.rows[name]), self.micro):
+        device = self.processes.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for first in range(0, len(self.rows[name]), self.micro)[self.processes.share]:
             rows = self.cache.read(name, HELD_OUT, self.rows[name][first : first + self.micro])
-            tokens = torch.from_numpy(rows.tokens).to(self.device)
-            mask = torch.from_numpy(rows.loss_mask).to(self.device)
-            logits = forward(tokens[:, :-1])[mask].float()
-            total += cross_entropy(logits, tokens[:, 1:][mask], reduction="sum").item()
-            positions += int(mask.sum())
-        return total / positions if positions else float("nan")
+            tokens = torch.from_numpy(rows.tokens).to(device)
+            mask = torch.from_numpy(rows.loss_mask).to(device)
+            total += torch.stack([cross_entropy(tokens, mask), mask.sum()])
+        loss, positions = self.processes.total(total).tolist()
+        return loss / positions if positions else float("nan")
 
 
 def sample(name: str, extents: Sequence[Extent], count: int) -> Ints:

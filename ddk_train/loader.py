@@ -27,9 +27,10 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a step: B rows of S positions with K kept entries."""
+    """The rows of a step, or of a process in it: B rows of S positions with K kept entries."""
 
     draw: Draw
+    """Of the whole step."""
     tokens: torch.Tensor
     """(B, S+1) int64"""
     loss_mask: torch.Tensor
@@ -47,7 +48,7 @@ class Batch:
             part = slice(first, first + size)
             ids, probs, tail = self.targets.ids, self.targets.probs, self.targets.tail
             yield Batch(
-                Draw(self.draw.domain[part], self.draw.row[part]),
+                self.draw,
                 self.tokens[part],
                 self.loss_mask[part],
                 SparseTargets(ids[part], probs[part], tail[part]),
@@ -69,10 +70,15 @@ def to_device(rows: Rows, draw: Draw, state: dict[str, Any], device: torch.devic
 
 
 class Loader:
-    """Batches of training rows of a cache in the mixture's order."""
+    """Batches of training rows of a cache in the mixture's order.
 
-    def __init__(self, cache: Cache, mixture: Mixture, device: torch.device) -> None:
-        self.cache, self.mixture, self.device = cache, mixture, device
+    `share` are the rows of each step that this process reads; the order is that of all.
+    """
+
+    def __init__(
+        self, cache: Cache, mixture: Mixture, device: torch.device, share: slice = slice(None)
+    ) -> None:
+        self.cache, self.mixture, self.device, self.share = cache, mixture, device, share
 
     def batches(self, weights: Floats, count: int) -> Iterator[Batch]:
         """Yield the next `count` batches under constant weights."""
@@ -88,10 +94,11 @@ class Loader:
 
     def _read(self, draw: Draw, state: dict[str, Any]) -> Batch:
         parts, places = [], []
-        for number in np.unique(draw.domain):
-            here = np.flatnonzero(draw.domain == number)
+        domain, row = draw.domain[self.share], draw.row[self.share]
+        for number in np.unique(domain):
+            here = np.flatnonzero(domain == number)
             name = self.mixture.orders[number].name
-            parts.append(self.cache.read(name, SPLITS[0], draw.row[here]))
+            parts.append(self.cache.read(name, SPLITS[0], row[here]))
             places.append(here)
         rows = _merge(parts, np.argsort(np.concatenate(places)))
         return to_device(rows, draw, state, self.device)

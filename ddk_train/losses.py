@@ -1,59 +1,126 @@
-"""Cross-entropy and divergence from sparse targets, position by position. Pure functions.
+"""Divergences between teacher and student over buckets: the kept ids, and all the rest as one.
 
-The mass that was not kept enters as one more bucket, so that the divergence is a proper KL of a
+The mass that was not kept is one more bucket, so that each divergence is a proper one of a
 coarse-grained distribution: never negative, zero only where student and teacher agree on every
-kept id and on the rest as a whole. Without the bucket the gradient would pull all kept ids up
-for ever (M·q − t with M < 1; "Sparse Logit Sampling", arXiv 2503.16870).
+kept id and on the rest as a whole. Without it the gradient would pull all kept ids up for ever
+(M·q − t with M < 1; "Sparse Logit Sampling", arXiv 2503.16870).
 
-Shape letters: P positions, K kept entries, V the student's vocabulary.
+A divergence gives its value and its slope by the student's log-probabilities of the buckets. The
+slopes are written out rather than left to autograd, because they are all that the head needs to
+make the gradient by the logits in one pass: a few lines each, and a test holds them to autograd.
+
+Shape letters: P positions, B buckets (K kept ids and the rest).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
 import torch
-from torch.nn.functional import pad
 
-from ddk_cache import SparseTargets
+from ddk_cache import InputError
+from ddk_cache.schema import unknown
+
+Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(P, B) teacher's probabilities t and log-probabilities of the student log q, float32 →
+(P) divergence in nats, (P, B) ∂/∂ log q, each log q taken as free."""
+
+LEAST = math.log(torch.finfo(torch.float32).tiny)
+"""The log-probability of a bucket to which the teacher gave nothing; reverse KL there is infinite
+in truth."""
 
 
-def ce_and_kl(
-    logits_PV: torch.Tensor, labels_P: torch.Tensor, targets: SparseTargets[torch.Tensor]
+def forward_kl(t_PB: torch.Tensor, logq_PB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(t ‖ q) = Σ t log(t/q)."""
+    cross_PB = (t_PB * logq_PB).where(t_PB > 0, 0.0)  # 0 · log 0 = 0
+    return (torch.xlogy(t_PB, t_PB) - cross_PB).sum(-1), -t_PB
+
+
+def reverse_kl(t_PB: torch.Tensor, logq_PB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(q ‖ t) = Σ q log(q/t)."""
+    q_PB = logq_PB.exp()
+    ratio_PB = (logq_PB - t_PB.log().clamp_min(LEAST)).where(q_PB > 0, 0.0)
+    return (q_PB * ratio_PB).sum(-1), q_PB * (ratio_PB + 1)
+
+
+def jsd(
+    t_PB: torch.Tensor, logq_PB: torch.Tensor, *, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (P) cross-entropy with the label and (P) KL(teacher ‖ student), in nats.
+    """β KL(t ‖ m) + (1 − β) KL(q ‖ m), m = β t + (1 − β) q (generalised; arXiv 2306.13649)."""
+    q_PB = logq_PB.exp()
+    logm_PB = torch.log(beta * t_PB + (1 - beta) * q_PB)
+    of_t_PB = (t_PB * (t_PB.log() - logm_PB)).where(t_PB > 0, 0.0)
+    of_q_PB = (q_PB * (logq_PB - logm_PB)).where(q_PB > 0, 0.0)
+    return (beta * of_t_PB + (1 - beta) * of_q_PB).sum(-1), (1 - beta) * of_q_PB
 
-    KL = Σ_K t log(t/q) + τ log(τ/(1 − Q)), τ the tail and Q the student's mass on the kept ids.
-    The student's mass outside is summed over the logits outside, not taken as 1 − Q, and the
-    same sum gives the normaliser: one pass over V in all, no cancellation, no clamp.
+
+def skew_kl(
+    t_PB: torch.Tensor, logq_PB: torch.Tensor, *, alpha: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(t ‖ m), m = α t + (1 − α) q (skewed forward KL; arXiv 2402.03898)."""
+    rest_PB = (1 - alpha) * logq_PB.exp()
+    m_PB = alpha * t_PB + rest_PB
+    some_PB = t_PB > 0
+    value_P = (t_PB * (t_PB.log() - m_PB.log())).where(some_PB, 0.0).sum(-1)
+    return value_P, (-t_PB * rest_PB / m_PB).where(some_PB, 0.0)
+
+
+def divergence(name: str) -> Divergence:
+    """Return the divergence of a name such as `forward_kl` or `jsd:0.5`.
+
+    Raises:
+        InputError: there is none of that name, or its parameter does not lie in (0, 1).
     """
-    logits_PV = logits_PV.float()
-    kept_PK = logits_PV.gather(-1, targets.ids)
-    outside_P = logits_PV.scatter(-1, targets.ids, -torch.inf).logsumexp(-1)
-    norm_P = torch.logaddexp(kept_PK.logsumexp(-1), outside_P)
-    ce_P = norm_P - logits_PV.gather(-1, labels_P[:, None])[:, 0]
-    logq_PK = kept_PK - norm_P[:, None]
-    cross_PK = (targets.probs * logq_PK).where(targets.probs > 0, 0.0)  # 0 · log 0 = 0
-    kept_P = (torch.xlogy(targets.probs, targets.probs) - cross_PK).sum(-1)
-    return ce_P, kept_P + bucket(targets.tail, outside_P - norm_P)
+    base, _, text = name.partition(":")
+    if base in PLAIN and not text:
+        return PLAIN[base]
+    if base not in WITH_PARAMETER:
+        raise InputError(unknown("loss", name, LOSSES))
+    function, parameter = WITH_PARAMETER[base]
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise InputError(
+            f"loss {base!r} takes a number between 0 and 1, for example {base}:0.1, not {name!r}."
+        )
+    return partial(function, **{parameter: value})
 
 
-def within(
-    logits_PV: torch.Tensor, targets: SparseTargets[torch.Tensor]
-) -> tuple[torch.Tensor, SparseTargets[torch.Tensor]]:
-    """Return logits and targets of a student with fewer outputs than the teacher.
+def check_targets(name: str, temperature: float, kind: str, declared: Sequence[float]) -> None:
+    """Raise InputError where targets of a kind cannot give this loss at this temperature.
 
-    Two heads over one tokenizer may be padded to different widths. What the teacher gave to ids
-    that the student does not have goes to the tail; in their place stands one more output, V,
-    that no one gives anything to.
+    `declared` are the temperatures beside 1 for which the cache holds the mass of the tail.
     """
-    V = logits_PV.shape[-1]
-    beyond = targets.ids >= V
-    tail = targets.tail + (targets.probs * beyond).sum(-1)
-    ids, probs = targets.ids.masked_fill(beyond, V), targets.probs.masked_fill(beyond, 0.0)
-    return pad(logits_PV, (0, 1), value=-torch.inf), SparseTargets(ids, probs, tail)
+    if kind == "sampled" and name != "forward_kl":
+        raise InputError(
+            f"loss {name!r} has no meaning on sampled targets: it needs the teacher's probability "
+            "of what the student likes, and there an id without one was not drawn, which is not "
+            "zero. Use forward_kl, or a cache of topk targets."
+        )
+    if temperature == 1:
+        return
+    if kind == "sampled":
+        raise InputError(
+            f"temperature {temperature:g} has no meaning on sampled targets: they are unbiased at "
+            "1 only. Use --temperature 1, or a cache of topk targets that declares it."
+        )
+    if temperature not in declared:
+        choices = ", ".join(f"{value:g}" for value in sorted({1.0, *declared}))
+        raise InputError(
+            f"the cache does not hold the tail at temperature {temperature:g}, and it cannot be "
+            f"told from the kept entries. It can give: {choices}. Choose one of them, or build a "
+            "cache that declares this one."
+        )
 
 
-def bucket(tail_P: torch.Tensor, log_outside_P: torch.Tensor) -> torch.Tensor:
-    """Return (P) τ log(τ/(1 − Q)), exactly zero, with no gradient, where τ is zero."""
-    some_P = tail_P > 0
-    safe_P = log_outside_P.where(some_P, 0.0)
-    return torch.xlogy(tail_P, tail_P) - tail_P * safe_P
+PLAIN: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
+WITH_PARAMETER: dict[str, tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], str]] = {
+    "jsd": (jsd, "beta"),
+    "skew_kl": (skew_kl, "alpha"),
+}
+LOSSES = (*PLAIN, *(f"{name}:{p.upper()}" for name, (_, p) in WITH_PARAMETER.items()))
+"""Every divergence as `--loss` takes it."""

@@ -49,7 +49,7 @@ rule's state (r of Eq. 1 and 2), `weight` the share of the rows drawn from here 
 
 RESUMABLE = {
     *("steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"),
-    *("known_rows", "new_rows"),
+    *("known_rows", "new_rows", "report_to", "patience", "keep_adapter"),
 }
 """Settings that may differ when a run is resumed; paths may move, the content may not."""
 
@@ -157,12 +157,16 @@ class Run:
         return sorted((int(path.name.removeprefix("step-")), path) for path in whole)
 
     @contextmanager
-    def checkpoint(self, step: int, keep: int) -> Iterator[Path]:
-        """Give a directory to write a checkpoint into; whole, it leaves only `keep` newest."""
+    def checkpoint(self, step: int, keep: int, best: int) -> Iterator[Path]:
+        """Give a directory to write a checkpoint into; when it is whole, old ones go.
+
+        Those that stay are the `keep` newest and the one of step `best`.
+        """
         with files.whole(self.path / "checkpoints" / f"step-{step:08d}") as partial:
             yield partial
-        for _, path in self.checkpoints()[:-keep]:
-            shutil.rmtree(path)
+        for number, path in self.checkpoints()[:-keep]:
+            if number != best:
+                shutil.rmtree(path)
 
     @property
     def student(self) -> Path:

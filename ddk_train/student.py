@@ -15,6 +15,7 @@ import torch
 
 from ddk_cache import Cache, InputError, MismatchError, files
 from ddk_cache.pretrained import identify_tokenizer, load, load_tokenizer
+from ddk_train.adapter import is_adapted, load_adapter
 from ddk_train.identity import IDENTITY
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -63,9 +64,18 @@ def check_tokenizer(name: str, cache: Cache) -> None:
 def save_student(student: Any, cache: Cache, path: Path, made_from: dict[str, Any]) -> None:
     """Write the student with its tokenizer as an ordinary Hugging Face model, atomically.
 
-    Beside it stands what it was made from.
+    Beside it stands what it was made from. An adapter that was not merged is written by itself.
     """
     with files.whole(path) as partial:
         student.save_pretrained(partial)
         shutil.copytree(cache.tokenizer_path, partial, dirs_exist_ok=True)
         (partial / IDENTITY).write_text(json.dumps(made_from, indent=1))
+
+
+def load_weights(student: Any, path: Path) -> None:
+    """Give a student the weights that its `save_pretrained` wrote into a directory."""
+    if is_adapted(student):
+        load_adapter(student, path)
+        return
+    saved = type(student).from_pretrained(path, dtype=torch.float32)
+    student.load_state_dict(saved.state_dict())

@@ -1,4 +1,4 @@
-"""Train a student from a cache: one step, one loop, save and restore; read it from the top.
+"""Train a student from a cache: one step, one loop; read it from the top.
 
 The teacher is not here: its word is in the cache. Every `interval` steps the gap of each domain is
 measured and the weights move; between two measurements the loop does nothing but draw, forward,
@@ -8,74 +8,41 @@ checkpoint and ends with the same student.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-import signal
+import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 
-from ddk_cache import (
-    SPLITS,
-    DDKError,
-    SparseTargets,
-    open_cache,
-)
+from ddk_cache import SPLITS, DDKError, InputError, SparseTargets, open_cache
 from ddk_cache.console import Progress, say
+from ddk_train import checkpoint
+from ddk_train.adapter import add_adapter, is_adapted
+from ddk_train.checkpoint import State, exact, floats, get_random
 from ddk_train.config import TrainConfig
 from ddk_train.gap import GapMeter
-from ddk_train.identity import IDENTITY, check_identity, identity, known_rows, provenance
+from ddk_train.head import Terms
+from ddk_train.identity import check_identity, identity, known_rows, provenance
 from ddk_train.loader import Batch, Loader
-from ddk_train.losses import ce_and_kl, within
+from ddk_train.losses import check_targets, divergence
 from ddk_train.mixture import Floats, Mixture
+from ddk_train.objective import Objective
+from ddk_train.optim import learning_rate, optimizer
+from ddk_train.processes import Processes
 from ddk_train.run import Run
-from ddk_train.student import load_student, save_student
+from ddk_train.stop import stop_requests
+from ddk_train.student import load_student, load_weights, save_student
 from ddk_train.weights import Gaps, proportional, update
 
 TRAIN = SPLITS[0]
 
 LiveTargets = Callable[[torch.Tensor], SparseTargets[torch.Tensor]]
 """(B, S+1) tokens → (B, S, K): the teacher in the loop, to compare with."""
-
-
-@dataclass
-class State:
-    """What changes during a run beside weights and optimizer; plain JSON in a checkpoint."""
-
-    domains: list[str]
-    mixture: dict[str, Any]
-    seen: dict[str, int] = field(default_factory=dict)
-    """Rows drawn of each domain."""
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    measured: int = -1
-    """Step of the last measurement."""
-    log_factor: list[str] | None = None
-    """(D) log r of the weighting rule, exact hexadecimal floats."""
-    weights: list[str] = field(default_factory=list)
-    """(D) sampling weights in force, likewise."""
-
-    def __post_init__(self) -> None:
-        self.seen = self.seen or dict.fromkeys(self.domains, 0)
-
-
-def exact(values: Floats) -> list[str]:
-    """Return floats as text that gives the same bits back."""
-    return [float(value).hex() for value in values]
-
-
-def floats(texts: list[str]) -> Floats:
-    """Read what `exact` wrote."""
-    return np.array([float.fromhex(text) for text in texts])
 
 
 def train(config: TrainConfig, *, live: LiveTargets | None = None) -> Run:
@@ -89,24 +56,18 @@ def train(config: TrainConfig, *, live: LiveTargets | None = None) -> Run:
     trainer = Trainer(config, live)
     with stop_requests() as stop, Progress("training", config.steps, "steps") as progress:
         progress.advance(trainer.state.step, "resumed" if trainer.state.step else "")
-        while trainer.state.step < config.steps:
-            trainer.measure()
+        while trainer.at_boundary():
             for batch in trainer.until_boundary():
                 metrics = trainer.step(batch)
-                note = f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s"
-                progress.advance(1, note)
-                if stop.requested:
-                    break
-            if stop.requested:
-                trainer.save()
-                raise DDKError(
-                    f"stopped after step {trainer.state.step} of {config.steps}. Run the same "
-                    "command again to go on."
-                )
-            if trainer.state.step % trainer.checkpoint_every == 0:
-                trainer.save()
-        trainer.measure()
-    save_student(trainer.student, trainer.cache, trainer.run.student, trainer.identity)
+                if trainer.processes.main:
+                    progress.advance(1, trainer.note(metrics))
+                if trainer.agreed(stop.requested):
+                    trainer.save()
+                    raise DDKError(
+                        f"stopped after step {trainer.state.step} of {config.steps}. Run the same "
+                        "command again to go on."
+                    )
+    trainer.finish()
     return trainer.run
 
 
@@ -114,32 +75,65 @@ class Trainer:
     """A student, its data and its run directory."""
 
     def __init__(self, config: TrainConfig, live: LiveTargets | None) -> None:
-        from ddk_cache.teacher import pick_device
-
         self.config, self.live = config, live
-        self.device = pick_device(config.device)
+        self.processes = Processes(config)
         self.cache = open_cache(config.cache)
         self.run = Run(Path(config.run))
-        student = load_student(config.student, self.cache, config.seed)
-        known = self.run.open(config, provenance(self.cache, student))
-        rows = known_rows(self.cache, known["known_rows"])
-        self.student = student.to(self.device).train()
+        spec = self.cache.spec
+        check_targets(
+            config.loss, config.temperature, spec.targets.kind, getattr(spec, "temperatures", ())
+        )
+        compiled = config.compile and self.processes.device.type == "cuda"
+        terms = Terms(config.gamma, divergence(config.loss), config.temperature, compiled)
+        self.student = self._student()
         self.optimizer = optimizer(self.student, config)
-        cuda_bf16 = self.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        self.bf16 = {"bf16": True, "fp32": False, "auto": cuda_bf16}[config.precision]
+        known = self._open()
+        rows = known_rows(self.cache, known["known_rows"])
         self.domains = sorted(rows)
-        self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.device)
+        self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.processes)
         self.mixture = Mixture(
             {name: rows[name][TRAIN] for name in self.domains},
-            chunk_rows=self.cache.spec.chunk_rows,
+            chunk_rows=spec.chunk_rows,
             rows=config.rows,
             seed=config.seed,
         )
-        self.loader = Loader(self.cache, self.mixture, self.device)
+        self.loader = Loader(self.cache, self.mixture, self.processes.device, self.processes.share)
         self.checkpoint_every = config.checkpoint_every or config.interval
         self.identity = identity(self.cache, config.student)
         self.state = State(self.domains, self.mixture.state_dict())
+        self.saved = (0, -1)
         self.restore()
+        self.objective = Objective(self.student, terms, spec.vocab_size, self._bf16())
+        if config.compile:
+            self.objective.compile_body()
+        self.model = self.processes.accelerator.prepare_model(self.objective)
+
+    def _student(self) -> Any:
+        """Return the student on its device, ready to be trained."""
+        config, device = self.config, self.processes.device
+        student = load_student(config.student, self.cache, config.seed)
+        if config.lora_rank:
+            if Path(config.student).suffix == ".json":
+                raise InputError("--lora-rank is for a trained student; a fresh one has to learn.")
+            student = add_adapter(student, config.lora_rank)
+        if config.gradient_checkpointing:
+            # transformers has begun to call it by another name
+            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
+            getattr(student, new if hasattr(student, new) else old)({"use_reentrant": False})
+        if self.processes.rank:  # dropout of each process has numbers of its own
+            torch.manual_seed(config.seed + self.processes.rank)
+        return student.to(device).train()
+
+    def _open(self) -> dict[str, Any]:
+        """Open the run directory, the process that writes before the others."""
+        with self.processes.accelerator.main_process_first():
+            known = self.run.open(self.config, provenance(self.cache, self.student))
+        self.processes.open_trackers(self.config)
+        return known
+
+    def _bf16(self) -> bool:
+        cuda_bf16 = self.processes.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return {"bf16": True, "fp32": False, "auto": cuda_bf16}[self.config.precision]
 
     # --- one step ---
 
@@ -149,13 +143,8 @@ class Trainer:
         rate = learning_rate(self.config, self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        positions = int(batch.loss_mask.sum())
-        ce = kl = 0.0
-        for micro in batch.micro(self.config.micro):
-            ce_sum, kl_sum = self.losses(micro)
-            ((ce_sum + self.config.gamma * kl_sum) / positions).backward()
-            ce += ce_sum.item() / positions
-            kl += kl_sum.item() / positions
+        positions = max(1, int(self.processes.total(batch.loss_mask.sum())))
+        ce, kl = (self.backward(batch, positions) / positions).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip).item()
         loss = ce + self.config.gamma * kl
         if not math.isfinite(loss + norm):
@@ -166,22 +155,22 @@ class Trainer:
             batch, began, positions, loss=loss, ce=ce, kl=kl, lr=rate, grad_norm=norm
         )
 
-    def losses(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sums of cross-entropy and KL over the counted positions of a batch."""
-        targets = self.live(batch.tokens) if self.live else batch.targets
-        mask = batch.loss_mask
-        logits_PV = self.forward(batch.tokens[:, :-1])[mask]
-        kept = SparseTargets(targets.ids[mask], targets.probs[mask], targets.tail[mask])
-        if logits_PV.shape[-1] < self.cache.spec.vocab_size:
-            logits_PV, kept = within(logits_PV, kept)
-        ce_P, kl_P = ce_and_kl(logits_PV, batch.tokens[:, 1:][mask], kept)
-        return ce_P.sum(), kl_P.sum()
+    def backward(self, batch: Batch, positions: int) -> torch.Tensor:
+        """Leave the gradient of the mean loss over `positions`; return the sums of CE and KL.
 
-    def forward(self, tokens_BS: torch.Tensor) -> torch.Tensor:
-        """Return the student's logits."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            logits: torch.Tensor = self.student(input_ids=tokens_BS, use_cache=False).logits
-        return logits
+        The mean is over all pieces and processes, so that it does not matter how a step is cut.
+        Gradients of the processes are averaged, with the last piece; `world` undoes the average.
+        """
+        sums = torch.zeros(2, device=self.processes.device)
+        pieces = list(batch.micro(self.config.micro))
+        for number, piece in enumerate(pieces, 1):
+            alone = number < len(pieces)
+            with self.processes.accelerator.no_sync(self.model) if alone else nullcontext():
+                targets = self.live(piece.tokens) if self.live else piece.targets
+                out = self.model(piece.tokens, piece.loss_mask, targets)
+                (out.loss * (self.processes.world / positions)).backward()
+            sums += torch.stack([out.ce, out.divergence])
+        return self.processes.total(sums)
 
     def _count(
         self, batch: Batch, began: float, positions: int, **metrics: float
@@ -201,9 +190,17 @@ class Trainer:
             "tokens_per_second": positions / seconds,
             "wait": batch.wait / seconds,
         }
-        if state.step % self.config.log_every == 0 or state.step == 1:
+        if (state.step % self.config.log_every == 0 or state.step == 1) and self.processes.main:
             self.run.log(metrics)
+            self.processes.accelerator.log(metrics, state.step)
         return metrics
+
+    def note(self, metrics: dict[str, float]) -> str:
+        """Return what a person wants to see of a step."""
+        return (
+            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"waiting {metrics['wait']:.0%}  {peak_memory(self.processes.device) / 2**30:.1f} GiB"
+        )
 
     def _not_finite(self, batch: Batch) -> str:
         names = self.domains
@@ -220,7 +217,28 @@ class Trainer:
             f"updated; {last}. A lower --lr may help."
         )
 
+    def agreed(self, stop: bool) -> bool:
+        """Return whether any process was asked to stop."""
+        if self.processes.world == 1:
+            return stop
+        return bool(self.processes.total(torch.tensor(int(stop), device=self.processes.device)))
+
     # --- intervals ---
+
+    def at_boundary(self) -> bool:
+        """Measure and save where that is due; return whether the run goes on."""
+        self.measure()
+        state = self.state
+        due = state.step % self.checkpoint_every == 0 or state.step in (state.best, self._end())
+        if state.step and due and self.saved != (state.step, state.measured):
+            self.save()
+        return state.step < self._end()
+
+    def _end(self) -> int:
+        """Return the step at which the run ends, as far as is known now."""
+        state, patience = self.state, self.config.patience * self.config.interval
+        stale = patience and state.measured - state.best >= patience
+        return state.step if stale else self.config.steps
 
     def until_boundary(self) -> Iterator[Batch]:
         """Yield batches up to the next measurement, checkpoint or the end."""
@@ -236,7 +254,7 @@ class Trainer:
         if state.weights and (not due or state.measured == state.step):
             return
         self.student.eval()
-        gaps = self.meter.measure(self.forward)
+        gaps = self.meter.measure(self.objective.cross_entropy)
         self.student.train()
         before = floats(state.log_factor) if state.log_factor else None
         log_factor = update(config.weighting, gaps, before, config.alpha)
@@ -245,7 +263,15 @@ class Trainer:
         log_weights = proportional(gaps, None, 0) if first else log_factor
         state.log_factor, state.weights = exact(log_factor), exact(normalised(log_weights))
         state.measured = state.step
-        self._record(gaps)
+        self._compare(gaps.student_loss[~np.isnan(gaps.student_loss)])
+        if self.processes.main:
+            self._record(gaps)
+
+    def _compare(self, losses: Floats) -> None:
+        """Note whether this is the best student so far, by its mean loss over domains."""
+        state = self.state
+        if len(losses) and (state.best_loss is None or losses.mean() < state.best_loss):
+            state.best, state.best_loss = state.step, float(losses.mean())
 
     def _record(self, gaps: Gaps) -> None:
         weights, factor = floats(self.state.weights), np.exp(floats(self.state.log_factor or []))
@@ -269,64 +295,51 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint: all or nothing."""
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        held = {"optimizer": self.optimizer.state_dict(), "random": random}
-        with self.run.checkpoint(self.state.step, self.config.keep) as path:
-            self.student.save_pretrained(path / "student")
-            torch.save(held, path / "torch.pt")
-            (path / "state.json").write_text(json.dumps(asdict(self.state), indent=1))
-            (path / IDENTITY).write_text(json.dumps(self.identity, indent=1))
+        state, randoms = self.state, self.processes.each(get_random(self.processes.device))
+        if self.processes.main:
+            with self.run.checkpoint(state.step, self.config.keep, state.best) as path:
+                checkpoint.save(path, state, self.student, self.optimizer, randoms, self.identity)
+        self.processes.wait()
+        self.saved = (state.step, state.measured)
 
     def restore(self) -> None:
         """Go on from the last whole checkpoint, if there is one."""
-        saved = self.run.checkpoints()
-        if not saved:
-            self.run.rewind(-1, -1)
+        step = measured = -1
+        if saved := self.run.checkpoints():
+            path = saved[-1][1]
+            check_identity(path, self.cache)
+            state = checkpoint.load(path, self.student, self.optimizer, self.processes)
+            step, measured = self.saved = (state.step, state.measured)
+            self.state = state.over(self.domains)
+            self.mixture.load_state_dict(state.mixture)
+            say(f"going on after step {step} of {self.config.steps}")
+        if self.processes.main:
+            self.run.rewind(step, measured)
+        self.processes.wait()
+
+    def finish(self) -> None:
+        """Write the finished student: the last, or with patience the best."""
+        self.processes.accelerator.end_training()
+        if not self.processes.main:
             return
-        path = saved[-1][1]
-        check_identity(path, self.cache)
-        state = json.loads((path / "state.json").read_text())
-        self.state = State(**state)
-        if self.state.domains != self.domains:  # the cache grew by a domain: measure at once
-            seen = {name: state["seen"].get(name, 0) for name in self.domains}
-            self.state = dataclasses.replace(
-                self.state, domains=self.domains, seen=seen, log_factor=None, weights=[]
-            )
-        self.mixture.load_state_dict(self.state.mixture)
-        self.student.load_state_dict(
-            type(self.student).from_pretrained(path / "student", dtype=torch.float32).state_dict()
-        )
-        self.run.rewind(self.state.step, state["measured"])
-        held = torch.load(path / "torch.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(held["optimizer"])
-        torch.set_rng_state(held["random"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in held["random"]:
-            torch.cuda.set_rng_state(held["random"]["cuda"], self.device)
-        say(f"going on after step {self.state.step} of {self.config.steps}")
+        best = dict(self.run.checkpoints()).get(self.state.best)
+        if self.config.patience and best:
+            load_weights(self.student, best / "student")
+            say(f"the student is that of step {self.state.best}, the lowest held-out loss")
+        student = self.student
+        if is_adapted(student) and not self.config.keep_adapter:
+            student = student.merge_and_unload()
+        save_student(student, self.cache, self.run.student, self.identity)
 
 
 # --- small things the trainer is made of ----------------------------------------------------------
 
 
-def optimizer(student: torch.nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW that decays matrices and leaves vectors (norms, biases) alone."""
-    parameters = [p for p in student.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, config.beta2), fused=True)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate of a step counted from 0: linear warm-up, then a cosine to min_lr · lr."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    floor = config.min_lr
-    return config.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def normalised(log_weights: Floats) -> Floats:
@@ -339,33 +352,3 @@ def normalised(log_weights: Floats) -> Floats:
 def none_if_nan(value: float) -> float | None:
     """Return a float that Parquet and JSON readers agree on."""
     return None if math.isnan(value) else float(value)
-
-
-@dataclass
-class Stop:
-    """Whether somebody asked the run to stop."""
-
-    requested: bool = False
-
-    def request(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; a second one stops at once."""
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-        say("stopping after this step; a checkpoint will be written")
-
-
-@contextmanager
-def stop_requests() -> Iterator[Stop]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the current step."""
-    stop, before = Stop(), {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            before[number] = signal.signal(number, stop.request)
-        except ValueError:  # not the main thread: whoever runs us there stops us in its own way
-            break
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -23,6 +23,7 @@ from ddk_cache.build import build
 from ddk_cache.corpus import find_sources
 from ddk_cache.reader import Cache, open_cache
 from ddk_cache.teacher import Teacher
+from ddk_train import TrainConfig
 
 END = "<|endoftext|>"
 VOCAB = 300
@@ -37,6 +38,21 @@ BUILD: dict[str, Any] = {
     "shard_rows": 8,
 }
 """Settings that give several shards and a ragged last one from a few kilobytes."""
+
+RUN: dict[str, Any] = {
+    "steps": 12,
+    "interval": 4,
+    "checkpoint_every": 3,
+    "rows": 6,
+    "micro_rows": 4,
+    "eval_rows": 5,
+    "lr": 3e-3,
+    "log_every": 1,
+    "keep": 99,
+}
+"""Settings of a run of a few seconds, with a ragged last micro batch."""
+
+Configure = Callable[..., TrainConfig]
 
 
 def byte_tokenizer() -> Any:
@@ -129,6 +145,19 @@ def student_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("student") / "config.json"
     path.write_text(json.dumps(llama_config()))
     return path
+
+
+@pytest.fixture
+def configure(cache: Cache, student_config: Path, tmp_path: Path) -> Configure:
+    def configure(run: str = "run", **changes: Any) -> TrainConfig:
+        paths = {
+            "cache": str(cache.root),
+            "run": str(tmp_path / run),
+            "student": str(student_config),
+        }
+        return TrainConfig(**paths | RUN | changes)
+
+    return configure
 
 
 @pytest.fixture(scope="session")

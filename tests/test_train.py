@@ -7,7 +7,6 @@ import math
 import shutil
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +17,10 @@ import torch
 from ddk_cache import DDKError, InputError, MismatchError
 from ddk_cache.reader import Cache
 from ddk_train import TrainConfig
+from ddk_train.optim import learning_rate
 from ddk_train.run import open_run
-from ddk_train.trainer import Trainer, learning_rate, train
-from tests.conftest import byte_tokenizer, command, finish, tree
-
-SETTINGS: dict[str, Any] = {
-    "steps": 12,
-    "interval": 4,
-    "checkpoint_every": 3,
-    "rows": 6,
-    "micro_rows": 4,
-    "eval_rows": 5,
-    "lr": 3e-3,
-    "log_every": 1,
-    "keep": 99,
-}
-
-Configure = Callable[..., TrainConfig]
-
-
-@pytest.fixture
-def configure(cache: Cache, student_config: Path, tmp_path: Path) -> Configure:
-    def configure(run: str = "run", **changes: Any) -> TrainConfig:
-        paths = {
-            "cache": str(cache.root),
-            "run": str(tmp_path / run),
-            "student": str(student_config),
-        }
-        return TrainConfig(**paths | SETTINGS | changes)
-
-    return configure
+from ddk_train.trainer import Trainer, train
+from tests.conftest import Configure, byte_tokenizer, command, finish, tree
 
 
 def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

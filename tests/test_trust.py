@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from ddk_cache import CacheError, CorruptCacheError, InputError, MismatchError, open_cache
 from ddk_cache.audit import audit
@@ -476,30 +475,3 @@ def test_a_head_padded_to_another_width_is_accepted(
     settings: dict[str, Any] = {"steps": 3, "interval": 3, "rows": 4, "eval_rows": 2}
     run = train(TrainConfig(**paths, student=str(tmp_path / "student.json"), **settings))
     assert np.isfinite([line["loss"] for line in run.metrics()]).all()
-
-
-def test_ids_beyond_a_narrow_head_count_as_tail() -> None:
-    from ddk_cache import SparseTargets
-    from ddk_train.losses import ce_and_kl, within
-
-    logits = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    labels = torch.tensor([0, 1, 2])
-    wide = SparseTargets(
-        torch.tensor([[0, 7, 1], [6, 2, 3], [4, 5, 0]]),
-        torch.tensor([[0.5, 0.2, 0.1], [0.4, 0.3, 0.1], [0.6, 0.2, 0.1]]),
-        torch.tensor([0.2, 0.2, 0.1]),
-    )
-    narrow = [
-        SparseTargets(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.1]]), torch.tensor([0.4])),
-        SparseTargets(torch.tensor([[2, 3]]), torch.tensor([[0.3, 0.1]]), torch.tensor([0.6])),
-        SparseTargets(wide.ids[2:], wide.probs[2:], wide.tail[2:]),
-    ]
-    ce, kl = ce_and_kl(*((p := within(logits, wide))[0], labels), p[1])
-    (gradient,) = torch.autograd.grad((ce + kl).sum(), logits)
-    assert torch.isfinite(gradient).all()
-    for n, targets in enumerate(narrow):
-        one_ce, one_kl = ce_and_kl(logits[n : n + 1], labels[n : n + 1], targets)
-        torch.testing.assert_close(ce[n : n + 1], one_ce)
-        torch.testing.assert_close(kl[n : n + 1], one_kl)
-        (one,) = torch.autograd.grad((one_ce + one_kl).sum(), logits, retain_graph=True)
-        torch.testing.assert_close(gradient[n], one[n])

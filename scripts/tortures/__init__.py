@@ -1,0 +1,1 @@
+"""The measurements of `torture.py` and what they share."""
