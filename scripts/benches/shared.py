@@ -1,0 +1,106 @@
+"""Rows, teacher and student of the measurements that train: the shared ones, small and real."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ddk_cache.console import say
+from ddk_cache.corpus import find_sources
+from ddk_cache.pretrained import load_tokenizer
+from ddk_cache.rows import Tally, token_rows
+from ddk_cache.teacher import load_teacher
+
+SEQ_LEN = 256
+
+STUDENT = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+}
+"""A Llama of 2.9 M parameters at a vocabulary of 16,384."""
+
+Teacher = Callable[[torch.Tensor], torch.Tensor]
+"""(B, S) tokens → (B, S, V) float32 logits."""
+
+
+def teacher_of(data: Path, sharpness: float = 1.0) -> Teacher:
+    """Return the teacher, its logits divided by `sharpness`."""
+    model = load_teacher(str(data / "teacher"), dtype="float32", device="cpu")
+
+    @torch.inference_mode()
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            raw_BSV = model.logits(tokens_BS)
+        return raw_BSV.float() / sharpness
+
+    return logits
+
+
+def rows_of(data: Path, each: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Return at most `each` rows (R, S+1) of every domain, by domain and split."""
+    tokenizer, found = load_tokenizer(str(data / "teacher")), {}
+    for source in find_sources(data / "corpus", lambda _: None):
+        parts: dict[str, list[torch.Tensor]] = {"train": [], "validation": []}
+        for split, tokens, _ in token_rows(
+            source, tokenizer, seq_len=SEQ_LEN, holdout=0.1, block=32, tally=Tally()
+        ):
+            parts[split].append(torch.from_numpy(tokens.astype(np.int64)))
+            if sum(map(len, parts["train"])) >= each and parts["validation"]:
+                break
+        found[source.name] = {name: torch.cat(part)[:each] for name, part in parts.items()}
+    return found
+
+
+def batches(rows: dict[str, dict[str, torch.Tensor]], size: int, seed: int) -> Iterator[Any]:
+    """Yield (size, S+1) training rows for ever, all domains alike, in an order of the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    pool = torch.cat([part["train"] for part in rows.values()])
+    while True:
+        for numbers in torch.randperm(len(pool), generator=generator).split(size):
+            if len(numbers) == size:
+                yield pool[numbers]
+
+
+def fresh_student(vocab_size: int, seed: int) -> Any:
+    """Return a new student."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **STUDENT))
+
+
+def hidden_of(student: Any, tokens_BS1: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states (P, H) of rows. Products are in bfloat16, as on a GPU."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden_BSH = student.model(tokens_BS1[:, :-1]).last_hidden_state
+    return hidden_BSH.flatten(0, 1).bfloat16()
+
+
+def warmed_student(rows: Any, vocab_size: int, steps: int, lr: float, seed: int) -> Any:
+    """Return a student after plain training of so many steps of 16 rows."""
+    from ddk_train.head import Head, Terms, fused_loss
+
+    student = fresh_student(vocab_size, seed)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    for step, tokens in zip(range(steps), batches(rows, 16, seed), strict=False):
+        hidden = hidden_of(student, tokens)
+        head, labels = Head(student.lm_head.weight), tokens[:, 1:].reshape(-1)
+        sums = fused_loss(hidden, head, labels, None, Terms(0.0))
+        (sums.loss / len(hidden)).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 20)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 50 == 49:
+            say(f"warming: step {step + 1} of {steps}, loss {sums.loss.item() / len(hidden):.3f}")
+    return student
