@@ -78,7 +78,7 @@ def make_spec(
     tokenizer: Any,
     *,
     seq_len: int = 1024,
-    target_spec: str = "topk:64",
+    target_spec: str = "sampled:16",
     holdout: float = 0.05,
     chunk_rows: int | None = None,
     shard_rows: int | None = None,

@@ -35,8 +35,8 @@ WHAT = [
     click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]"),
     click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True,
                  help="Positions in a row."),
-    click.option("--targets", default="topk:64", show_default=True,
-                 help="What is kept of each distribution, kind:size."),
+    click.option("--targets", default="sampled:16", show_default=True,
+                 help="What is kept of each distribution, topk:K or sampled:B."),
     click.option("--temperature", "temperatures", type=float, multiple=True,
                  help="Temperature beside 1 at which topk targets can be trained on; may be "
                  "given several times."),

@@ -15,12 +15,12 @@ Shape letters: P positions, B buckets (K kept ids and the rest).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from ddk_cache import InputError
+from ddk_cache import CacheSpec, InputError
 from ddk_cache.schema import unknown
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -90,31 +90,21 @@ def divergence(name: str) -> Divergence:
     return partial(function, **{parameter: value})
 
 
-def check_targets(name: str, temperature: float, kind: str, declared: Sequence[float]) -> None:
-    """Raise InputError where targets of a kind cannot give this loss at this temperature.
+def check_targets(name: str, temperature: float, spec: CacheSpec) -> None:
+    """Check that the targets of a cache can give this loss at this temperature.
 
-    `declared` are the temperatures beside 1 for which the cache holds the mass of the tail.
+    Raises:
+        InputError: the loss has no meaning on them.
+        MismatchError: they do not hold the mass outside at that temperature.
     """
-    if kind == "sampled" and name != "forward_kl":
+    if spec.targets.kind == "sampled" and name != "forward_kl":
         raise InputError(
             f"loss {name!r} has no meaning on sampled targets: it needs the teacher's probability "
             "of what the student likes, and there an id without one was not drawn, which is not "
             "zero. Use forward_kl, or a cache of topk targets."
         )
-    if temperature == 1:
-        return
-    if kind == "sampled":
-        raise InputError(
-            f"temperature {temperature:g} has no meaning on sampled targets: they are unbiased at "
-            "1 only. Use --temperature 1, or a cache of topk targets that declares it."
-        )
-    if temperature not in declared:
-        choices = ", ".join(f"{value:g}" for value in sorted({1.0, *declared}))
-        raise InputError(
-            f"the cache does not hold the tail at temperature {temperature:g}, and it cannot be "
-            f"told from the kept entries. It can give: {choices}. Choose one of them, or build a "
-            "cache that declares this one."
-        )
+    if temperature != 1:
+        spec.temperature_place(temperature)
 
 
 PLAIN: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}

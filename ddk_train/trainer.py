@@ -80,9 +80,7 @@ class Trainer:
         self.cache = open_cache(config.cache)
         self.run = Run(Path(config.run))
         spec = self.cache.spec
-        check_targets(
-            config.loss, config.temperature, spec.targets.kind, getattr(spec, "temperatures", ())
-        )
+        check_targets(config.loss, config.temperature, spec)
         compiled = config.compile and self.processes.device.type == "cuda"
         terms = Terms(config.gamma, divergence(config.loss), config.temperature, compiled)
         self.student = self._student()

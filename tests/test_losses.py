@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_cache import InputError
+from ddk_cache import InputError, MismatchError
 from ddk_train.losses import LOSSES, check_targets, divergence
+from tests.test_schema import spec
 
 NAMES = ("forward_kl", "reverse_kl", "jsd:0.5", "jsd:0.1", "skew_kl:0.1", "skew_kl:0.7")
 
@@ -68,12 +69,13 @@ def test_a_loss_that_is_none_is_refused(name: str) -> None:
 
 
 def test_what_makes_no_sense_is_refused_with_the_reason() -> None:
-    check_targets("forward_kl", 1.0, "sampled", ())
-    check_targets("jsd:0.5", 2.0, "topk", (0.5, 2.0))
+    sampled, topk = spec(targets="sampled:8"), spec(temperatures=[0.5, 2.0])
+    check_targets("forward_kl", 1.0, sampled)
+    check_targets("jsd:0.5", 2.0, topk)
     for name in LOSSES[1:]:
         with pytest.raises(InputError, match="was not drawn, which is not zero"):
-            check_targets(name, 1.0, "sampled", ())
-    with pytest.raises(InputError, match="unbiased at 1 only"):
-        check_targets("forward_kl", 2.0, "sampled", ())
-    with pytest.raises(InputError, match=r"tail at temperature 4.*It can give: 0.5, 1, 2\."):
-        check_targets("forward_kl", 4.0, "topk", (2.0, 0.5))
+            check_targets(name, 1.0, sampled)
+    with pytest.raises(MismatchError, match="biased at any other"):
+        check_targets("forward_kl", 2.0, sampled)
+    with pytest.raises(MismatchError, match=r"temperature 4.* at 0\.5, 1, 2;"):
+        check_targets("forward_kl", 4.0, topk)
