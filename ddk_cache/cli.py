@@ -280,7 +280,7 @@ def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any])
     from ddk_cache.verify import replay
 
     model = load_teacher(teacher, **how)
-    compare(opened.root, opened.spec.teacher, model.identity)
+    compare(opened.where, opened.spec.teacher, model.identity)
 
     def score(key: Any, tokens: Any, batch_rows: int) -> Any:
         return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None)

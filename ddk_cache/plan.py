@@ -14,7 +14,7 @@ from typing import Any
 
 from ddk_cache.corpus import Source
 from ddk_cache.rows import Span, Tally, token_rows
-from ddk_cache.schema import SPLITS, DomainPlan, MismatchError, Portion, ShardKey, shards
+from ddk_cache.schema import SPLITS, DomainPlan, MismatchError, Portion, ShardKey, shard_count
 from ddk_cache.store import Store
 
 Advance = Callable[[int], None]
@@ -82,7 +82,7 @@ def _write_portion(
     With `wanted`, only those shards are written.
     """
     spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
-    first = {s: len(shards(before, s, spec.shard_rows)) if before else 0 for s in SPLITS}
+    first = {s: shard_count(before, s, spec.shard_rows) if before else 0 for s in SPLITS}
     blocks = token_rows(
         source,
         tokenizer,

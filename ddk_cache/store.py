@@ -21,7 +21,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ddk_cache import files, process
 from ddk_cache.codec import LogprobCodec
-from ddk_cache.manifest import COMMITS, Object, Record, object_path
+from ddk_cache.manifest import COMMITS
+from ddk_cache.objects import Folder
+from ddk_cache.records import Object, Record, object_path
 from ddk_cache.schema import (
     SPLITS,
     Array,
@@ -29,7 +31,7 @@ from ddk_cache.schema import (
     CorruptCacheError,
     DomainPlan,
     ShardKey,
-    shards,
+    shard_count,
 )
 from ddk_cache.shards import index_of
 
@@ -61,7 +63,7 @@ class Store:
         documents = {"domains/zarr.json": GROUP, f"domains/{domain}/zarr.json": GROUP}
         for split in SPLITS:
             documents[f"domains/{domain}/{split}/zarr.json"] = GROUP
-            count = len(shards(plan, split, self.spec.shard_rows))
+            count = shard_count(plan, split, self.spec.shard_rows)
             for name in self.spec.arrays:
                 path = self.scratch / "metadata" / name
                 self._create(path, name, max(count, 1))
@@ -119,7 +121,7 @@ class Store:
             chunks = index_of(path, self.spec.chunks_per_shard).checksums()
             objects[name] = Object(size, hashed, chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
-        record.write(self.root)
+        record.write(Folder(self.root))
         return record
 
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:
@@ -127,7 +129,7 @@ class Store:
         return {
             key
             for split in SPLITS
-            for number in range(len(shards(plan, split, self.spec.shard_rows)))
+            for number in range(shard_count(plan, split, self.spec.shard_rows))
             for key in [ShardKey(domain, split, number)]
             if not all(self._there(key, name) for name in TOKEN_ARRAYS)
         }

@@ -7,6 +7,7 @@ another batch: on a GPU even that is not exact, and a difference means nothing w
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from ddk_cache import files
-from ddk_cache.manifest import TOKENIZER, Object, object_path, record_path
+from ddk_cache.manifest import TOKENIZER
+from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache
-from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey
+from ddk_cache.records import Object, object_path, record_path
+from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey, rows_at
 from ddk_cache.shards import index_of
 from ddk_cache.store import TOKEN_ARRAYS
 
@@ -93,7 +96,7 @@ def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
 
 def _object(cache: Cache, key: ShardKey, name: str, entry: Object) -> list[Problem]:
     path = object_path(cache.root, cache.spec, key, name)
-    if not cache.holds(path):
+    if not Folder(cache.root).holds(path):
         return [Problem(path, f"{path} leads out of the cache", key)]
     return list(_differs(path, entry.bytes, entry.hash, key))
 
@@ -186,11 +189,13 @@ def _difference(one: Array, other: Array) -> Array:
 
 def sample_rows(cache: Cache, count: int, seed: int) -> list[tuple[str, str, int]]:
     """Return (domain, split, row) of random committed rows, in the order of the cache."""
-    every = [
-        (domain, split, int(row))
-        for domain in cache.domains
-        for split in SPLITS
-        for row in cache.committed_row_numbers(domain, split)
-    ]
-    chosen = np.random.default_rng(seed).permutation(len(every))[:count]
-    return [every[number] for number in sorted(chosen)]
+    pairs = [(domain, split) for domain in cache.domains for split in SPLITS]
+    ends = np.cumsum([cache.committed_rows(*pair) for pair in pairs])
+    total = int(ends[-1])
+    chosen = np.array(sorted(random.Random(seed).sample(range(total), min(count, total))))
+    rows = []
+    for pair, first, end in zip(pairs, [0, *ends], ends, strict=False):
+        places = chosen[(first <= chosen) & (chosen < end)] - first
+        found = rows_at(cache.committed_extents(*pair), places)
+        rows += [(*pair, row) for row in found.tolist()]
+    return rows

@@ -45,6 +45,7 @@ from ddk_cache.console import Commands
 from ddk_cache.files import PARTIAL
 from ddk_cache.info import describe
 from ddk_cache.manifest import Root, create_root, dump, write_plan
+from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache, open_cache
 from ddk_cache.schema import (
     SPLITS,
@@ -906,12 +907,12 @@ def make_large(root: Path, megabytes: int, seed: int) -> None:
     count = max(1, megabytes * 10**6 // (row * spec.shard_rows))
     rows = {"train": count * spec.shard_rows, "validation": 0}
     root.mkdir()
-    create_root(root, Root(spec, 1, {"noise": {}}, {}))
+    create_root(Folder(root), Root(spec, 1, {"noise": {}}, {}))
     store, generator = Store(root, spec), np.random.default_rng(seed)
     plan = DomainPlan((Portion(1, 1, "", rows),))
     plan = DomainPlan(plan.portions, store.metadata("noise", plan))
     store.restore_metadata(plan)
-    write_plan(root, spec, "noise", plan)
+    write_plan(Folder(root), spec, "noise", plan)
     for number in range(count):
         key = ShardKey("noise", "train", number)
         arrays = {

@@ -206,5 +206,5 @@ def test_a_sound_cache_verifies(cache: Cache) -> None:
 
 
 def test_settings_of_the_tests_give_several_shards(cache: Cache) -> None:
-    assert all(len(cache.shards(domain, "train")) > 1 for domain in cache.domains)
+    assert all(cache.shard_count(domain, "train") > 1 for domain in cache.domains)
     assert cache.spec.shard_rows == BUILD["shard_rows"]

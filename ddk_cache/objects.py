@@ -1,0 +1,163 @@
+"""Named bytes below one root: all that a cache asks of the place where it lies.
+
+Names are relative and use slashes. Objects are small and read whole, or large and read in
+ranges; they appear whole or not at all. A directory is the first such place and stays as direct
+as it was: a range is an open, a `pread` and a close. No file is kept open, so that reading from
+any number of shards costs no handles; that is two system calls more for each chunk.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ddk_cache import files, process
+from ddk_cache.schema import CorruptCacheError
+
+FOLDERS_KEPT = 4096
+"""Folders that were found to lie within the root."""
+
+
+class Range(NamedTuple):
+    """Bytes offset … offset + length − 1 of an object."""
+
+    name: str
+    offset: int
+    length: int
+
+
+class Objects(Protocol):
+    """A place for objects. What goes wrong on the way to it is a named error."""
+
+    def where(self, name: str = "") -> str:
+        """Return how a person finds an object, or the root."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return a whole object; None where there is none. CorruptCacheError: it is unreadable."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of what lies directly in a folder, in no order; none of no folder."""
+
+    def check(self, name: str, size: int) -> None:
+        """Raise CorruptCacheError unless an object is a plain one of `size` bytes, where the place
+        can tell that without reading.
+        """  # noqa: D205
+
+    def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
+        """Yield ranges in the order asked for. CorruptCacheError: one is not all there."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, replacing what was there."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object that is not there yet; False, changing nothing, where it is."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there."""
+
+
+class Folder:
+    """A directory of a local or mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._real = root.resolve()
+        self._inside = lru_cache(FOLDERS_KEPT)(self._within)
+
+    def where(self, name: str = "") -> str:
+        """Return the path."""
+        return str(self.root / name)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a file."""
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CorruptCacheError(
+                f"{self.where(name)} cannot be read: {error.strerror}."
+            ) from error
+
+    def names(self, folder: str) -> list[str]:
+        """Return what `ls` would show."""
+        try:
+            return [entry.name for entry in os.scandir(self.root / folder)]
+        except OSError:
+            return []
+
+    def check(self, name: str, size: int) -> None:
+        """Raise CorruptCacheError for a link, a missing file or one of another size."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        try:
+            found = path.lstat().st_size
+        except OSError as error:
+            raise CorruptCacheError(f"{path} is missing: {error.strerror}.") from error
+        if found != size:
+            raise CorruptCacheError(f"{path} has {found:,} bytes, {size:,} were committed.")
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a path, its links followed, lies within the directory."""
+        if path.is_symlink():
+            return self._within(path.resolve())
+        return self._inside(path.parent)
+
+    def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
+        """Read one range after another: a file system gains nothing from several at once."""
+        for name, offset, length in wanted:
+            yield pread(self.where(name), offset, length)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write to a temporary file, flush and rename."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write to a temporary file, flush and link, which fails where the name is taken."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}~{process.owner()}{files.PARTIAL}")
+        files.replace(partial, data)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink()
+        files.sync(path.parent)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Unlink a file."""
+        (self.root / name).unlink(missing_ok=True)
+
+    def _within(self, path: Path) -> bool:
+        return path.resolve().is_relative_to(self._real)
+
+
+def pread(path: str, offset: int, length: int) -> bytes:
+    """Read a range of a file; CorruptCacheError where it is not all there, or not plain."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+    try:
+        data = os.pread(handle, length, offset)
+    except OSError as error:
+        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+    finally:
+        os.close(handle)
+    if len(data) != length:
+        raise CorruptCacheError(f"{path} is cut short: {len(data):,} of {length:,} bytes.")
+    return data
+
+
+def open_objects(place: str | Path) -> Objects:
+    """Return the place that a path names."""
+    return Folder(Path(place))
