@@ -17,7 +17,7 @@ from ddk_cache.manifest import Manifest
 from ddk_cache.objects import Objects, Range
 from ddk_cache.records import Record, object_name, read_record
 from ddk_cache.schema import Array, CorruptCacheError, ShardKey
-from ddk_cache.shards import Index, check, checksum, decode, footer_length
+from ddk_cache.shards import CHECKSUM, Index, check, decompress, footer_length
 
 CHUNKS_KEPT = 256
 """Decoded chunks of each array held in memory, so that rows of one chunk drawn soon after cost
@@ -45,8 +45,13 @@ class Part(NamedTuple):
     """The committed crc32c of each chunk, eight hex digits each."""
 
     def range(self, place: int) -> Range:
-        """Return where a chunk of the shard lies."""
-        return Range(self.name, int(self.shard.offsets[place]), int(self.shard.lengths[place]))
+        """Return where a chunk of the shard lies, without the checksum behind it."""
+        offset, length = int(self.shard.offsets[place]), int(self.shard.lengths[place])
+        return Range(self.name, offset, length - CHECKSUM)
+
+    def committed(self, place: int) -> str:
+        """Return the crc32c that a chunk of the shard was committed with."""
+        return self.checksums[8 * place : 8 * place + 8]
 
 
 class Chunks:
@@ -101,11 +106,9 @@ class Chunks:
         )
         wanted = (part.range(place) for part, (_, place) in zip(parts, places, strict=True))
         found = zip(keys, places, parts, self.objects.ranges(wanted), strict=True)
-        for key, (_, place), part, data in found:
-            if checksum(data) != part.checksums[8 * place : 8 * place + 8]:
-                check(data, part.shard.where)
-                raise CorruptCacheError(f"{part.shard.where} is not the shard that was committed.")
-            yield decode(data, part.shard.where, spec.chunk_rows, layouts[key.array])
+        for key, (_, place), part, body in found:
+            check(body, part.committed(place), part.shard.where)
+            yield decompress(body, part.shard.where, spec.chunk_rows, layouts[key.array])
 
     @property
     def _footer(self) -> int:

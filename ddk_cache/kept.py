@@ -9,12 +9,30 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from concurrent.futures import Future
-from threading import Lock
+from threading import Event, Lock
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
+
+
+class Slot(Generic[V]):
+    """A value that is there, or that some thread is making."""
+
+    __slots__ = ("error", "made", "value")
+
+    value: V
+    error: BaseException | None
+
+    def __init__(self, made: Event) -> None:
+        self.made, self.error = made, None
+
+    def get(self) -> V:
+        """Return the value, or raise what went wrong with it, once it is made."""
+        self.made.wait()
+        if self.error:
+            raise self.error
+        return self.value
 
 
 class Kept(Generic[K, V]):
@@ -22,36 +40,38 @@ class Kept(Generic[K, V]):
 
     def __init__(self, size: int, make: Callable[[Sequence[K]], Iterable[V]]) -> None:
         self.size, self.make = size, make
-        self._values: OrderedDict[K, Future[V]] = OrderedDict()
+        self._slots: OrderedDict[K, Slot[V]] = OrderedDict()
         self._lock = Lock()
 
     def __call__(self, keys: Sequence[K]) -> list[V]:
         """Return the value of each key; an error of `make` is raised and not kept."""
-        ours: dict[K, Future[V]] = {}
+        ours: dict[K, Slot[V]] = {}
+        made = Event()
         with self._lock:
-            found = [self._find(key, ours) for key in keys]
-            while len(self._values) > self.size:
-                self._values.popitem(last=False)
+            found = [self._find(key, ours, made) for key in keys]
+            while len(self._slots) > self.size:
+                self._slots.popitem(last=False)
         if ours:
-            self._make(ours)
-        return [value.result() for value in found]
+            self._make(ours, made)
+        return [slot.get() for slot in found]
 
-    def _find(self, key: K, ours: dict[K, Future[V]]) -> Future[V]:
-        value = self._values.get(key)
-        if value is None:
-            value = self._values[key] = ours[key] = Future()
+    def _find(self, key: K, ours: dict[K, Slot[V]], made: Event) -> Slot[V]:
+        slot = self._slots.get(key)
+        if slot is None:
+            slot = self._slots[key] = ours[key] = Slot(made)
         else:
-            self._values.move_to_end(key)
-        return value
+            self._slots.move_to_end(key)
+        return slot
 
-    def _make(self, ours: dict[K, Future[V]]) -> None:
+    def _make(self, ours: dict[K, Slot[V]], made: Event) -> None:
         try:
-            for value, made in zip(ours.values(), self.make(list(ours)), strict=True):
-                value.set_result(made)
+            for slot, value in zip(ours.values(), self.make(list(ours)), strict=True):
+                slot.value = value
         except BaseException as error:
             with self._lock:
-                for key, value in ours.items():
-                    if not value.done():
-                        self._values.pop(key, None)
-                        value.set_exception(error)
+                for key, slot in ours.items():
+                    slot.error = error
+                    self._slots.pop(key, None)
             raise
+        finally:
+            made.set()

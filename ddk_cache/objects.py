@@ -2,8 +2,7 @@
 
 Names are relative and use slashes. Objects are small and read whole, or large and read in
 ranges; they appear whole or not at all. A directory is the first such place and stays as direct
-as it was: a range is an open, a `pread` and a close. No file is kept open, so that reading from
-any number of shards costs no handles; that is two system calls more for each chunk.
+as it was: a range is one `pread`. The files read last stay open, few enough for any limit.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import NamedTuple, Protocol
 from ddk_cache import files, process
 from ddk_cache.schema import CorruptCacheError
 
-FOLDERS_KEPT = 4096
-"""Folders that were found to lie within the root."""
+FILES_OPEN = 256
+"""Files kept open; the usual limit of a process is 1,024."""
 
 
 class Range(NamedTuple):
@@ -63,13 +62,13 @@ class Folder:
     """A directory of a local or mounted file system."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self._prefix = root, f"{root}/"
         self._real = root.resolve()
-        self._inside = lru_cache(FOLDERS_KEPT)(self._within)
+        self._open = lru_cache(FILES_OPEN)(Handle)
 
     def where(self, name: str = "") -> str:
         """Return the path."""
-        return str(self.root / name)
+        return self._prefix + name if name else str(self.root)
 
     def read(self, name: str) -> bytes | None:
         """Return the bytes of a file."""
@@ -103,14 +102,12 @@ class Folder:
 
     def holds(self, path: Path) -> bool:
         """Return whether a path, its links followed, lies within the directory."""
-        if path.is_symlink():
-            return self._within(path.resolve())
-        return self._inside(path.parent)
+        return path.resolve().is_relative_to(self._real)
 
     def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
         """Read one range after another: a file system gains nothing from several at once."""
         for name, offset, length in wanted:
-            yield pread(self.where(name), offset, length)
+            yield self._open(self._prefix + name).read(offset, length)
 
     def put(self, name: str, data: bytes) -> None:
         """Write to a temporary file, flush and rename."""
@@ -137,25 +134,32 @@ class Folder:
         """Unlink a file."""
         (self.root / name).unlink(missing_ok=True)
 
-    def _within(self, path: Path) -> bool:
-        return path.resolve().is_relative_to(self._real)
 
+class Handle:
+    """An open file, closed when nobody holds it any more: no reader loses it to another."""
 
-def pread(path: str, offset: int, length: int) -> bytes:
-    """Read a range of a file; CorruptCacheError where it is not all there, or not plain."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
-    try:
-        data = os.pread(handle, length, offset)
-    except OSError as error:
-        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
-    finally:
-        os.close(handle)
-    if len(data) != length:
-        raise CorruptCacheError(f"{path} is cut short: {len(data):,} of {length:,} bytes.")
-    return data
+    __slots__ = ("number", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path, self.number = path, -1
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range; CorruptCacheError where it is not all there."""
+        try:
+            data = os.pread(self.number, length, offset)
+        except OSError as error:
+            raise CorruptCacheError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if len(data) != length:
+            raise CorruptCacheError(f"{self.path} is cut short: {len(data):,} of {length:,} bytes.")
+        return data
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
 
 
 def open_objects(place: str | Path) -> Objects:

@@ -198,20 +198,28 @@ class Cache:
             loss_mask=stored["loss_mask"].astype(bool),
         )
 
-    def read_stored(self, domain: str, split: str, rows: Sequence[int] | Array) -> dict[str, Array]:
-        """Return (R, …) of every array as it is stored, rows in the order asked for."""
+    def read_stored(
+        self,
+        domain: str,
+        split: str,
+        rows: Sequence[int] | Array,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, Array]:
+        """Return (R, …) of the named arrays, or of all, as stored, in the order asked for."""
         domains = [domain] * len(rows)
         if len(rows):  # so that a lie about sizes is found before memory is taken for it
-            self._chunks(self._keys(split, domains[:1], rows[:1], list(self.spec.arrays)))
-        out = self.buffers(len(rows))
+            known = list(names or self.spec.arrays)
+            self._chunks(self._keys(split, domains[:1], rows[:1], known))
+        out = self.buffers(len(rows), names)
         self.fill(split, domains, rows, out)
         return out
 
-    def buffers(self, rows: int) -> dict[str, Array]:
-        """Return room for (R, …) of every array, to be filled."""
+    def buffers(self, rows: int, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Return room for (R, …) of the named arrays, or of all, to be filled."""
         return {
             name: np.empty((rows, *layout.inner), layout.dtype)
             for name, layout in self.spec.arrays.items()
+            if names is None or name in names
         }
 
     def fill(

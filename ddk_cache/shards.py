@@ -17,8 +17,11 @@ import google_crc32c
 import numcodecs.blosc
 import numpy as np
 
-from ddk_cache.objects import pread
+from ddk_cache.objects import Handle
 from ddk_cache.schema import Array, ArrayLayout, CorruptCacheError
+
+CHECKSUM = 4
+"""Bytes of a crc32c."""
 
 BLOSC_HEADER = struct.Struct("<4xIII")
 """Of a chunk: versions and flags, then bytes before, of a block, and after compression."""
@@ -26,12 +29,12 @@ BLOSC_HEADER = struct.Struct("<4xIII")
 
 def footer_length(chunks: int) -> int:
     """Return the bytes of the index of a shard of so many chunks."""
-    return 16 * chunks + 4
+    return 16 * chunks + CHECKSUM
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the chunks of a shard lie."""
+    """Where the chunks of a shard lie, each with the checksum behind it."""
 
     where: str
     """Of the shard, for people."""
@@ -45,28 +48,17 @@ class Index:
         Raises:
             CorruptCacheError: the index fails its checksum, lacks a chunk or points outside.
         """
-        index = np.frombuffer(check(footer, where), "<u8").reshape(-1, 2)
+        index = np.frombuffer(unwrap(footer, where), "<u8").reshape(-1, 2)
         room = size - len(footer)
-        if (index > room).any() or (index.sum(1) > room).any() or (index[:, 1] < 4).any():
+        if (index > room).any() or (index.sum(1) > room).any() or (index[:, 1] < CHECKSUM).any():
             raise CorruptCacheError(
                 f"the index of {where} lacks a chunk or points outside of the file."
             )
         return cls(where, index[:, 0].astype(np.int64), index[:, 1].astype(np.int64))
 
-    def chunk(self, number: int) -> bytes:
-        """Return the compressed bytes of a chunk of a local shard, checked."""
-        data = pread(self.where, int(self.offsets[number]), int(self.lengths[number]))
-        check(data, self.where)
-        return data
-
-    def checksums(self) -> str:
-        """Return the stored crc32c of every chunk of a local shard, joined."""
-        ends = self.offsets + self.lengths
-        return "".join(checksum(pread(self.where, int(end) - 4, 4)) for end in ends)
-
 
 def index_of(path: Path, chunks: int) -> Index:
-    """Read the index of a local shard of so many chunks.
+    """Read the index of a file that is a shard of so many chunks.
 
     Raises:
         CorruptCacheError: the file is missing, a link, cut short; or see `Index.parse`.
@@ -76,33 +68,50 @@ def index_of(path: Path, chunks: int) -> Index:
     size, length = path.stat().st_size, footer_length(chunks)
     if size < length:
         raise CorruptCacheError(f"{path} is cut short: {size:,} bytes.")
-    return Index.parse(str(path), size, pread(str(path), size - length, length))
+    return Index.parse(str(path), size, Handle(str(path)).read(size - length, length))
 
 
-def checksum(data: bytes) -> str:
-    """Return the crc32c that some bytes end with, eight hex digits."""
-    return data[:-5:-1].hex()
+def checksums(path: Path, chunks: int) -> str:
+    """Return the crc32c of every chunk of a file as they stand in it, eight hex digits each."""
+    index, file = index_of(path, chunks), Handle(str(path))
+    ends = (index.offsets + index.lengths).tolist()
+    return "".join(file.read(end - CHECKSUM, CHECKSUM)[::-1].hex() for end in ends)
 
 
-def check(data: bytes, where: str) -> Array:
-    """Check the four bytes that the crc32c codec appends; return a view of the others, uint8."""
-    body = np.frombuffer(data, np.uint8, max(len(data) - 4, 0))
-    found, stored = f"{google_crc32c.value(body):08x}", checksum(data)
-    if found != stored:
-        raise CorruptCacheError(f"{where} is damaged: checksum {found}, stored {stored}.")
+def check_chunks(path: Path, chunks: int) -> None:
+    """Raise CorruptCacheError unless every chunk of a file agrees with its checksum."""
+    index, file = index_of(path, chunks), Handle(str(path))
+    for offset, length in zip(index.offsets.tolist(), index.lengths.tolist(), strict=True):
+        unwrap(file.read(offset, length), str(path))
+
+
+def unwrap(data: bytes, where: str) -> bytes:
+    """Check the four bytes that the crc32c codec appends; return the others."""
+    body, stored = data[:-CHECKSUM], data[-CHECKSUM:][::-1].hex()
+    check(body, stored, where)
     return body
 
 
-def decode(data: bytes, where: str, rows: int, layout: ArrayLayout) -> Array:
-    """Return the (rows, …) values of a chunk, after its checksum and the size that it claims.
+def check(body: bytes, expected: str, where: str) -> None:
+    """Raise CorruptCacheError unless bytes have a crc32c, eight hex digits."""
+    found = f"{google_crc32c.value(body):08x}"
+    if found != expected:
+        raise CorruptCacheError(
+            f"{where} is damaged, or not the shard that was committed: the checksum of a chunk "
+            f"is {found}, and {expected} was written."
+        )
+
+
+def decompress(body: bytes, where: str, rows: int, layout: ArrayLayout) -> Array:
+    """Return the (rows, …) values of a chunk, if that is what it claims to hold.
 
     Raises:
-        CorruptCacheError: it is damaged, no blosc chunk, or of another size.
+        CorruptCacheError: it is no blosc chunk, or of another size.
     """
-    body, shape = check(data, where), (rows, *layout.inner)
+    shape = (rows, *layout.inner)
     size = math.prod(shape) * layout.dtype.itemsize
     try:
-        claimed, _, packed = BLOSC_HEADER.unpack_from(data)
+        claimed, _, packed = BLOSC_HEADER.unpack_from(body)
         if (claimed, packed) != (size, len(body)):
             raise ValueError(f"it claims {claimed:,} bytes where {size:,} belong")
         out = np.empty(shape, layout.dtype)

@@ -33,7 +33,7 @@ from ddk_cache.schema import (
     ShardKey,
     shard_count,
 )
-from ddk_cache.shards import index_of
+from ddk_cache.shards import checksums
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned; the other arrays wait for the teacher."""
@@ -118,7 +118,7 @@ class Store:
         for name in self.spec.arrays:
             path = object_path(self.root, self.spec, key, name)
             size, hashed = files.hash_file(path)
-            chunks = index_of(path, self.spec.chunks_per_shard).checksums()
+            chunks = checksums(path, self.spec.chunks_per_shard)
             objects[name] = Object(size, hashed, chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
         record.write(Folder(self.root))

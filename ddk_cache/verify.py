@@ -22,7 +22,7 @@ from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache
 from ddk_cache.records import Object, object_path, record_path
 from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey, rows_at
-from ddk_cache.shards import index_of
+from ddk_cache.shards import check_chunks
 from ddk_cache.store import TOKEN_ARRAYS
 
 THREADS = 8
@@ -87,9 +87,7 @@ def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
     for name in TOKEN_ARRAYS:
         path = object_path(cache.root, cache.spec, key, name)
         try:
-            index = index_of(path, cache.spec.chunks_per_shard)
-            for number in range(cache.spec.chunks_per_shard):
-                index.chunk(number)
+            check_chunks(path, cache.spec.chunks_per_shard)
         except CorruptCacheError as error:
             yield Problem(path, str(error), key)
 

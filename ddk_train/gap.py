@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 
-from ddk_cache import SPLITS, Cache, Extent
+from ddk_cache import SPLITS, Cache, Extent, rows_at
 from ddk_train.mixture import Floats, Ints, key_of, permute
 from ddk_train.weights import Gaps
 
@@ -56,9 +56,10 @@ class GapMeter:
         """Return the mean cross-entropy over counted positions, nats."""
         total, positions = 0.0, 0
         for first in range(0, len(self.rows[name]), self.micro):
-            rows = self.cache.read(name, HELD_OUT, self.rows[name][first : first + self.micro])
-            tokens = torch.from_numpy(rows.tokens).to(self.device)
-            mask = torch.from_numpy(rows.loss_mask).to(self.device)
+            numbers = self.rows[name][first : first + self.micro]
+            rows = self.cache.read_stored(name, HELD_OUT, numbers, ("tokens", "loss_mask"))
+            tokens = torch.from_numpy(rows["tokens"]).to(self.device).long()
+            mask = torch.from_numpy(rows["loss_mask"]).to(self.device).bool()
             logits = forward(tokens[:, :-1])[mask].float()
             total += cross_entropy(logits, tokens[:, 1:][mask], reduction="sum").item()
             positions += int(mask.sum())
@@ -70,9 +71,8 @@ def sample(name: str, extents: Sequence[Extent], count: int) -> Ints:
 
     The choice depends on the rows alone, so that all runs from a cache measure the same.
     """
-    runs = [np.arange(e.start, e.start + e.rows) for e in extents]
-    rows: Ints = np.concatenate([np.empty(0, np.int64), *runs])
-    if len(rows) <= count:
-        return rows
-    chosen = permute(np.arange(count), len(rows), key_of("eval", name))
-    return np.sort(rows[chosen])
+    rows = sum(extent.rows for extent in extents)
+    if rows <= count:
+        return rows_at(extents, np.arange(rows))
+    chosen = permute(np.arange(count), rows, key_of("eval", name))
+    return rows_at(extents, np.sort(chosen))

@@ -249,7 +249,7 @@ class Trainer:
 
     def _record(self, gaps: Gaps) -> None:
         weights, factor = floats(self.state.weights), np.exp(floats(self.state.log_factor or []))
-        epochs = self.mixture.epochs()
+        epochs = self.loader.epochs()
         self.run.record(
             {
                 "step": self.state.step,

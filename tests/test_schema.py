@@ -90,7 +90,7 @@ def test_the_public_names_are_these() -> None:
     assert " ".join(ddk_cache.__all__) == (
         "FORMAT_VERSION SPLITS Cache CacheError CacheSpec CorruptCacheError DDKError DomainPlan "
         "Extent FormatVersionError InputError MismatchError NotACacheError Rows SparseTargets "
-        "TargetSpec UnfinishedCacheError open_cache"
+        "TargetSpec UnfinishedCacheError open_cache rows_at"
     )
     assert ddk_train.__all__ == ["TrainConfig", "train"]
     for package in (ddk_cache, ddk_train):
