@@ -1,18 +1,20 @@
 """Caches to measure reading with: built from synthetic text and logits, then multiplied.
 
 The teacher is two small random matrices, scaled so that its entropy is that of a language model
-on text (about two nats); it costs seconds. The build is the real one, so whatever a cache holds
+on text (two to three nats); it costs seconds. The build is the real one, so whatever a cache holds
 is stored as it always is. Multiplying repeats its shards under new numbers, each with a record of
-its own: as copies where bytes have to be read from the disk, as links where only their number
-matters.
+its own: as copies where bytes have to be read from the disk, or as links, and only where asked,
+where their number is what matters.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,16 @@ import torch
 
 from ddk_cache.build import build
 from ddk_cache.corpus import find_sources
-from ddk_cache.manifest import Manifest, create_root, write_plan
+from ddk_cache.manifest import create_root, write_plan
 from ddk_cache.objects import Folder
-from ddk_cache.reader import open_cache
-from ddk_cache.records import object_path, read_record
+from ddk_cache.reader import Cache, open_cache
+from ddk_cache.records import object_path, record_path
 from ddk_cache.schema import SPLITS, DomainPlan, ShardKey
 from ddk_cache.store import Store
 from ddk_cache.teacher import Teacher
 
-VOCAB = 4096
+VOCAB = 2048
 SEQ_LEN = 1024
-SHARD_ROWS = 64
 DOMAIN = "noise"
 
 
@@ -62,62 +63,62 @@ def teacher() -> Teacher:
     return Teacher(logits, VOCAB, {"class": "synthetic"})
 
 
-def built(path: Path, targets: str, tokens: int) -> Path:
+def built(path: Path, targets: str, tokens: int, shard_rows: int) -> Path:
     """Build a cache of one domain of about so many tokens."""
     corpus = path.with_suffix(".corpus")
     corpus.mkdir(parents=True)
     words = random.Random(0)
     letters = [chr(code) for code in range(33, 127)]
-    lines = ["".join(words.choices(letters, k=4095)) for _ in range(tokens // 4096)]
-    (corpus / f"{DOMAIN}.jsonl").write_text("".join(f'{{"text": {_quoted(x)}}}\n' for x in lines))
-    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "shard_rows": SHARD_ROWS, "holdout": 0.0}
+    texts = ["".join(words.choices(letters, k=4095)) for _ in range(tokens // 4096)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (corpus / f"{DOMAIN}.jsonl").write_text(lines)
+    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "shard_rows": shard_rows, "holdout": 0.0}
     build(path, find_sources(corpus), teacher(), tokenizer(), target_spec=targets, **settings)
     shutil.rmtree(corpus)
     return path
 
 
-def _quoted(text: str) -> str:
-    import json
+class Multiplied:
+    """A cache in the making whose training rows are the whole shards of another, repeated."""
 
-    return json.dumps(text)
+    def __init__(self, source: Path, times: int, out: Path) -> None:
+        cache = open_cache(source)
+        self.source, self.out, self.spec = source, out, cache.spec
+        whole = range(cache.plan(DOMAIN).rows(SPLITS[0]) // cache.spec.shard_rows)
+        self.keys = [ShardKey(DOMAIN, SPLITS[0], number) for number in whole]
+        self.count = len(self.keys) * times
+        self._begin(cache)
+        self._write_records(cache)
 
+    def _begin(self, cache: Cache) -> None:
+        """Write root, tokenizer, Zarr's documents and the plan."""
+        objects, store = Folder(self.out), Store(self.out, self.spec)
+        create_root(objects, cache.manifest.root)
+        shutil.copytree(cache.tokenizer_path, self.out / "tokenizer")
+        rows = {SPLITS[0]: self.count * self.spec.shard_rows, SPLITS[1]: 0}
+        portion = dataclasses.replace(cache.plan(DOMAIN).portions[0], rows=rows)
+        plan = DomainPlan((portion,), store.metadata(DOMAIN, DomainPlan((portion,))))
+        store.restore_metadata(plan)
+        write_plan(objects, self.spec, DOMAIN, plan)
+        store.sweep()
 
-def multiplied(path: Path, times: int, out: Path, *, link: bool) -> Path:
-    """Make a cache whose training rows are those of another, repeated; whole shards only."""
-    source = open_cache(path)
-    spec, plan = source.spec, source.plan(DOMAIN)
-    whole = [e for e in source.committed_extents(DOMAIN, SPLITS[0]) if e.rows == spec.shard_rows]
-    keys = [ShardKey(DOMAIN, SPLITS[0], e.start // spec.shard_rows) for e in whole]
-    count = len(keys) * times
-    rows = {SPLITS[0]: count * spec.shard_rows, SPLITS[1]: 0}
-    portion = dataclasses.replace(plan.portions[0], rows=rows)
-    objects = Folder(out)
-    out.mkdir()
-    create_root(objects, source.manifest.root)
-    shutil.copytree(source.tokenizer_path, out / "tokenizer")
-    store = Store(out, spec)
-    grown = DomainPlan((portion,))
-    grown = DomainPlan((portion,), store.metadata(DOMAIN, grown))
-    store.restore_metadata(grown)
-    _copy_shards(source.root, out, keys, count, link, source.manifest)
-    write_plan(objects, spec, DOMAIN, grown)
-    store.sweep()
-    return out
+    def _write_records(self, cache: Cache) -> None:
+        """Write all records, without a flush for each, and the folders that show the rows."""
+        records = [cache.record(key) for key in self.keys]
+        for number in range(self.count):
+            key = ShardKey(DOMAIN, SPLITS[0], number)
+            path = record_path(self.out, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = dataclasses.replace(records[number % len(records)], key=key)
+            path.write_bytes(record.dump())
+            object_path(self.out, self.spec, key, "tokens").parent.mkdir(parents=True)
 
-
-def _copy_shards(
-    source: Path, out: Path, keys: list[ShardKey], count: int, link: bool, manifest: Manifest
-) -> None:
-    """Give the shards `count` numbers in turn; flushing each record would take most of the time."""
-    spec, carry = manifest.spec, os.link if link else shutil.copyfile
-    records = {key: read_record(Folder(source), manifest, key) for key in keys}
-    for number in range(count):
-        old, new = keys[number % len(keys)], ShardKey(DOMAIN, SPLITS[0], number)
-        for array in spec.arrays:
-            place = object_path(out, spec, new, array)
-            place.parent.mkdir(parents=True)
-            carry(object_path(source, spec, old, array), place)
-        record = dataclasses.replace(records[old], key=new)
-        path = out / "commits" / DOMAIN / SPLITS[0] / f"{number}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(record.dump())
+    def place(self, numbers: Iterable[int], *, link: bool) -> None:
+        """Give shards their objects: links to those they repeat, or copies."""
+        carry = os.link if link else shutil.copyfile
+        for number in numbers:
+            old, new = self.keys[number % len(self.keys)], ShardKey(DOMAIN, SPLITS[0], number)
+            for array in self.spec.arrays:
+                path = object_path(self.out, self.spec, new, array)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                carry(object_path(self.source, self.spec, old, array), path)
