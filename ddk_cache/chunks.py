@@ -9,19 +9,24 @@ may call. The price of keeping decoded chunks is their memory, `CHUNKS_KEPT` of 
 
 from __future__ import annotations
 
+import math
+import mmap
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from ddk_cache.kept import Kept
 from ddk_cache.manifest import Manifest
 from ddk_cache.objects import Objects, Range
 from ddk_cache.records import Record, object_name, read_record
-from ddk_cache.schema import Array, CorruptCacheError, ShardKey
+from ddk_cache.schema import Array, ArrayLayout, CorruptCacheError, ShardKey
 from ddk_cache.shards import CHECKSUM, Index, check, decompress, footer_length
 
 CHUNKS_KEPT = 256
 """Decoded chunks of each array held in memory, so that rows of one chunk drawn soon after cost
-one read: a block of the training order, of sixteen domains."""
+one read: a block of the training order, of sixteen domains. About a quarter of a gigabyte."""
 
 SHARDS_KEPT = 512
 """Records of shards held in memory, and indices of each array."""
@@ -54,6 +59,31 @@ class Part(NamedTuple):
         return self.checksums[8 * place : 8 * place + 8]
 
 
+class Room:
+    """Memory for the chunks of one array, used again when nobody holds the chunk any more.
+
+    The memory is mapped, as much as was ever in use at once, whatever the size of the cache. Taken
+    from the allocator, chunks that stay would lie between tensors that come and go, and its heap
+    would grow well beyond what is held.
+    """
+
+    def __init__(self, rows: int, layout: ArrayLayout) -> None:
+        self.shape, self.dtype = (rows, *layout.inner), layout.dtype
+        self.size = math.prod(self.shape) * layout.dtype.itemsize
+        self._free: list[Array] = []
+
+    def __call__(self) -> Array:
+        """Return room for a chunk. It is free again when the array returned is gone."""
+        try:
+            memory = self._free.pop()
+        except IndexError:
+            mapped = mmap.mmap(-1, self.size)
+            memory = np.frombuffer(mapped, self.dtype).reshape(self.shape)
+        chunk = memory.view()
+        weakref.finalize(chunk, self._free.append, memory).atexit = False
+        return chunk
+
+
 class Chunks:
     """The chunks of the committed shards of one cache."""
 
@@ -63,7 +93,8 @@ class Chunks:
         """Ask `require` to raise for a shard that is not committed."""
         self.objects, self.manifest, self.require = objects, manifest, require
         self.spec = manifest.spec
-        arrays = len(self.spec.arrays)
+        arrays, rows = len(self.spec.arrays), self.spec.chunk_rows
+        self._rooms = {name: Room(rows, layout) for name, layout in self.spec.arrays.items()}
         self._records = Kept(SHARDS_KEPT, self._read_records)
         self._parts = Kept(SHARDS_KEPT * arrays, self._read_parts)
         self._chunks = Kept(CHUNKS_KEPT * arrays, self._read_chunks)
@@ -96,8 +127,7 @@ class Chunks:
             yield Part(index, name, entry.chunks)
 
     def _read_chunks(self, keys: Sequence[ChunkKey]) -> Iterator[Array]:
-        spec, layouts = self.spec, self.spec.arrays
-        places = [divmod(key.number, spec.chunks_per_shard) for key in keys]
+        places = [divmod(key.number, self.spec.chunks_per_shard) for key in keys]
         parts = self._parts(
             [
                 (ShardKey(key.domain, key.split, shard), key.array)
@@ -108,7 +138,8 @@ class Chunks:
         found = zip(keys, places, parts, self.objects.ranges(wanted), strict=True)
         for key, (_, place), part, body in found:
             check(body, part.committed(place), part.shard.where)
-            yield decompress(body, part.shard.where, spec.chunk_rows, layouts[key.array])
+            room = self._rooms[key.array]
+            yield decompress(body, part.shard.where, room.size, room)
 
     @property
     def _footer(self) -> int:

@@ -19,6 +19,9 @@ from ddk_cache.schema import CorruptCacheError
 FILES_OPEN = 256
 """Files kept open; the usual limit of a process is 1,024."""
 
+FOLDERS_KEPT = 4096
+"""Folders that are known to lie within the root."""
+
 
 class Range(NamedTuple):
     """Bytes offset … offset + length − 1 of an object."""
@@ -65,6 +68,7 @@ class Folder:
         self.root, self._prefix = root, f"{root}/"
         self._real = root.resolve()
         self._open = lru_cache(FILES_OPEN)(Handle)
+        self._holds = lru_cache(FOLDERS_KEPT)(self.holds)
 
     def where(self, name: str = "") -> str:
         """Return the path."""
@@ -102,7 +106,11 @@ class Folder:
 
     def holds(self, path: Path) -> bool:
         """Return whether a path, its links followed, lies within the directory."""
-        return path.resolve().is_relative_to(self._real)
+        if path == self.root:
+            return True
+        if path.is_symlink():
+            return path.resolve().is_relative_to(self._real)
+        return self._holds(path.parent)
 
     def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
         """Read one range after another: a file system gains nothing from several at once."""
@@ -163,5 +171,9 @@ class Handle:
 
 
 def open_objects(place: str | Path) -> Objects:
-    """Return the place that a path names."""
+    """Return the place that a path or a URL names. InputError: the URL cannot be opened."""
+    if "://" in str(place):
+        from ddk_cache.bucket import Bucket
+
+        return Bucket(str(place))
     return Folder(Path(place))

@@ -7,8 +7,12 @@ chunk, which is why neighbours in a training order should share one.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,7 @@ from ddk_cache.schema import (
     Rows,
     ShardKey,
     UnfinishedCacheError,
+    digest,
     extents,
     rows_at,
     shard_count,
@@ -87,10 +92,23 @@ class Cache:
         """Return the names of the domains, sorted."""
         return sorted(self.manifest.plans)
 
-    @property
+    @cached_property
     def tokenizer_path(self) -> Path:
-        """Return the directory of the tokenizer's own files."""
-        return self.root / TOKENIZER
+        """Return a local directory of the tokenizer's own files.
+
+        Raises:
+            CorruptCacheError: a file is not what it was.
+        """
+        if isinstance(self.objects, Folder):
+            return self.root / TOKENIZER
+        folder = Path(tempfile.mkdtemp(prefix="ddk-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for name, (_, hashed) in self.manifest.root.tokenizer_files.items():
+            data = self.objects.read(f"{TOKENIZER}/{name}")
+            if data is None or digest(data) != hashed:
+                raise CorruptCacheError(f"{self.where}/{TOKENIZER}/{name} is missing or damaged.")
+            (folder / name).write_bytes(data)
+        return folder
 
     def plan(self, domain: str) -> DomainPlan:
         """Return the planned rows of a domain. Raises InputError where it is unknown."""

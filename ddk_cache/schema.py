@@ -65,6 +65,10 @@ class CorruptCacheError(CacheError):
     """Stored bytes differ from what was committed."""
 
 
+class StorageError(CacheError):
+    """The place where a cache lies did not answer, or refused."""
+
+
 class MismatchError(CacheError):
     """Two things that must agree (a cache and a request, a cache and a student) do not."""
 

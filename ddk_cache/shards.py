@@ -8,8 +8,8 @@ allocated.
 
 from __future__ import annotations
 
-import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import numcodecs.blosc
 import numpy as np
 
 from ddk_cache.objects import Handle
-from ddk_cache.schema import Array, ArrayLayout, CorruptCacheError
+from ddk_cache.schema import Array, CorruptCacheError
 
 CHECKSUM = 4
 """Bytes of a crc32c."""
@@ -102,19 +102,17 @@ def check(body: bytes, expected: str, where: str) -> None:
         )
 
 
-def decompress(body: bytes, where: str, rows: int, layout: ArrayLayout) -> Array:
-    """Return the (rows, …) values of a chunk, if that is what it claims to hold.
+def decompress(body: bytes, where: str, size: int, room: Callable[[], Array]) -> Array:
+    """Decompress a chunk into `room()`, which has `size` bytes, if that is what it claims to hold.
 
     Raises:
-        CorruptCacheError: it is no blosc chunk, or of another size.
+        CorruptCacheError: it is no blosc chunk, or of another size; no room was taken.
     """
-    shape = (rows, *layout.inner)
-    size = math.prod(shape) * layout.dtype.itemsize
     try:
         claimed, _, packed = BLOSC_HEADER.unpack_from(body)
         if (claimed, packed) != (size, len(body)):
             raise ValueError(f"it claims {claimed:,} bytes where {size:,} belong")
-        out = np.empty(shape, layout.dtype)
+        out = room()
         numcodecs.blosc.decompress(body, out)
     except (RuntimeError, ValueError, struct.error) as error:
         raise CorruptCacheError(f"a chunk of {where} is damaged: {error}.") from error

@@ -17,7 +17,8 @@ CACHE = {
     "process": set(),
     "files": {"process"},
     "claims": {"process"},
-    "objects": {"schema", "files", "process"},
+    "objects": {"schema", "files", "process", "bucket"},
+    "bucket": {"schema", "objects"},
     "kept": set(),
     "shards": {"schema", "objects"},
     "audit": {"schema", "codec"},
@@ -82,6 +83,7 @@ TRAIN = {
 # Heavy libraries and the only files that may load them.
 HEAVY = {
     "zarr": {"ddk_cache.store"},
+    "obstore": {"ddk_cache.bucket"},
     "numcodecs": {"ddk_cache.shards"},
     "torch": {
         *("ddk_cache.teacher", "ddk_cache.targets", "ddk_cache.build", "ddk_cache.scoring"),

@@ -5,7 +5,7 @@
 Caches of 1×, 10× and 100× as many shards of 262,144 tokens; 60,000 are fifteen billion tokens.
 Every shard has its record and its place in the plan; only those that the measured steps touch
 have data, links to the shards of one small cache. Each size is measured in processes of its own:
-one opens the cache, one streams batches from it in the training order without a student.
+one opens the cache, one streams stored rows in the training order into one step's memory.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ print(json.dumps({"seconds": seconds, "MB before": before, "MB open": resident()
 
 STREAM = """
 import json, sys, time
-from benches.scale import ROWS, loader, resident
+from benches.scale import ROWS, mixture, resident
 from ddk_cache.reader import open_cache
-batches, steps = loader(open_cache(sys.argv[1])), int(sys.argv[2])
-for _ in range(steps // 2):
-    next(batches)
-began, cpu = time.perf_counter(), time.process_time()
-for _ in range(steps - steps // 2):
-    next(batches)
+cache, steps = open_cache(sys.argv[1]), int(sys.argv[2])
+order, out = mixture(cache), cache.buffers(ROWS)
+for step in range(steps):
+    if step == steps // 2:
+        began, cpu = time.perf_counter(), time.process_time()
+    draw = order.next(order.sizes / order.sizes.sum())
+    cache.fill("train", [cache.domains[n] for n in draw.domain], draw.row, out)
 steps -= steps // 2
 print(json.dumps({
     "ms a step": 1e3 * (time.perf_counter() - began) / steps,
@@ -61,24 +62,21 @@ def resident() -> float:
     return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmRSS"))
 
 
-def loader(cache: Any) -> Any:
-    """Return the batches of a cache in the training order, read when they are asked for."""
-    import torch
-
-    from ddk_train.loader import Loader
+def mixture(cache: Any) -> Any:
+    """Return the training order of a cache."""
     from ddk_train.mixture import Mixture
 
     extents = {name: cache.extents(name, "train") for name in cache.domains}
-    mixture = Mixture(extents, chunk_rows=cache.spec.chunk_rows, rows=ROWS, seed=0)
-    return Loader(cache, mixture, torch.device("cpu"), threads=0)
+    return Mixture(extents, chunk_rows=cache.spec.chunk_rows, rows=ROWS, seed=0)
 
 
 def touched(path: Path, steps: int) -> set[int]:
     """Return the shards that the first steps of training read."""
     from ddk_cache.reader import open_cache
 
-    batches = loader(cache := open_cache(path))
-    draws = [batches.mixture.next(batches.weights) for _ in range(steps)]
+    cache = open_cache(path)
+    order = mixture(cache)
+    draws = [order.next(order.sizes / order.sizes.sum()) for _ in range(steps)]
     return {int(row) // cache.spec.shard_rows for draw in draws for row in draw.row}
 
 
