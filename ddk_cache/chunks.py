@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 import mmap
-import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,23 +23,23 @@ from ddk_cache.manifest import Manifest
 from ddk_cache.objects import Objects, Range
 from ddk_cache.records import Record, object_name, read_record
 from ddk_cache.schema import Array, ArrayLayout, CorruptCacheError, ShardKey
-from ddk_cache.shards import CHECKSUM, Index, check, decompress, footer_length
+from ddk_cache.shards import CHECKSUM, Index, check, check_size, decompress, footer_length
 
 CHUNKS_KEPT = 256
-"""Decoded chunks of each array held in memory, so that rows of one chunk drawn soon after cost
-one read: a block of the training order, of sixteen domains. About a quarter of a gigabyte."""
+"""Decoded chunks held in memory, so that rows of one chunk drawn soon after cost one read: a block
+of the training order, of sixteen domains. About a quarter of a gigabyte."""
 
 SHARDS_KEPT = 512
-"""Records of shards held in memory, and indices of each array."""
+"""Records and indices of shards held in memory."""
 
 
 class ChunkKey(NamedTuple):
-    """A chunk of one array of a split, by its number in the array."""
+    """The same chunk of some arrays of a split."""
 
     domain: str
     split: str
-    array: str
     number: int
+    arrays: tuple[str, ...]
 
 
 class Part(NamedTuple):
@@ -51,37 +52,52 @@ class Part(NamedTuple):
 
     def range(self, place: int) -> Range:
         """Return where a chunk of the shard lies, without the checksum behind it."""
-        offset, length = int(self.shard.offsets[place]), int(self.shard.lengths[place])
-        return Range(self.name, offset, length - CHECKSUM)
+        shard = self.shard
+        return Range(self.name, shard.offsets[place], shard.lengths[place] - CHECKSUM)
 
-    def committed(self, place: int) -> str:
-        """Return the crc32c that a chunk of the shard was committed with."""
-        return self.checksums[8 * place : 8 * place + 8]
+    def check(self, place: int, body: bytes, size: int) -> None:
+        """Raise CorruptCacheError unless a chunk is the committed one and claims `size` bytes."""
+        check(body, self.checksums[8 * place : 8 * place + 8], self.shard.where)
+        check_size(body, self.shard.where, size)
+
+
+class Chunk:
+    """Decoded chunks, (chunk_rows, …) each as stored, in memory that is used again when they go."""
+
+    __slots__ = ("_free", "arrays")
+
+    def __init__(self, arrays: list[Array], free: list[list[Array]]) -> None:
+        self.arrays, self._free = arrays, free
+
+    def __del__(self) -> None:
+        self._free.append(self.arrays)
 
 
 class Room:
-    """Memory for the chunks of one array, used again when nobody holds the chunk any more.
+    """Memory for the chunks of some arrays.
 
-    The memory is mapped, as much as was ever in use at once, whatever the size of the cache. Taken
-    from the allocator, chunks that stay would lie between tensors that come and go, and its heap
-    would grow well beyond what is held.
+    It is mapped, as much as was ever in use at once, whatever the size of the cache. Taken from
+    the allocator, chunks that stay would lie between tensors that come and go, and its heap would
+    grow well beyond what is held.
     """
 
-    def __init__(self, rows: int, layout: ArrayLayout) -> None:
-        self.shape, self.dtype = (rows, *layout.inner), layout.dtype
-        self.size = math.prod(self.shape) * layout.dtype.itemsize
-        self._free: list[Array] = []
+    def __init__(self, rows: int, layouts: Sequence[ArrayLayout]) -> None:
+        self.shapes = [((rows, *layout.inner), layout.dtype) for layout in layouts]
+        self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes]
+        self._free: list[list[Array]] = []
 
-    def __call__(self) -> Array:
-        """Return room for a chunk. It is free again when the array returned is gone."""
+    def __call__(self) -> Chunk:
+        """Return room for a chunk of each array."""
         try:
-            memory = self._free.pop()
+            return Chunk(self._free.pop(), self._free)
         except IndexError:
-            mapped = mmap.mmap(-1, self.size)
-            memory = np.frombuffer(mapped, self.dtype).reshape(self.shape)
-        chunk = memory.view()
-        weakref.finalize(chunk, self._free.append, memory).atexit = False
-        return chunk
+            return Chunk(self._map(), self._free)
+
+    def _map(self) -> list[Array]:
+        return [
+            np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
+            for size, (shape, dtype) in zip(self.sizes, self.shapes, strict=True)
+        ]
 
 
 class Chunks:
@@ -93,54 +109,77 @@ class Chunks:
         """Ask `require` to raise for a shard that is not committed."""
         self.objects, self.manifest, self.require = objects, manifest, require
         self.spec = manifest.spec
-        arrays, rows = len(self.spec.arrays), self.spec.chunk_rows
-        self._rooms = {name: Room(rows, layout) for name, layout in self.spec.arrays.items()}
         self._records = Kept(SHARDS_KEPT, self._read_records)
-        self._parts = Kept(SHARDS_KEPT * arrays, self._read_parts)
-        self._chunks = Kept(CHUNKS_KEPT * arrays, self._read_chunks)
+        self._shards = Kept(SHARDS_KEPT, self._read_shards)
+        self._chunks = Kept(CHUNKS_KEPT, self._read_chunks)
+        self._room = lru_cache(self._make_room)
 
-    def __call__(self, keys: Sequence[ChunkKey]) -> list[Array]:
-        """Return chunks as stored, (chunk_rows, …) each. Nobody may change them.
+    def __call__(self, keys: Sequence[ChunkKey]) -> list[Chunk]:
+        """Return chunks, which nobody may change, nor keep their arrays without them.
 
         Raises:
             CorruptCacheError: stored bytes are not those that were committed.
         """
         return self._chunks(keys)
 
+    def _make_room(self, arrays: tuple[str, ...]) -> Room:
+        layouts = self.spec.arrays
+        return Room(self.spec.chunk_rows, [layouts[name] for name in arrays])
+
     def _read_records(self, keys: Sequence[ShardKey]) -> Iterator[Record]:
         for key in keys:
             self.require(key)
             yield read_record(self.objects, self.manifest, key)
 
-    def _read_parts(self, keys: Sequence[tuple[ShardKey, str]]) -> Iterator[Part]:
+    def _read_shards(
+        self, keys: Sequence[tuple[ShardKey, tuple[str, ...]]]
+    ) -> Iterator[list[Part]]:
         records, length = self._records([key for key, _ in keys]), self._footer
-        wanted, parts = [], []
-        for (key, array), record in zip(keys, records, strict=True):
-            name, entry = object_name(self.spec, key, array), record.objects[array]
-            if entry.bytes < length:
-                raise CorruptCacheError(f"{self.objects.where(name)} cannot be so short.")
-            self.objects.check(name, entry.bytes)
-            wanted.append(Range(name, entry.bytes - length, length))
-            parts.append((name, entry))
-        for (name, entry), footer in zip(parts, self.objects.ranges(wanted), strict=True):
-            index = Index.parse(self.objects.where(name), entry.bytes, footer)
-            yield Part(index, name, entry.chunks)
+        wanted, found = [], []
+        for (key, arrays), record in zip(keys, records, strict=True):
+            for array in arrays:
+                name, entry = object_name(self.spec, key, array), record.objects[array]
+                if entry.bytes < length:
+                    raise CorruptCacheError(f"{self.objects.where(name)} cannot be so short.")
+                self.objects.check(name, entry.bytes)
+                wanted.append(Range(name, entry.bytes - length, length))
+                found.append((name, entry))
+        footers = self.objects.ranges(wanted)
+        parts = (
+            Part(Index.parse(self.objects.where(name), entry.bytes, footer), name, entry.chunks)
+            for (name, entry), footer in zip(found, footers, strict=True)
+        )
+        for _, arrays in keys:
+            yield list(islice(parts, len(arrays)))
 
-    def _read_chunks(self, keys: Sequence[ChunkKey]) -> Iterator[Array]:
+    def _read_chunks(self, keys: Sequence[ChunkKey]) -> Iterator[Chunk]:
         places = [divmod(key.number, self.spec.chunks_per_shard) for key in keys]
-        parts = self._parts(
+        shards = self._shards(
             [
-                (ShardKey(key.domain, key.split, shard), key.array)
-                for key, (shard, _) in zip(keys, places, strict=True)
+                (ShardKey(key.domain, key.split, number), key.arrays)
+                for key, (number, _) in zip(keys, places, strict=True)
             ]
         )
-        wanted = (part.range(place) for part, (_, place) in zip(parts, places, strict=True))
-        found = zip(keys, places, parts, self.objects.ranges(wanted), strict=True)
-        for key, (_, place), part, body in found:
-            check(body, part.committed(place), part.shard.where)
-            room = self._rooms[key.array]
-            yield decompress(body, part.shard.where, room.size, room)
+        found = [
+            (parts, place, self._room(key.arrays))
+            for key, parts, (_, place) in zip(keys, shards, places, strict=True)
+        ]
+        bodies = self.objects.ranges(
+            part.range(place) for parts, place, _ in found for part in parts
+        )
+        for parts, place, room in found:
+            yield decode(parts, place, list(islice(bodies, len(parts))), room)
 
     @property
     def _footer(self) -> int:
         return footer_length(self.spec.chunks_per_shard)
+
+
+def decode(parts: Sequence[Part], place: int, bodies: Sequence[bytes], room: Room) -> Chunk:
+    """Return a chunk of some arrays, every byte checked before memory is taken."""
+    for part, body, size in zip(parts, bodies, room.sizes, strict=True):
+        part.check(place, body, size)
+    chunk = room()
+    for part, body, out in zip(parts, bodies, chunk.arrays, strict=True):
+        decompress(body, part.shard.where, out)
+    return chunk

@@ -29,7 +29,8 @@ class Slot(Generic[V]):
 
     def get(self) -> V:
         """Return the value, or raise what went wrong with it, once it is made."""
-        self.made.wait()
+        if not self.made.is_set():
+            self.made.wait()
         if self.error:
             raise self.error
         return self.value

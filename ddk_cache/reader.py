@@ -226,8 +226,8 @@ class Cache:
         """Return (R, …) of the named arrays, or of all, as stored, in the order asked for."""
         domains = [domain] * len(rows)
         if len(rows):  # so that a lie about sizes is found before memory is taken for it
-            known = list(names or self.spec.arrays)
-            self._chunks(self._keys(split, domains[:1], rows[:1], known))
+            first = self._keys(split, domains[:1], [int(rows[0])], tuple(names or self.spec.arrays))
+            self._chunks(first)
         out = self.buffers(len(rows), names)
         self.fill(split, domains, rows, out)
         return out
@@ -256,24 +256,27 @@ class Cache:
             UnfinishedCacheError: the shard of a row is not committed.
             CorruptCacheError: stored bytes are not those that were committed.
         """
-        names, chunk_rows = list(out), self.spec.chunk_rows
+        arrays, targets, size = tuple(out), list(out.values()), self.spec.chunk_rows
         for first in range(0, len(rows), ROWS_AT_ONCE):
             piece = slice(first, first + ROWS_AT_ONCE)
-            chunks = iter(self._chunks(self._keys(split, domains[piece], rows[piece], names)))
-            for place, row in enumerate(rows[piece], first):
-                offset = row % chunk_rows
-                for name in names:
-                    out[name][place] = next(chunks)[offset]
+            numbers = [int(row) for row in rows[piece]]
+            chunks = self._chunks(self._keys(split, domains[piece], numbers, arrays))
+            for place, (row, chunk) in enumerate(zip(numbers, chunks, strict=True), first):
+                offset = row % size
+                for target, array in zip(targets, chunk.arrays, strict=True):
+                    target[place] = array[offset]
 
     def _keys(
-        self, split: str, domains: Sequence[str], rows: Sequence[int] | Array, names: list[str]
+        self, split: str, domains: Sequence[str], rows: Sequence[int], arrays: tuple[str, ...]
     ) -> list[ChunkKey]:
-        """Return the chunk of each row in each array."""
-        size, keys = self.spec.chunk_rows, []
-        for domain, row in zip(domains, map(int, rows), strict=True):
+        """Return the chunk of each row."""
+        size = self.spec.chunk_rows
+        for domain, row in zip(domains, rows, strict=True):
             self._check_valid(domain, split, row)
-            keys += [ChunkKey(domain, split, name, row // size) for name in names]
-        return keys
+        return [
+            ChunkKey(domain, split, row // size, arrays)
+            for domain, row in zip(domains, rows, strict=True)
+        ]
 
     def _check_valid(self, domain: str, split: str, row: int) -> None:
         runs = self._extents.get((domain, split)) or self.extents(domain, split)

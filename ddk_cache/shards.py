@@ -9,7 +9,6 @@ allocated.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,8 +37,8 @@ class Index:
 
     where: str
     """Of the shard, for people."""
-    offsets: Array
-    lengths: Array
+    offsets: list[int]
+    lengths: list[int]
 
     @classmethod
     def parse(cls, where: str, size: int, footer: bytes) -> Index:
@@ -54,7 +53,7 @@ class Index:
             raise CorruptCacheError(
                 f"the index of {where} lacks a chunk or points outside of the file."
             )
-        return cls(where, index[:, 0].astype(np.int64), index[:, 1].astype(np.int64))
+        return cls(where, index[:, 0].tolist(), index[:, 1].tolist())
 
 
 def index_of(path: Path, chunks: int) -> Index:
@@ -74,14 +73,14 @@ def index_of(path: Path, chunks: int) -> Index:
 def checksums(path: Path, chunks: int) -> str:
     """Return the crc32c of every chunk of a file as they stand in it, eight hex digits each."""
     index, file = index_of(path, chunks), Handle(str(path))
-    ends = (index.offsets + index.lengths).tolist()
+    ends = map(int.__add__, index.offsets, index.lengths)
     return "".join(file.read(end - CHECKSUM, CHECKSUM)[::-1].hex() for end in ends)
 
 
 def check_chunks(path: Path, chunks: int) -> None:
     """Raise CorruptCacheError unless every chunk of a file agrees with its checksum."""
     index, file = index_of(path, chunks), Handle(str(path))
-    for offset, length in zip(index.offsets.tolist(), index.lengths.tolist(), strict=True):
+    for offset, length in zip(index.offsets, index.lengths, strict=True):
         unwrap(file.read(offset, length), str(path))
 
 
@@ -102,18 +101,20 @@ def check(body: bytes, expected: str, where: str) -> None:
         )
 
 
-def decompress(body: bytes, where: str, size: int, room: Callable[[], Array]) -> Array:
-    """Decompress a chunk into `room()`, which has `size` bytes, if that is what it claims to hold.
+def check_size(body: bytes, where: str, size: int) -> None:
+    """Raise CorruptCacheError unless a chunk claims to hold so many bytes."""
+    if len(body) < BLOSC_HEADER.size:
+        raise CorruptCacheError(f"a chunk of {where} is damaged: it has {len(body)} bytes.")
+    claimed, _, packed = BLOSC_HEADER.unpack_from(body)
+    if (claimed, packed) != (size, len(body)):
+        raise CorruptCacheError(
+            f"a chunk of {where} is damaged: it claims {claimed:,} bytes where {size:,} belong."
+        )
 
-    Raises:
-        CorruptCacheError: it is no blosc chunk, or of another size; no room was taken.
-    """
+
+def decompress(body: bytes, where: str, out: Array) -> None:
+    """Decompress a chunk whose size was checked. Raises CorruptCacheError where it is damaged."""
     try:
-        claimed, _, packed = BLOSC_HEADER.unpack_from(body)
-        if (claimed, packed) != (size, len(body)):
-            raise ValueError(f"it claims {claimed:,} bytes where {size:,} belong")
-        out = room()
         numcodecs.blosc.decompress(body, out)
-    except (RuntimeError, ValueError, struct.error) as error:
+    except (RuntimeError, ValueError) as error:
         raise CorruptCacheError(f"a chunk of {where} is damaged: {error}.") from error
-    return out

@@ -76,8 +76,8 @@ class Bare(ZarrFiles):
                 path = object_path(cache, self.spec, key, name)
                 index = index_of(path, self.spec.chunks_per_shard)
                 handle = os.open(path, os.O_RDONLY)
-                lengths = (index.lengths - 4).tolist()
-                self.places[number, name] = (handle, index.offsets.tolist(), lengths)
+                lengths = [length - 4 for length in index.lengths]
+                self.places[number, name] = (handle, index.offsets, lengths)
         self.out = opened.buffers(self.spec.chunk_rows)
 
     def read(self, rows: Sequence[int]) -> None:
@@ -154,7 +154,7 @@ class TensorStore(ZarrFiles):
 
 
 class Mosaic:
-    """mosaicml-streaming: a sample a row, shards compressed with zstd, unpacked when touched."""
+    """mosaicml-streaming: a sample a row, shards that were compressed with zstd and unpacked."""
 
     @staticmethod
     def prepare(cache: Path, copy: Path) -> None:
@@ -177,8 +177,6 @@ class Mosaic:
         from streaming.base.util import clean_stale_shared_memory
 
         clean_stale_shared_memory()
-        for path in copy.glob("*.mds"):  # what an earlier pass unpacked
-            path.unlink()
         self.layouts = open_cache(cache).spec.arrays
         self.rows = StreamingDataset(local=str(copy), shuffle=False, batch_size=1, keep_zip=True)
 
@@ -188,6 +186,15 @@ class Mosaic:
             sample = self.rows[int(row)]
             for name, layout in self.layouts.items():
                 np.frombuffer(sample[name], layout.dtype)
+
+
+class MosaicFirst(Mosaic):
+    """The same in its first epoch, or when a bound on the disk made it drop what it unpacked."""
+
+    def __init__(self, cache: Path, copy: Path) -> None:
+        for path in copy.glob("*.mds"):
+            path.unlink()
+        super().__init__(cache, copy)
 
 
 class LitData:
@@ -240,6 +247,13 @@ def forget(folder: Path) -> None:
             os.close(handle)
 
 
+def remember(folder: Path) -> None:
+    """Have all files below a folder in the page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.read_bytes()
+
+
 def clear(copy: Path) -> None:
     """Remove the copy of an engine."""
     shutil.rmtree(copy, ignore_errors=True)
@@ -251,6 +265,10 @@ ENGINES: dict[str, type[Engine]] = {
     "np.memmap, raw": Memmap,
     "zarr-python": ZarrPython,
     "tensorstore": TensorStore,
-    "mosaicml-streaming": Mosaic,
+    "mosaicml-streaming": MosaicFirst,
+    "mosaicml-streaming, unpacked": Mosaic,
     "litdata": LitData,
 }
+
+FIRST_EPOCH = {"mosaicml-streaming"}
+"""Engines that are opened anew for each pass: what they did once would not be seen otherwise."""
