@@ -18,7 +18,7 @@ from itertools import groupby
 from typing import Any, TypeVar
 
 from ddk_cache.objects import Range
-from ddk_cache.schema import CorruptCacheError, InputError, StorageError
+from ddk_cache.schema import CorruptCacheError, InputError, StorageError, digest
 
 T = TypeVar("T")
 
@@ -81,6 +81,13 @@ class Bucket:
             return [posixpath.basename(path.rstrip("/")) for path in paths]
 
         return self._ask(folder, ask) or []
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Get an object and hash it."""
+        data = self.read(name)
+        if data is None:
+            raise CorruptCacheError(f"{self.where(name)} is missing.")
+        return len(data), digest(data)
 
     def check(self, name: str, size: int) -> None:
         """Trust the ranges to tell: a store has no links, and asking for a size costs as much."""

@@ -40,7 +40,7 @@ from ddk_cache.manifest import (
     read_plan,
     write_plan,
 )
-from ddk_cache.objects import Folder
+from ddk_cache.objects import Folder, directory
 from ddk_cache.plan import Advance, grow_domain, mend_tokens, plan_domain
 from ddk_cache.pretrained import identify_tokenizer
 from ddk_cache.records import committed, record_path
@@ -126,7 +126,7 @@ def build(
         CacheError: the teacher failed, or gave something that is no distribution.
     """
     spec = make_spec(teacher, tokenizer, **settings)
-    root = Path(cache)
+    root = directory(cache)
     _open(root, spec, sources, teacher, tokenizer, batch_rows, grow)
     job = Work(root, Store(root, spec), Claims(root), rank, world)
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ddk_cache import files, process
-from ddk_cache.schema import CorruptCacheError
+from ddk_cache.schema import CorruptCacheError, InputError
 
 FILES_OPEN = 256
 """Files kept open; the usual limit of a process is 1,024."""
@@ -42,6 +42,9 @@ class Objects(Protocol):
 
     def names(self, folder: str) -> list[str]:
         """Return the names of what lies directly in a folder, in no order; none of no folder."""
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Return size in bytes and xxh3-128 hash. CorruptCacheError: it is not there, or a link."""
 
     def check(self, name: str, size: int) -> None:
         """Raise CorruptCacheError unless an object is a plain one of `size` bytes, where the place
@@ -91,6 +94,15 @@ class Folder:
             return [entry.name for entry in os.scandir(self.root / folder)]
         except OSError:
             return []
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Hash a file in pieces."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        if path.is_symlink() or not path.is_file():
+            raise CorruptCacheError(f"{path} is missing, or not a plain file.")
+        return files.hash_file(path)
 
     def check(self, name: str, size: int) -> None:
         """Raise CorruptCacheError for a link, a missing file or one of another size."""
@@ -177,3 +189,13 @@ def open_objects(place: str | Path) -> Objects:
 
         return Bucket(str(place))
     return Folder(Path(place))
+
+
+def directory(place: str | Path) -> Path:
+    """Return where a cache shall be built. InputError: it is a URL, which can only be read."""
+    if "://" in str(place):
+        raise InputError(
+            f"{place}: a cache is built in a directory. Build it there and copy it to the store as "
+            "it is, the folder 'commits' last; then it can be read from its URL."
+        )
+    return Path(place)

@@ -8,6 +8,7 @@ packages for the usual set-up; skipped where they are not installed.
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import signal
 import socket
@@ -180,6 +181,29 @@ def test_a_url_that_is_no_store_is_refused(server: Server) -> None:
         open_cache("gopher://old/mix.zarr")
     with pytest.raises(NotACacheError, match="s3://bucket/nothing is not a cache"):
         open_cache("s3://bucket/nothing")
+
+
+def test_what_needs_a_directory_says_so_at_once(corpus: Path, teacher_dir: Path) -> None:
+    for name in ("build", "plan"):
+        words = (name, corpus, "s3://bucket/mix.zarr", "--teacher", teacher_dir)
+        code, _, err = finish(command("ddk-cache", *words))
+        assert code == 2
+        assert "is built in a directory" in err
+
+
+def test_info_and_verify_take_a_url(server: Server, cache: Cache) -> None:
+    url = upload(cache, "s3://bucket/mix.zarr")
+    code, out, err = finish(command("ddk-cache", "info", url, "--json"))
+    assert code == 0, err
+    assert json.loads(out)["path"] == url
+    assert finish(command("ddk-cache", "verify", url))[0] == 0
+    victim = "domains/letters/train/target_ids/c/0/0/0"
+    whole = Bucket(url).read(victim)
+    assert whole is not None
+    Bucket(url).put(victim, whole[:-9] + b"?" + whole[-8:])
+    code, out, _ = finish(command("ddk-cache", "verify", url))
+    assert code == 1
+    assert f"{url}/{victim} has changed" in out
 
 
 # --- reading --------------------------------------------------------------------------------------

@@ -51,11 +51,11 @@ CACHE = {
     },
     "scoring": {"schema", "console", "targets", "teacher"},
     "estimate": {"schema", "corpus", "rows", "store"},
-    "verify": {"schema", "files", "objects", "manifest", "records", "reader", "shards", "store"},
+    "verify": {"schema", "objects", "manifest", "records", "reader", "shards", "store"},
     "info": {"schema", "reader", "audit"},
     "cli": {
         *("schema", "console", "corpus", "build", "teacher", "pretrained", "reader", "verify"),
-        *("info", "estimate", "scoring"),
+        *("info", "estimate", "scoring", "objects"),
     },
 }
 SURFACE = {"ddk_cache"}
