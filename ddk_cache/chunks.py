@@ -21,6 +21,7 @@ import numpy as np
 from ddk_cache.kept import Kept
 from ddk_cache.manifest import Manifest
 from ddk_cache.objects import Objects, Range
+from ddk_cache.plain import Plain, plain
 from ddk_cache.records import Record, object_name, read_record
 from ddk_cache.schema import Array, ArrayLayout, CorruptCacheError, ShardKey
 from ddk_cache.shards import CHECKSUM, Index, check, check_size, decompress, footer_length
@@ -49,6 +50,8 @@ class Part(NamedTuple):
     name: str
     checksums: str
     """The committed crc32c of each chunk, eight hex digits each."""
+    plain: Plain | None = None
+    """The slow way, for an array that was not stored with our codecs."""
 
     def range(self, place: int) -> Range:
         """Return where a chunk of the shard lies, without the checksum behind it."""
@@ -58,7 +61,15 @@ class Part(NamedTuple):
     def check(self, place: int, body: bytes, size: int) -> None:
         """Raise CorruptCacheError unless a chunk is the committed one and claims `size` bytes."""
         check(body, self.checksums[8 * place : 8 * place + 8], self.shard.where)
-        check_size(body, self.shard.where, size)
+        if self.plain is None:
+            check_size(body, self.shard.where, size)
+
+    def decode(self, number: int, body: bytes, out: Array) -> None:
+        """Write the values of a chunk that was checked, the array's `number`-th, to `out`."""
+        if self.plain is None:
+            decompress(body, self.shard.where, out)
+        else:
+            self.plain.read(number, out)
 
 
 class Chunk:
@@ -113,6 +124,7 @@ class Chunks:
         self._shards = Kept(SHARDS_KEPT, self._read_shards)
         self._chunks = Kept(CHUNKS_KEPT, self._read_chunks)
         self._room = lru_cache(self._make_room)
+        self._plain = lru_cache(self._find_plain)
 
     def __call__(self, keys: Sequence[ChunkKey]) -> list[Chunk]:
         """Return chunks, which nobody may change, nor keep their arrays without them.
@@ -126,6 +138,11 @@ class Chunks:
         layouts = self.spec.arrays
         return Room(self.spec.chunk_rows, [layouts[name] for name in arrays])
 
+    def _find_plain(self, domain: str, split: str, array: str) -> Plain | None:
+        name = f"domains/{domain}/{split}/{array}"
+        document = self.manifest.plans[domain].metadata.get(f"{name}/zarr.json")
+        return plain(self.objects, name, document)
+
     def _read_records(self, keys: Sequence[ShardKey]) -> Iterator[Record]:
         for key in keys:
             self.require(key)
@@ -135,7 +152,7 @@ class Chunks:
         self, keys: Sequence[tuple[ShardKey, tuple[str, ...]]]
     ) -> Iterator[list[Part]]:
         records, length = self._records([key for key, _ in keys]), self._footer
-        wanted, found = [], []
+        wanted, found, where = [], [], self.objects.where
         for (key, arrays), record in zip(keys, records, strict=True):
             for array in arrays:
                 name, entry = object_name(self.spec, key, array), record.objects[array]
@@ -143,11 +160,11 @@ class Chunks:
                     raise CorruptCacheError(f"{self.objects.where(name)} cannot be so short.")
                 self.objects.check(name, entry.bytes)
                 wanted.append(Range(name, entry.bytes - length, length))
-                found.append((name, entry))
+                found.append((name, entry, self._plain(key.domain, key.split, array)))
         footers = self.objects.ranges(wanted)
         parts = (
-            Part(Index.parse(self.objects.where(name), entry.bytes, footer), name, entry.chunks)
-            for (name, entry), footer in zip(found, footers, strict=True)
+            Part(Index.parse(where(name), entry.bytes, footer), name, entry.chunks, plain)
+            for (name, entry, plain), footer in zip(found, footers, strict=True)
         )
         for _, arrays in keys:
             yield list(islice(parts, len(arrays)))
@@ -167,19 +184,15 @@ class Chunks:
         bodies = self.objects.ranges(
             part.range(place) for parts, place, _ in found for part in parts
         )
-        for parts, place, room in found:
-            yield decode(parts, place, list(islice(bodies, len(parts))), room)
+        for key, (parts, place, room) in zip(keys, found, strict=True):
+            taken = list(islice(bodies, len(parts)))
+            for part, body, size in zip(parts, taken, room.sizes, strict=True):
+                part.check(place, body, size)
+            chunk = room()
+            for part, body, out in zip(parts, taken, chunk.arrays, strict=True):
+                part.decode(key.number, body, out)
+            yield chunk
 
     @property
     def _footer(self) -> int:
         return footer_length(self.spec.chunks_per_shard)
-
-
-def decode(parts: Sequence[Part], place: int, bodies: Sequence[bytes], room: Room) -> Chunk:
-    """Return a chunk of some arrays, every byte checked before memory is taken."""
-    for part, body, size in zip(parts, bodies, room.sizes, strict=True):
-        part.check(place, body, size)
-    chunk = room()
-    for part, body, out in zip(parts, bodies, chunk.arrays, strict=True):
-        decompress(body, part.shard.where, out)
-    return chunk

@@ -20,6 +20,7 @@ CACHE = {
     "objects": {"schema", "files", "process", "bucket"},
     "bucket": {"schema", "objects"},
     "kept": set(),
+    "plain": {"schema", "objects", "console"},
     "shards": {"schema", "objects"},
     "audit": {"schema", "codec"},
     "console": {"schema"},
@@ -32,7 +33,7 @@ CACHE = {
     "manifest": {"schema", "objects"},
     "records": {"schema", "objects", "manifest", "audit"},
     "store": {"schema", "files", "process", "objects", "manifest", "records", "codec", "shards"},
-    "chunks": {"schema", "objects", "manifest", "records", "kept", "shards"},
+    "chunks": {"schema", "objects", "manifest", "records", "kept", "shards", "plain"},
     "reader": {"schema", "objects", "manifest", "records", "chunks", "codec"},
     "plan": {"schema", "corpus", "rows", "store"},
     "build": {
@@ -82,7 +83,7 @@ TRAIN = {
 
 # Heavy libraries and the only files that may load them.
 HEAVY = {
-    "zarr": {"ddk_cache.store"},
+    "zarr": {"ddk_cache.store", "ddk_cache.plain"},
     "obstore": {"ddk_cache.bucket"},
     "numcodecs": {"ddk_cache.shards"},
     "torch": {
