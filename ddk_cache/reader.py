@@ -44,14 +44,28 @@ ROWS_AT_ONCE = 64
 """Rows whose chunks are held at the same time, however many are asked for."""
 
 
-def open_cache(path: str | Path, *, unfinished: bool = False) -> Cache:
-    """Open a cache for reading. It needs nothing but the path.
+def open_cache(
+    path: str | Path,
+    *,
+    unfinished: bool = False,
+    shard_cache: str | Path = "",
+    shard_cache_size: str = "50G",
+) -> Cache:
+    """Open a cache for reading. It needs nothing but the path, or the URL.
+
+    With `shard_cache`, shards read from a URL are kept whole in that directory, up to a size.
 
     Raises:
+        InputError: the URL cannot be opened, or the size is none.
+        StorageError: the store does not answer.
         NotACacheError, FormatVersionError, CorruptCacheError: see `Manifest.read`.
         UnfinishedCacheError: not every planned row is committed, unless `unfinished` is true.
     """
     objects = open_objects(path)
+    if shard_cache and not isinstance(objects, Folder):
+        from ddk_cache.copies import Copies, parse_size
+
+        objects = Copies(str(path), Path(shard_cache), parse_size(shard_cache_size))
     cache = Cache(objects, Manifest.read(objects))
     if not unfinished:
         cache.require_finished()

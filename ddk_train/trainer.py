@@ -118,7 +118,11 @@ class Trainer:
 
         self.config, self.live = config, live
         self.device = pick_device(config.device)
-        self.cache = open_cache(config.cache)
+        self.cache = open_cache(
+            config.cache,
+            shard_cache=config.shard_cache,
+            shard_cache_size=config.shard_cache_size,
+        )
         self.run = Run(Path(config.run))
         student = load_student(config.student, self.cache, config.seed)
         known = self.run.open(config, provenance(self.cache, student))

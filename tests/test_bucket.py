@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ddk_cache import NotACacheError, open_cache
+from ddk_cache import CorruptCacheError, NotACacheError, open_cache
 from ddk_cache.bucket import Bucket
 from ddk_cache.objects import Folder, Objects, Range
 from ddk_cache.reader import Cache
@@ -221,6 +221,38 @@ def test_rows_from_s3_are_those_of_the_files(
         for name, array in ours.items():
             np.testing.assert_array_equal(theirs[name], array)
     assert Flaky.count > 20
+
+
+def test_whole_shards_are_kept_up_to_a_size_and_still_checked(
+    server: Server, cache: Cache, tmp_path: Path
+) -> None:
+    url, folder = upload(cache, "s3://bucket/mix.zarr"), tmp_path / "shards"
+    rows = cache.row_numbers("letters", "train")
+    expected = cache.read_stored("letters", "train", rows)
+
+    def read(size: str) -> None:
+        opened = open_cache(url, shard_cache=folder, shard_cache_size=size)
+        for name, array in opened.read_stored("letters", "train", rows).items():
+            np.testing.assert_array_equal(array, expected[name])
+
+    read("1G")
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(kept) == cache.shard_count("letters", "train") * len(cache.spec.arrays)
+    bucket = Bucket(url)
+    for number in range(cache.shard_count("letters", "train")):
+        bucket.delete(f"domains/letters/train/target_ids/c/{number}/0/0")
+    read("1G")  # from the copies alone
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-5] + b"?????")
+    with pytest.raises(CorruptCacheError):
+        read("1G")
+    upload(cache, url)
+    for path in folder.iterdir():
+        path.unlink()
+    read("2K")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2000
+    with pytest.raises(InputError, match="is no size"):
+        read("much")
 
 
 @pytest.fixture

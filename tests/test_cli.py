@@ -27,8 +27,9 @@ OPTIONS = {
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",
-    "ddk-train run": "--student --weighting --alpha --interval --eval-rows --gamma --steps --rows "
-    "--micro-rows --lr --min-lr --warmup --weight-decay --beta2 --clip --seed --device "
+    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha "
+    "--interval --eval-rows --gamma --steps --rows --micro-rows --lr --min-lr --warmup "
+    "--weight-decay --beta2 --clip --seed --device "
     "--precision --checkpoint-every --keep --new-rows --log-every",
     "ddk-train report": "--html --json",
 }

@@ -20,6 +20,7 @@ CACHE = {
     "objects": {"schema", "files", "process", "bucket"},
     "bucket": {"schema", "objects"},
     "kept": set(),
+    "copies": {"schema", "files", "objects", "bucket"},
     "plain": {"schema", "objects", "console"},
     "shards": {"schema", "objects"},
     "audit": {"schema", "codec"},
@@ -34,7 +35,7 @@ CACHE = {
     "records": {"schema", "objects", "manifest", "audit"},
     "store": {"schema", "files", "process", "objects", "manifest", "records", "codec", "shards"},
     "chunks": {"schema", "objects", "manifest", "records", "kept", "shards", "plain"},
-    "reader": {"schema", "objects", "manifest", "records", "chunks", "codec"},
+    "reader": {"schema", "objects", "manifest", "records", "chunks", "codec", "copies"},
     "plan": {"schema", "corpus", "rows", "store"},
     "build": {
         *(
