@@ -213,9 +213,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-def compare(
-    path: str | Path, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = ""
-) -> None:
+def compare(path: Any, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
     """Raise MismatchError naming every setting in which a build differs from its cache."""
     differences = [
         f"  {name}: the cache has {was.get(name)}, this build asks for {now.get(name)}"
@@ -245,12 +243,9 @@ class Work:
     writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     pending: Future[None] | None = None
 
-    def __post_init__(self) -> None:
-        self.objects = Folder(self.root)
-
     def plan(self, sources: Sequence[Source], tokenizer: Any, grow: bool) -> Manifest:
         """Have every domain planned by whoever is first; mend and grow those that were."""
-        planned = Manifest.read(self.objects).plans
+        planned = Manifest.read(self.store.objects).plans
         by_name = {source.name: source for source in sources}
         spec = self.store.spec
         with Progress("planning", 0, "tokens") as progress:
@@ -258,7 +253,7 @@ class Work:
             def make(name: str) -> None:
                 advance = partial(self._advance, progress, note=name)
                 plan = plan_domain(self.store, by_name[name], tokenizer, advance)
-                write_plan(self.objects, spec, name, plan)
+                write_plan(self.store.objects, spec, name, plan)
 
             for name in planned.keys() & by_name.keys():
                 advance = partial(self._advance, progress, note=name)
@@ -269,24 +264,24 @@ class Work:
                 lambda name: f"{name}.plan",
                 make,
             )
-        return Manifest.read(self.objects)
+        return Manifest.read(self.store.objects)
 
     def _renew(self, source: Source, tokenizer: Any, advance: Advance, grow: bool) -> None:
         """Mend what is damaged of a planned domain, and grow it where that is asked for."""
         store, name = self.store, source.name
-        plan = read_plan(self.objects, store.spec, name)
+        plan = read_plan(self.store.objects, store.spec, name)
         store.restore_metadata(plan)
         if not grow and not store.missing_tokens(name, plan):
             return
         while not self.claims.take(f"{name}.plan"):
             time.sleep(POLL)
-        plan = read_plan(self.objects, store.spec, name)
+        plan = read_plan(self.store.objects, store.spec, name)
         if store.missing_tokens(name, plan):
             mend_tokens(store, source, tokenizer, advance, plan)
         if grow:
             grown = grow_domain(store, source, tokenizer, advance, plan)
             if grown != plan:
-                write_plan(self.objects, store.spec, name, grown)
+                write_plan(self.store.objects, store.spec, name, grown)
         self.claims.release(f"{name}.plan")
 
     def score(self, manifest: Manifest, teacher: Teacher) -> None:
@@ -308,7 +303,7 @@ class Work:
 
     def _todo(self, planned: Mapping[ShardKey, Shard]) -> list[ShardKey]:
         """Return the shards that are not committed."""
-        done = {pair: committed(self.objects, *pair) for pair in {key[:2] for key in planned}}
+        done = {pair: committed(self.store.objects, *pair) for pair in {key[:2] for key in planned}}
         return [key for key in planned if key.number not in done[key[:2]]]
 
     def _score(self, key: ShardKey, shard: Shard, scorer: Scorer, progress: Progress) -> None:
@@ -383,12 +378,13 @@ class Work:
 
     def stopped(self) -> str:
         """Return what to tell a person who stopped the build."""
-        manifest = Manifest.read(self.objects)
+        manifest = Manifest.read(self.store.objects)
         if len(manifest.plans) < len(manifest.root.sources):
             far = f"{len(manifest.plans)} of {len(manifest.root.sources)} domains are planned"
         else:
             keys = manifest.shards()
-            done = sum(len(committed(self.objects, *pair)) for pair in {key[:2] for key in keys})
+            pairs = {key[:2] for key in keys}
+            done = sum(len(committed(self.store.objects, *pair)) for pair in pairs)
             far = f"{done} of {len(keys)} shards of {self.root} are committed"
         return f"stopped: {far}. Run the same command again to go on."
 

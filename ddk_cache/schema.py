@@ -396,15 +396,6 @@ def shard_at(plan: DomainPlan, split: str, shard_rows: int, number: int) -> Shar
     raise IndexError(number)
 
 
-def shards(plan: DomainPlan, split: str, shard_rows: int) -> list[Shard]:
-    """Return the shards of a split, by number."""
-    return [
-        Shard(min(shard_rows, portion.rows[split] - first), portion.content)
-        for portion in plan.portions
-        for first in range(0, portion.rows[split], shard_rows)
-    ]
-
-
 # --- hashing ------------------------------------------------------------------------------------
 
 

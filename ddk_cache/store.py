@@ -51,7 +51,7 @@ class Store:
     """The arrays of one cache, for writing."""
 
     def __init__(self, root: Path, spec: CacheSpec) -> None:
-        self.root = root
+        self.root, self.objects = root, Folder(root)
         self.spec = spec
         self.codec = LogprobCodec(spec.logprob_step)
         self.scratch = root / SCRATCH / process.owner()
@@ -121,7 +121,7 @@ class Store:
             chunks = checksums(path, self.spec.chunks_per_shard)
             objects[name] = Object(size, hashed, chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
-        record.write(Folder(self.root))
+        record.write(self.objects)
         return record
 
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:

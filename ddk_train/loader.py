@@ -153,7 +153,11 @@ class Loader(IterableDataset[Batch]):
         else:
             while len(self._ahead) <= self.depth:
                 self._ahead.append(self._begin(self._pool))
-            batch = self._ahead[0].batch.result()
+            try:
+                batch = self._ahead[0].batch.result()
+            except BaseException:
+                self._put_back()  # nobody will want the others, and each may take as long to fail
+                raise
             self._ahead.popleft()
         self._tell_epochs(before, batch.state)
         return dataclasses.replace(batch, wait=time.perf_counter() - began)

@@ -67,9 +67,13 @@ class Flaky(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         upstream = http.client.HTTPConnection("127.0.0.1", Flaky.target, timeout=30)
-        upstream.request(self.command, self.path, body, dict(self.headers))
-        answer = upstream.getresponse()
-        data = answer.read()
+        try:
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            answer = upstream.getresponse()
+            data = answer.read()
+        except OSError:  # the server is gone: so is the answer
+            self.close_connection = True
+            return
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
