@@ -23,6 +23,7 @@ from ddk_cache.schema import (
     SparseTargets,
     TargetSpec,
     UnfinishedCacheError,
+    rows_at,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "TargetSpec",
     "UnfinishedCacheError",
     "open_cache",
+    "rows_at",
 ]
 
 

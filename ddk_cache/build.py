@@ -35,15 +35,15 @@ from ddk_cache.manifest import (
     TOKENIZER,
     Manifest,
     Root,
-    committed,
     create_root,
-    plan_path,
+    plan_name,
     read_plan,
-    record_path,
     write_plan,
 )
+from ddk_cache.objects import Folder, directory
 from ddk_cache.plan import Advance, grow_domain, mend_tokens, plan_domain
 from ddk_cache.pretrained import identify_tokenizer
+from ddk_cache.records import committed, record_path
 from ddk_cache.schema import (
     Array,
     CacheSpec,
@@ -55,7 +55,7 @@ from ddk_cache.schema import (
     ShardKey,
     TargetSpec,
     digest,
-    shards,
+    shard_at,
 )
 from ddk_cache.scoring import Scored, Scorer, first_batch
 from ddk_cache.store import SCRATCH, Store
@@ -132,7 +132,7 @@ def build(
         CacheError: the teacher failed, or gave something that is no distribution.
     """
     spec = make_spec(teacher, tokenizer, **settings)
-    root = Path(cache)
+    root = directory(cache)
     _open(root, spec, sources, teacher, tokenizer, batch_rows, grow)
     job = Work(root, Store(root, spec), Claims(root), rank, world)
     try:
@@ -162,7 +162,7 @@ def _open(
     if not (path / ROOT).exists():
         _create(path, spec, described, teacher, tokenizer, words, batch_rows)
     try:
-        was = Manifest.read(path).root
+        was = Manifest.read(Folder(path)).root
     except NotACacheError as error:
         raise InputError(f"{path} exists and is not a cache. Give another path.") from error
     beside = {"batch_rows": was.batch_rows, "format_version": was.spec.format_version}
@@ -205,7 +205,7 @@ def _create(
         },
     )
     path.mkdir(parents=True, exist_ok=True)
-    create_root(path, root)
+    create_root(Folder(path), root)
 
 
 def _only_begun(path: Path) -> bool:
@@ -220,7 +220,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-def compare(path: Path, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
+def compare(path: Any, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
     """Raise MismatchError naming every setting in which a build differs from its cache."""
     differences = [
         f"  {name}: the cache has {was.get(name)}, this build asks for {now.get(name)}"
@@ -252,7 +252,7 @@ class Work:
 
     def plan(self, sources: Sequence[Source], tokenizer: Any, grow: bool) -> Manifest:
         """Have every domain planned by whoever is first; mend and grow those that were."""
-        planned = Manifest.read(self.root).plans
+        planned = Manifest.read(self.store.objects).plans
         by_name = {source.name: source for source in sources}
         spec = self.store.spec
         with Progress("planning", 0, "tokens") as progress:
@@ -260,42 +260,42 @@ class Work:
             def make(name: str) -> None:
                 advance = partial(self._advance, progress, note=name)
                 plan = plan_domain(self.store, by_name[name], tokenizer, advance)
-                write_plan(self.root, spec, name, plan)
+                write_plan(self.store.objects, spec, name, plan)
 
             for name in planned.keys() & by_name.keys():
                 advance = partial(self._advance, progress, note=name)
                 self._renew(by_name[name], tokenizer, advance, grow)
             self._share(
-                lambda: [name for name in by_name if not plan_path(self.root, name).exists()],
-                lambda name: plan_path(self.root, name).exists(),
+                lambda: [name for name in by_name if not (self.root / plan_name(name)).exists()],
+                lambda name: (self.root / plan_name(name)).exists(),
                 lambda name: f"{name}.plan",
                 make,
             )
-        return Manifest.read(self.root)
+        return Manifest.read(self.store.objects)
 
     def _renew(self, source: Source, tokenizer: Any, advance: Advance, grow: bool) -> None:
         """Mend what is damaged of a planned domain, and grow it where that is asked for."""
         store, name = self.store, source.name
-        plan = read_plan(self.root, store.spec, name)
+        plan = read_plan(self.store.objects, store.spec, name)
         store.restore_metadata(plan)
         if not grow and not store.missing_tokens(name, plan):
             return
         while not self.claims.take(f"{name}.plan"):
             time.sleep(POLL)
-        plan = read_plan(self.root, store.spec, name)
+        plan = read_plan(self.store.objects, store.spec, name)
         if store.missing_tokens(name, plan):
             mend_tokens(store, source, tokenizer, advance, plan)
         if grow:
             grown = grow_domain(store, source, tokenizer, advance, plan)
             if grown != plan:
-                write_plan(self.root, store.spec, name, grown)
+                write_plan(self.store.objects, store.spec, name, grown)
         self.claims.release(f"{name}.plan")
 
     def score(self, manifest: Manifest, teacher: Teacher) -> None:
         """Have every planned shard scored and committed, by whoever is first."""
         spec = self.store.spec
         planned = {
-            key: shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
+            key: shard_at(manifest.plans[key.domain], key.split, spec.shard_rows, key.number)
             for key in manifest.shards()
         }
         scorer = Scorer(teacher, spec, manifest.root.batch_rows)
@@ -313,7 +313,7 @@ class Work:
 
     def _todo(self, planned: Mapping[ShardKey, Shard]) -> list[ShardKey]:
         """Return the shards that are not committed."""
-        done = {pair: committed(self.root, *pair) for pair in {key[:2] for key in planned}}
+        done = {pair: committed(self.store.objects, *pair) for pair in {key[:2] for key in planned}}
         return [key for key in planned if key.number not in done[key[:2]]]
 
     def _score(
@@ -395,12 +395,13 @@ class Work:
 
     def stopped(self) -> str:
         """Return what to tell a person who stopped the build."""
-        manifest = Manifest.read(self.root)
+        manifest = Manifest.read(self.store.objects)
         if len(manifest.plans) < len(manifest.root.sources):
             far = f"{len(manifest.plans)} of {len(manifest.root.sources)} domains are planned"
         else:
             keys = manifest.shards()
-            done = sum(len(committed(self.root, *pair)) for pair in {key[:2] for key in keys})
+            pairs = {key[:2] for key in keys}
+            done = sum(len(committed(self.store.objects, *pair)) for pair in pairs)
             far = f"{done} of {len(keys)} shards of {self.root} are committed"
         return f"stopped: {far}. Run the same command again to go on."
 

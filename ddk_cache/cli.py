@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ddk_cache.console import Commands, Known, Progress, say
+from ddk_cache.objects import directory
 from ddk_cache.schema import (
     COMPRESSIONS,
     CacheError,
@@ -82,7 +83,7 @@ def main() -> None:
 
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--teacher", help="Model directory or hub id, to measure bytes and hours with.")
 @options(WHAT, HOW)
 @click.option("--probe-rows", type=click.IntRange(1), default=16, show_default=True,
@@ -92,7 +93,7 @@ def main() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def plan(
     corpus: Path,
-    cache: Path,
+    cache: str,
     teacher: str | None,
     tokenizer: str | None,
     probe_rows: int,
@@ -108,6 +109,7 @@ def plan(
     from ddk_cache.corpus import find_sources
 
     TargetSpec.parse(targets)
+    place = directory(cache)
     sources = find_sources(corpus, say)
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
@@ -141,7 +143,7 @@ def plan(
         probed = estimate.probe(
             spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None).arrays
         )
-    facts = estimate.estimate(spec, counted, probed, cache, student_speed)
+    facts = estimate.estimate(spec, counted, probed, place, student_speed)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -150,7 +152,7 @@ def plan(
 
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--teacher", required=True, help="Model directory or hub id.")
 @options(WHAT, HOW)
 @click.option("--batch-rows", type=click.IntRange(1),
@@ -165,7 +167,7 @@ def plan(
 @click.option("--world", type=click.IntRange(1), help="How many there are.")
 def build(
     corpus: Path,
-    cache: Path,
+    cache: str,
     teacher: str,
     tokenizer: str | None,
     targets: str,
@@ -185,6 +187,7 @@ def build(
     from ddk_cache.corpus import find_sources
 
     TargetSpec.parse(targets)
+    directory(cache)
     place = which_process(rank, world)
     sources = find_sources(corpus, say)
 
@@ -220,9 +223,9 @@ def which_process(rank: int | None, world: int | None) -> tuple[int, int]:
 
 
 @main.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
-def info(cache: Path, as_json: bool) -> None:
+def info(cache: str, as_json: bool) -> None:
     """Show what CACHE holds: domains, rows, what was seen of the teacher, bytes a token."""
     from ddk_cache.info import describe, show
     from ddk_cache.reader import open_cache
@@ -235,7 +238,7 @@ def info(cache: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option("--drop-bad", is_flag=True,
               help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
 @click.option("--teacher", help="Run this teacher again on some rows, and compare.")
@@ -245,7 +248,7 @@ def info(cache: Path, as_json: bool) -> None:
 @options(HOW)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def verify(
-    cache: Path,
+    cache: str,
     drop_bad: bool,
     teacher: str | None,
     rows: int,
@@ -262,7 +265,7 @@ def verify(
         problems = audit.verify(opened, progress.advance)
     facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
     if drop_bad:
-        facts["removed"] = [str(path) for path in audit.drop_bad(opened, problems)]
+        facts["removed"] = audit.drop_bad(opened, problems)
     elif teacher and not problems:
         facts["replay"] = vars(replay(opened, teacher, rows, seed, how))
     if as_json:
@@ -294,7 +297,7 @@ def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any])
     from ddk_cache.verify import replay
 
     model = load_teacher(teacher, **how)
-    compare(opened.root, opened.spec.teacher, model.identity)
+    compare(opened.where, opened.spec.teacher, model.identity)
 
     def score(key: Any, tokens: Any, batch_rows: int) -> Any:
         return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None).arrays

@@ -22,7 +22,7 @@ def describe(cache: Cache) -> dict[str, Any]:
     tokens = rows * spec.seq_len
     per_token = {name: size / tokens for name, size in sizes.items()} if tokens else {}
     return {
-        "path": str(cache.root),
+        "path": cache.where,
         "fingerprint": spec.fingerprint,
         "spec": spec.to_json(),
         "batch_rows": root.batch_rows,

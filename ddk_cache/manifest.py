@@ -1,23 +1,21 @@
-"""The JSON documents of a cache: the root, the plan of each domain, the record of each shard.
+"""The JSON documents of a cache: what all have in common, the root, the plan of each domain.
 
 Each changes at another time and is its own file: the root says what the cache is and is written
-once; a plan fixes the rows of a domain; a record says that one shard is there, whole. So any
-number of processes can work on one cache without ever writing the same document. All carry a
-seal, the hash of their own content, and are read only if they are byte for byte what writing
-them again would give: a changed digit is an error, not a number.
+once; a plan fixes the rows of a domain; a record (in `ddk_cache.records`) says that one shard is
+there, whole. So any number of processes can work on one cache without ever writing the same
+document. All carry a seal, the hash of their own content, and are read only if they are byte for
+byte what writing them again would give: a changed digit is an error, not a number.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddk_cache import files, process
-from ddk_cache.audit import sound
+from ddk_cache.objects import Objects
 from ddk_cache.schema import (
     READABLE_VERSIONS,
     SPLITS,
@@ -33,7 +31,7 @@ from ddk_cache.schema import (
     canonical,
     check_name,
     digest,
-    shards,
+    shard_count,
 )
 
 ROOT = "zarr.json"
@@ -78,12 +76,12 @@ def parse(data: bytes, where: str, versions: Sequence[int]) -> tuple[dict[str, A
     raise CorruptCacheError(f"{where} is damaged: its content does not match its seal.")
 
 
-def read(path: Path) -> bytes:
+def read(objects: Objects, name: str) -> bytes:
     """Return the bytes of a document; a missing one is a CorruptCacheError, for it was named."""
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+    data = objects.read(name)
+    if data is None:
+        raise CorruptCacheError(f"{objects.where(name)} cannot be read: it is missing.")
+    return data
 
 
 def typed(value: Any, kind: type[T], least: float = 0, most: float = 2**62) -> T:
@@ -133,7 +131,7 @@ class Root:
         return json.dumps(group, indent=1).encode()
 
     @classmethod
-    def parse(cls, data: bytes, path: Path) -> Root:
+    def parse(cls, data: bytes, objects: Objects) -> Root:
         """Read what `dump` wrote; see `Manifest.read` for the errors."""
         try:
             inner = json.loads(data)["attributes"]["ddk"]
@@ -141,13 +139,14 @@ class Root:
             document = json.dumps(inner, indent=1, allow_nan=False).encode()
         except (ValueError, KeyError, TypeError, RecursionError):
             raise NotACacheError(
-                f"{path.parent} is not a cache: it has no {ROOT} with the attributes that "
+                f"{objects.where()} is not a cache: it has no {ROOT} with the attributes that "
                 "'ddk-cache build' writes."
             ) from None
-        body, version = parse(document, str(path), READABLE_VERSIONS)
-        root: Root = understand(path, lambda: cls._of(body, version))
+        where = objects.where(ROOT)
+        body, version = parse(document, where, READABLE_VERSIONS)
+        root: Root = understand(where, lambda: cls._of(body, version))
         if root.dump() != data:
-            raise CorruptCacheError(f"{path} is damaged: it is not what was written.")
+            raise CorruptCacheError(f"{where} is damaged: it is not what was written.")
         return root
 
     @classmethod
@@ -164,14 +163,14 @@ class Root:
         )
 
 
-def understand(path: Path, build: Any) -> Any:
+def understand(where: str, build: Any) -> Any:
     """Return `build()`; what it cannot make sense of is a CorruptCacheError of that file."""
     try:
         return build()
     except CacheError:
         raise
     except (DDKError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CorruptCacheError(f"{path} is damaged: {error!r}.") from error
+        raise CorruptCacheError(f"{where} is damaged: {error!r}.") from error
 
 
 @dataclass(frozen=True)
@@ -192,47 +191,35 @@ class Manifest:
             ShardKey(domain, split, number)
             for domain, plan in self.plans.items()
             for split in SPLITS
-            for number in range(len(shards(plan, split, self.spec.shard_rows)))
+            for number in range(shard_count(plan, split, self.spec.shard_rows))
         ]
 
     @classmethod
-    def read(cls, path: Path) -> Manifest:
-        """Read the documents of the cache at `path`.
+    def read(cls, objects: Objects) -> Manifest:
+        """Read the documents of a cache.
 
         Raises:
             NotACacheError: there is none.
             FormatVersionError: it is of another format version.
             CorruptCacheError: a document is not what was written.
         """
-        try:
-            data = (path / ROOT).read_bytes()
-        except OSError:
-            data = b""
-        root = Root.parse(data, path / ROOT)
-        planned = [name for name in sorted(root.sources) if plan_path(path, name).exists()]
-        return cls(root, {name: read_plan(path, root.spec, name) for name in planned})
+        root = Root.parse(objects.read(ROOT) or b"", objects)
+        there = set(objects.names(PLANS))
+        planned = [name for name in sorted(root.sources) if f"{name}.json" in there]
+        return cls(root, {name: read_plan(objects, root.spec, name) for name in planned})
 
 
-def create_root(path: Path, root: Root) -> bool:
+def create_root(objects: Objects, root: Root) -> bool:
     """Write the root of a new cache; False where another process was first."""
-    partial = path / f"{ROOT}~{process.owner()}{files.PARTIAL}"
-    files.replace(partial, root.dump())
-    try:
-        os.link(partial, path / ROOT)
-    except FileExistsError:
-        return False
-    finally:
-        partial.unlink()
-    files.sync(path)
-    return True
+    return objects.create(ROOT, root.dump())
 
 
-def plan_path(root: Path, domain: str) -> Path:
-    """Return where the plan of a domain lies."""
-    return root / PLANS / f"{domain}.json"
+def plan_name(domain: str) -> str:
+    """Return the name of the plan of a domain, below the root."""
+    return f"{PLANS}/{domain}.json"
 
 
-def write_plan(root: Path, spec: CacheSpec, domain: str, plan: DomainPlan) -> None:
+def write_plan(objects: Objects, spec: CacheSpec, domain: str, plan: DomainPlan) -> None:
     """Fix the rows of a domain."""
     portions = [
         {
@@ -250,20 +237,19 @@ def write_plan(root: Path, spec: CacheSpec, domain: str, plan: DomainPlan) -> No
         "frequent_ids": list(plan.frequent_ids),
         "metadata": dict(plan.metadata),
     }
-    plan_path(root, domain).parent.mkdir(exist_ok=True)
-    files.replace(plan_path(root, domain), dump(body, spec.format_version))
+    objects.put(plan_name(domain), dump(body, spec.format_version))
 
 
-def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
+def read_plan(objects: Objects, spec: CacheSpec, domain: str) -> DomainPlan:
     """Read the plan of a domain. Raises CorruptCacheError where it is damaged or another's."""
-    path = plan_path(root, domain)
+    where = objects.where(plan_name(domain))
     try:
-        body, _ = parse(read(path), str(path), [spec.format_version])
+        body, _ = parse(read(objects, plan_name(domain)), where, [spec.format_version])
     except CorruptCacheError as error:
         again = "If it is removed, 'ddk-cache build' makes the whole domain again."
         raise CorruptCacheError(f"{error} {again}") from error
     if (body.get("domain"), body.get("fingerprint")) != (domain, spec.fingerprint):
-        raise CorruptCacheError(f"{path} belongs to another domain or cache.")
+        raise CorruptCacheError(f"{where} belongs to another domain or cache.")
 
     def build() -> DomainPlan:
         portions = tuple(
@@ -288,13 +274,15 @@ def read_plan(root: Path, spec: CacheSpec, domain: str) -> DomainPlan:
             raise ValueError("frequent ids that stand there twice")
         return DomainPlan(portions, metadata, frequent)
 
-    plan: DomainPlan = understand(path, build)
+    plan: DomainPlan = understand(where, build)
     for split in SPLITS:
-        check_shown(root, spec, domain, split, plan)
+        check_shown(objects, spec, domain, split, plan)
     return plan
 
 
-def check_shown(root: Path, spec: CacheSpec, domain: str, split: str, plan: DomainPlan) -> None:
+def check_shown(
+    objects: Objects, spec: CacheSpec, domain: str, split: str, plan: DomainPlan
+) -> None:
     """Believe a plan only as far as there are files to show for it.
 
     Token rows are written before their plan. Some may have been lost since; most cannot, and a
@@ -303,129 +291,13 @@ def check_shown(root: Path, spec: CacheSpec, domain: str, split: str, plan: Doma
     Raises:
         CorruptCacheError: it names many more shards than there are.
     """
-    planned = sum(-(-portion.rows[split] // spec.shard_rows) for portion in plan.portions)
-    folder = root / "domains" / domain / split / "tokens" / "c"
-    there = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+    planned = shard_count(plan, split, spec.shard_rows)
+    if planned <= 1024:
+        return
+    there = len(objects.names(f"domains/{domain}/{split}/tokens/c"))
     if planned > 4 * there + 1024:
         raise CorruptCacheError(
-            f"{plan_path(root, domain)} plans {planned:,} shards of {split} rows, and {there:,} "
-            "are there. If it is removed, 'ddk-cache build' makes the whole domain again."
+            f"{objects.where(plan_name(domain))} plans {planned:,} shards of {split} rows, and "
+            f"{there:,} are there. If it is removed, 'ddk-cache build' makes the whole domain "
+            "again."
         )
-
-
-# --- records --------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Object:
-    """One committed file: a shard of one array."""
-
-    bytes: int
-    hash: str
-    """xxh3-128 of the file."""
-    chunks: str
-    """The crc32c of each chunk, eight hex digits each: a chunk is read only if it has it, so that
-    a good shard in the wrong place is noticed without reading it as a whole."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """That one shard is there, whole: written last, and only then is the shard read."""
-
-    key: ShardKey
-    fingerprint: str
-    """Of the spec that the shard was built under."""
-    content: str
-    """Of the portion that its rows come from."""
-    rows: int
-    """Valid rows; the rest of the shard is padding."""
-    positions: int
-    """Positions where the loss counts."""
-    teacher_loss: float
-    """Sum over those positions of the teacher's −log p(true token), nats, before rounding."""
-    batch_rows: int
-    """Rows that the teacher scored in one call."""
-    audit: Mapping[str, Any]
-    """What was seen while it was written; see `ddk_cache.audit`."""
-    objects: Mapping[str, Object]
-    """By array."""
-
-    def write(self, root: Path, version: int) -> None:
-        """Write the record; from here on the shard is committed."""
-        body = {
-            "shard": list(self.key),
-            "fingerprint": self.fingerprint,
-            "content": self.content,
-            "rows": self.rows,
-            "positions": self.positions,
-            "teacher_loss": self.teacher_loss,
-            "batch_rows": self.batch_rows,
-            "audit": dict(self.audit),
-            "objects": {name: vars(entry) for name, entry in self.objects.items()},
-        }
-        path = record_path(root, self.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, dump(body, version))
-
-
-def read_record(root: Path, manifest: Manifest, key: ShardKey) -> Record:
-    """Read the record of a planned shard.
-
-    Raises:
-        CorruptCacheError: it is damaged, or of another shard, plan or cache.
-    """
-    path, spec = record_path(root, key), manifest.spec
-    body, _ = parse(read(path), str(path), [spec.format_version])
-
-    def build() -> Record:
-        return Record(
-            key=ShardKey(*body["shard"]),
-            fingerprint=typed(body["fingerprint"], str),
-            content=typed(body["content"], str),
-            rows=typed(body["rows"], int, 1),
-            positions=typed(body["positions"], int, 0, planned.rows * spec.seq_len),
-            teacher_loss=typed(body["teacher_loss"], float, -1, 1e6 * body["positions"]),
-            batch_rows=typed(body["batch_rows"], int, 1),
-            audit=sound(body["audit"], planned.rows * spec.seq_len),
-            objects={
-                name: Object(
-                    bytes=typed(body["objects"][name]["bytes"], int, 0),
-                    hash=typed(body["objects"][name]["hash"], str),
-                    chunks=typed(body["objects"][name]["chunks"], str),
-                )
-                for name in spec.arrays
-            },
-        )
-
-    planned = shards(manifest.plans[key.domain], key.split, spec.shard_rows)[key.number]
-    record: Record = understand(path, build)
-    if (record.key, record.fingerprint, record.rows, record.content) != (
-        *(key, spec.fingerprint),
-        *planned,
-    ):
-        raise CorruptCacheError(f"{path} is the record of another shard or cache ({record.key}).")
-    if {len(entry.chunks) for entry in record.objects.values()} != {8 * spec.chunks_per_shard}:
-        raise CorruptCacheError(f"{path} is damaged: checksums are missing.")
-    return record
-
-
-def record_path(root: Path, key: ShardKey) -> Path:
-    """Return where the record of a shard lies."""
-    return root / COMMITS / key.domain / key.split / f"{key.number}.json"
-
-
-def object_path(root: Path, spec: CacheSpec, key: ShardKey, name: str) -> Path:
-    """Return the file of one shard of one array: Zarr's key of its first row."""
-    zeros = ["0"] * len(spec.arrays[name].inner)
-    return root.joinpath("domains", key.domain, key.split, name, "c", str(key.number), *zeros)
-
-
-def committed(root: Path, domain: str, split: str) -> set[int]:
-    """Return the numbers of the committed shards of a split, by their records' names."""
-    folder = root / COMMITS / domain / split
-    try:
-        names = [entry.name for entry in os.scandir(folder)]
-    except OSError:
-        return set()
-    numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    return {int(number) for number in numbers if number.isascii() and number.isdecimal()}

@@ -16,7 +16,15 @@ import numpy as np
 
 from ddk_cache.corpus import Source
 from ddk_cache.rows import Span, Tally, token_rows
-from ddk_cache.schema import SPLITS, Array, DomainPlan, MismatchError, Portion, ShardKey, shards
+from ddk_cache.schema import (
+    SPLITS,
+    Array,
+    DomainPlan,
+    MismatchError,
+    Portion,
+    ShardKey,
+    shard_count,
+)
 from ddk_cache.store import Store
 
 FREQUENT = 2048
@@ -94,7 +102,7 @@ def _write_portion(
     With `wanted`, only those shards are written. The tokens are added to `counts` (V).
     """
     spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
-    first = {s: len(shards(before, s, spec.shard_rows)) if before else 0 for s in SPLITS}
+    first = {s: shard_count(before, s, spec.shard_rows) if before else 0 for s in SPLITS}
     blocks = token_rows(
         source,
         tokenizer,

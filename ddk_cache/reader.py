@@ -1,32 +1,27 @@
-"""Committed shards → rows, straight from the files.
+"""Committed rows of a cache, by number: as stored, or decoded.
 
-A direct reader of the one Zarr layout that we write: the index of a shard is parsed once, a chunk
-is one `pread`, a checksum and one decompression. That is a few times less work for each token
-than a general Zarr reader needs, which asks for the index anew at every read; any Zarr reader
-still opens the same files. Only committed shards are read: what is missing is a named error,
-never Zarr's silent fill value.
+Rows are copied out of chunks that `ddk_cache.chunks` reads and keeps. Only committed shards are
+read: what is missing is a named error, never Zarr's silent fill value. A row costs its whole
+chunk, which is why neighbours in a training order should share one.
 """
 
 from __future__ import annotations
 
-import math
-import struct
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+import shutil
+import tempfile
+import weakref
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
-import numcodecs.blosc
 import numpy as np
 
+from ddk_cache.chunks import ChunkKey, Chunks
 from ddk_cache.codec import Codec, LogprobCodec, codec_of
-from ddk_cache.manifest import (
-    TOKENIZER,
-    Manifest,
-    Record,
-    committed,
-    object_path,
-    read_record,
-)
+from ddk_cache.manifest import TOKENIZER, Manifest
+from ddk_cache.objects import Folder, Objects, open_objects
+from ddk_cache.records import Record, committed, read_record
 from ddk_cache.schema import (
     SPLITS,
     Array,
@@ -36,51 +31,71 @@ from ddk_cache.schema import (
     Extent,
     InputError,
     Rows,
-    Shard,
     ShardKey,
     UnfinishedCacheError,
+    digest,
     extents,
-    shards,
+    rows_at,
+    shard_count,
     unknown,
 )
-from ddk_cache.shards import Index, index_of
 
-CHUNKS_KEPT = 256
-"""Decoded chunks held in memory, so that rows of one chunk drawn soon after cost one read."""
-
-BLOSC_HEADER = struct.Struct("<4xIII")
-"""Of a chunk: versions and flags, then bytes before, of a block, and after compression."""
-
-SHARDS_KEPT = 512
-"""Records and indices of shards held in memory."""
+ROWS_AT_ONCE = 64
+"""Rows whose chunks are held at the same time, however many are asked for."""
 
 
-def open_cache(path: str | Path, *, unfinished: bool = False) -> Cache:
-    """Open a cache for reading. It needs nothing but the path.
+def open_cache(
+    path: str | Path,
+    *,
+    unfinished: bool = False,
+    shard_cache: str | Path = "",
+    shard_cache_size: str = "50G",
+) -> Cache:
+    """Open a cache for reading. It needs nothing but the path, or the URL.
+
+    With `shard_cache`, shards read from a URL are kept whole in that directory, up to a size.
 
     Raises:
+        InputError: the URL cannot be opened, or the size is none.
+        StorageError: the store does not answer.
         NotACacheError, FormatVersionError, CorruptCacheError: see `Manifest.read`.
         UnfinishedCacheError: not every planned row is committed, unless `unfinished` is true.
     """
-    root = Path(path)
-    cache = Cache(root, Manifest.read(root))
+    objects = open_objects(path)
+    if shard_cache and not isinstance(objects, Folder):
+        from ddk_cache.copies import Copies, parse_size
+
+        objects = Copies(str(path), Path(shard_cache), parse_size(shard_cache_size))
+    cache = Cache(objects, Manifest.read(objects))
     if not unfinished:
         cache.require_finished()
     return cache
 
 
 class Cache:
-    """A cache on disk. Rows have the number that they have in the Zarr arrays."""
+    """A cache. Rows have the number that they have in the Zarr arrays. Any thread may read."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
-        self.root = root
+    def __init__(self, objects: Objects, manifest: Manifest) -> None:
+        self.objects = objects
         self.manifest = manifest
         self.logprob = LogprobCodec(manifest.spec.logprob_step)
-        self._committed = self._find_committed()
-        self._real = root.resolve()
-        self._shard = lru_cache(SHARDS_KEPT)(self._read_shard)
-        self._chunk = lru_cache(CHUNKS_KEPT)(self._read_chunk)
+        pairs = [(domain, split) for domain in self.domains for split in SPLITS]
+        self._extents = {pair: self.extents(*pair) for pair in pairs}
+        self._committed = {pair: self._find_committed(*pair) for pair in pairs}
         self._codecs: dict[str, Codec] = {}
+        self._chunks = Chunks(objects, manifest, self._require_committed)
+
+    @property
+    def where(self) -> str:
+        """Return how a person finds the cache."""
+        return self.objects.where()
+
+    @property
+    def root(self) -> Path:
+        """Return the directory of the cache. Raises InputError where it is not in one."""
+        if not isinstance(self.objects, Folder):
+            raise InputError(f"{self.where} is not in a local directory.")
+        return self.objects.root
 
     @property
     def spec(self) -> CacheSpec:
@@ -92,15 +107,28 @@ class Cache:
         """Return the names of the domains, sorted."""
         return sorted(self.manifest.plans)
 
-    @property
+    @cached_property
     def tokenizer_path(self) -> Path:
-        """Return the directory of the tokenizer's own files."""
-        return self.root / TOKENIZER
+        """Return a local directory of the tokenizer's own files.
+
+        Raises:
+            CorruptCacheError: a file is not what it was.
+        """
+        if isinstance(self.objects, Folder):
+            return self.root / TOKENIZER
+        folder = Path(tempfile.mkdtemp(prefix="ddk-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        for name, (_, hashed) in self.manifest.root.tokenizer_files.items():
+            data = self.objects.read(f"{TOKENIZER}/{name}")
+            if data is None or digest(data) != hashed:
+                raise CorruptCacheError(f"{self.where}/{TOKENIZER}/{name} is missing or damaged.")
+            (folder / name).write_bytes(data)
+        return folder
 
     def plan(self, domain: str) -> DomainPlan:
         """Return the planned rows of a domain. Raises InputError where it is unknown."""
         if domain not in self.manifest.plans:
-            raise InputError(f"{self.root}: {unknown('domain', domain, self.domains)}")
+            raise InputError(f"{self.where}: {unknown('domain', domain, self.domains)}")
         return self.manifest.plans[domain]
 
     def extents(self, domain: str, split: str) -> list[Extent]:
@@ -109,38 +137,40 @@ class Cache:
 
     def row_numbers(self, domain: str, split: str) -> Array:
         """Return the numbers of all valid rows of a split, ascending, int64."""
-        runs = [np.arange(e.start, e.start + e.rows) for e in self.extents(domain, split)]
-        return np.concatenate([np.empty(0, np.int64), *runs])
+        return rows_at(self.extents(domain, split), np.arange(self.plan(domain).rows(split)))
 
-    def _find_committed(self) -> dict[tuple[str, str], set[int]]:
-        """Return the numbers of committed shards by domain and split, by their records' names."""
-        found = {}
-        for domain in self.domains:
-            for split in SPLITS:
-                numbers = committed(self.root, domain, split)
-                planned = len(self.shards(domain, split))
-                if numbers and max(numbers) >= planned:
-                    raise CorruptCacheError(
-                        f"{self.root}: there is a record of shard {domain}/{split}/{max(numbers)}, "
-                        f"but {planned} shards are planned."
-                    )
-                found[domain, split] = numbers
-        return found
+    def shard_count(self, domain: str, split: str) -> int:
+        """Return the number of planned shards of a split."""
+        return shard_count(self.plan(domain), split, self.spec.shard_rows)
 
-    def shards(self, domain: str, split: str) -> list[Shard]:
-        """Return every planned shard of a split, by number."""
-        return shards(self.plan(domain), split, self.spec.shard_rows)
+    def _find_committed(self, domain: str, split: str) -> Array:
+        """Return which planned shards are committed, (shards) bool, by their records' names."""
+        found, planned = committed(self.objects, domain, split), self.shard_count(domain, split)
+        if found and max(found) >= planned:
+            raise CorruptCacheError(
+                f"{self.where}: there is a record of shard {domain}/{split}/{max(found)}, "
+                f"but {planned} shards are planned."
+            )
+        there = np.zeros(planned, bool)
+        there[list(found)] = True
+        return there
+
+    def committed_extents(self, domain: str, split: str) -> list[Extent]:
+        """Return where the rows of committed shards lie, an extent for each shard."""
+        size, ends = self.spec.shard_rows, [e.start + e.rows for e in self.extents(domain, split)]
+        starts = [number * size for number in self.committed(domain, split)]
+        lasts = [ends[bisect_right(ends, start)] for start in starts]
+        return [
+            Extent(start, min(size, last - start))
+            for start, last in zip(starts, lasts, strict=True)
+        ]
 
     def committed_rows(self, domain: str, split: str) -> int:
         """Return the number of valid rows in committed shards."""
-        done = self._committed[domain, split]
-        planned = self.shards(domain, split)
-        return sum(shard.rows for number, shard in enumerate(planned) if number in done)
-
-    def committed_row_numbers(self, domain: str, split: str) -> Array:
-        """Return the numbers of the rows of committed shards, ascending, int64."""
-        rows = self.row_numbers(domain, split)
-        return rows[np.isin(rows // self.spec.shard_rows, self.committed(domain, split))]
+        there = self._committed[domain, split]
+        if there.all():
+            return self.plan(domain).rows(split)
+        return sum(extent.rows for extent in self.committed_extents(domain, split))
 
     def require_finished(self) -> None:
         """Raise UnfinishedCacheError unless every row of every domain is committed."""
@@ -148,7 +178,7 @@ class Cache:
         again = "Run the same 'ddk-cache build' again to go on."
         if missing:
             raise UnfinishedCacheError(
-                f"{self.root} is not finished: the rows of {', '.join(missing)} are not planned "
+                f"{self.where} is not finished: the rows of {', '.join(missing)} are not planned "
                 f"yet. {again}"
             )
         pairs = [(domain, split) for domain in self.domains for split in SPLITS]
@@ -156,20 +186,24 @@ class Cache:
         total = sum(self.plan(domain).rows(split) for domain, split in pairs)
         if done < total:
             raise UnfinishedCacheError(
-                f"{self.root} is not finished: {done:,} of {total:,} rows are committed. {again}"
+                f"{self.where} is not finished: {done:,} of {total:,} rows are committed. {again}"
             )
 
     def committed(self, domain: str, split: str) -> list[int]:
         """Return the numbers of the committed shards of a split, ascending."""
-        return sorted(self._committed[domain, split])
-
-    def holds(self, path: Path) -> bool:
-        """Return whether a path, its links followed, lies within the cache."""
-        return path.resolve().is_relative_to(self._real)
+        numbers: list[int] = np.flatnonzero(self._committed[domain, split]).tolist()
+        return numbers
 
     def is_committed(self, key: ShardKey) -> bool:
         """Return whether a shard has a record."""
-        return key.number in self._committed[key.domain, key.split]
+        return bool(self._committed[key.domain, key.split][key.number])
+
+    def _require_committed(self, key: ShardKey) -> None:
+        if not self.is_committed(key):
+            raise UnfinishedCacheError(
+                f"{self.where}: shard {key} is not committed. Run the same 'ddk-cache build' "
+                "again to go on."
+            )
 
     def records(self, domain: str, split: str) -> Iterator[Record]:
         """Yield the commit records of a split, each checked against the spec."""
@@ -181,6 +215,10 @@ class Cache:
         records = list(self.records(domain, split))
         return sum(r.teacher_loss for r in records), sum(r.positions for r in records)
 
+    def record(self, key: ShardKey) -> Record:
+        """Return the commit record of a shard. Raises CorruptCacheError where it is damaged."""
+        return read_record(self.objects, self.manifest, key)
+
     def codec(self, domain: str) -> Codec:
         """Return what decodes the targets of a domain."""
         if domain not in self._codecs:
@@ -190,100 +228,93 @@ class Cache:
     def read(
         self, domain: str, split: str, rows: Sequence[int] | Array, *, temperature: float = 1.0
     ) -> Rows:
-        """Read rows by number, in the order asked for, with the targets at a temperature.
+        """Read rows by number, decoded, in the order asked for, with targets at a temperature.
+
+        Raises:
+            MismatchError: the cache does not have the targets at this temperature.
+            InputError, UnfinishedCacheError, CorruptCacheError: see `fill`.
+        """
+        if temperature != 1:
+            self.spec.temperature_place(temperature)
+        stored = self.read_stored(domain, split, rows)
+        return Rows(
+            tokens=stored["tokens"].astype(np.int64),
+            targets=self.codec(domain).targets(stored, temperature),
+            label_logprob=self.logprob.decode(stored["label_logprob"]),
+            loss_mask=stored["loss_mask"].astype(bool),
+        )
+
+    def read_stored(
+        self,
+        domain: str,
+        split: str,
+        rows: Sequence[int] | Array,
+        names: Sequence[str] | None = None,
+    ) -> dict[str, Array]:
+        """Return (R, …) of the named arrays, or of all, as stored, in the order asked for."""
+        domains = [domain] * len(rows)
+        if len(rows):  # so that a lie about sizes is found before memory is taken for it
+            first = self._keys(split, domains[:1], [int(rows[0])], tuple(names or self.spec.arrays))
+            self._chunks(first)
+        out = self.buffers(len(rows), names)
+        self.fill(split, domains, rows, out)
+        return out
+
+    def buffers(self, rows: int, names: Sequence[str] | None = None) -> dict[str, Array]:
+        """Return room for (R, …) of the named arrays, or of all, to be filled."""
+        return {
+            name: np.empty((rows, *layout.inner), layout.dtype)
+            for name, layout in self.spec.arrays.items()
+            if names is None or name in names
+        }
+
+    def fill(
+        self,
+        split: str,
+        domains: Sequence[str],
+        rows: Sequence[int] | Array,
+        out: Mapping[str, Array],
+    ) -> None:
+        """Copy row `rows[n]` of `domains[n]`, as stored, to place n of the arrays of `out`.
+
+        Only the arrays that are in `out` are read. `out` may be used again and again.
 
         Raises:
             MismatchError: the cache cannot be read at this temperature.
             InputError: a number is of no valid row.
             UnfinishedCacheError: the shard of a row is not committed.
-            CorruptCacheError: stored bytes fail their checksum.
+            CorruptCacheError: stored bytes are not those that were committed.
         """
-        if temperature != 1:
-            self.spec.temperature_place(temperature)
-        numbers = np.asarray(rows, np.int64)
-        self._check_valid(domain, split, numbers)
-        chunks, offsets = np.divmod(numbers, self.spec.chunk_rows)
-        if len(chunks):  # so that a lie about sizes is found before memory is taken for it
-            self._chunk(domain, split, int(chunks[0]))
-        raw = {
-            name: np.empty((len(numbers), *layout.inner), layout.dtype)
-            for name, layout in self.spec.arrays.items()
-        }
-        for chunk in np.unique(chunks):
-            here = chunks == chunk
-            for name, data in self._chunk(domain, split, int(chunk)).items():
-                raw[name][here] = data[offsets[here]]
-        return Rows(
-            tokens=raw["tokens"].astype(np.int64),
-            targets=self.codec(domain).targets(raw, temperature),
-            label_logprob=self.logprob.decode(raw["label_logprob"]),
-            loss_mask=raw["loss_mask"].astype(bool),
-        )
+        arrays, targets, size = tuple(out), list(out.values()), self.spec.chunk_rows
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            piece = slice(first, first + ROWS_AT_ONCE)
+            numbers = [int(row) for row in rows[piece]]
+            chunks = self._chunks(self._keys(split, domains[piece], numbers, arrays))
+            for place, (row, chunk) in enumerate(zip(numbers, chunks, strict=True), first):
+                offset = row % size
+                for target, array in zip(targets, chunk.arrays, strict=True):
+                    target[place] = array[offset]
 
-    def _check_valid(self, domain: str, split: str, numbers: Array) -> None:
-        valid = np.zeros(len(numbers), bool)
-        for start, rows in self.extents(domain, split):
-            valid |= (start <= numbers) & (numbers < start + rows)
-        if not valid.all():
+    def _keys(
+        self, split: str, domains: Sequence[str], rows: Sequence[int], arrays: tuple[str, ...]
+    ) -> list[ChunkKey]:
+        """Return the chunk of each row."""
+        size = self.spec.chunk_rows
+        for domain, row in zip(domains, rows, strict=True):
+            self._check_valid(domain, split, row)
+        return [
+            ChunkKey(domain, split, row // size, arrays)
+            for domain, row in zip(domains, rows, strict=True)
+        ]
+
+    def _check_valid(self, domain: str, split: str, row: int) -> None:
+        runs = self._extents.get((domain, split)) or self.extents(domain, split)
+        run = bisect_right(runs, row, key=lambda extent: extent.start) - 1
+        if run < 0 or row >= runs[run].start + runs[run].rows:
             raise InputError(
-                f"{self.root}: {domain}/{split} has no row {numbers[~valid][0]}; it has "
+                f"{self.where}: {domain}/{split} has no row {row}; it has "
                 f"{self.plan(domain).rows(split):,} rows."
             )
-
-    def record(self, key: ShardKey) -> Record:
-        """Return the commit record of a shard. Raises CorruptCacheError where it is damaged."""
-        return read_record(self.root, self.manifest, key)
-
-    def _read_chunk(self, domain: str, split: str, chunk: int) -> dict[str, Array]:
-        """Return one chunk of every array, as stored."""
-        number, place = divmod(chunk, self.spec.chunks_per_shard)
-        record, indices = self._shard(ShardKey(domain, split, number))
-        out = {}
-        for name, layout in self.spec.arrays.items():
-            index = indices[name]
-            data, checksum = index.chunk(place)
-            if checksum != record.objects[name].chunks[8 * place : 8 * place + 8]:
-                raise CorruptCacheError(f"{index.path} is not the shard that was committed.")
-            shape = (self.spec.chunk_rows, *layout.inner)
-            size = math.prod(shape) * layout.dtype.itemsize
-            flat = np.frombuffer(decompress(data, index.path, size), layout.dtype)
-            out[name] = flat.reshape(shape)
-        return out
-
-    def _read_shard(self, key: ShardKey) -> tuple[Record, dict[str, Index]]:
-        """Return the record of a committed shard, and the index of each of its objects."""
-        if not self.is_committed(key):
-            raise UnfinishedCacheError(
-                f"{self.root}: shard {key} is not committed. Run the same 'ddk-cache build' "
-                "again to go on."
-            )
-        record = self.record(key)
-        indices = {}
-        for name, entry in record.objects.items():
-            path = object_path(self.root, self.spec, key, name)
-            if not self.holds(path):
-                raise CorruptCacheError(f"{path} leads out of the cache.")
-            indices[name] = index_of(path, self.spec.chunks_per_shard)
-            if path.stat().st_size != entry.bytes:
-                raise CorruptCacheError(
-                    f"{path} has {path.stat().st_size:,} bytes, {entry.bytes:,} were committed."
-                )
-        return record, indices
-
-
-def decompress(data: bytes, path: Path, size: int) -> bytes:
-    """Return the `size` bytes of a chunk, after checking that it claims as many.
-
-    Raises:
-        CorruptCacheError: it is no blosc chunk, or of another size.
-    """
-    try:
-        claimed, _, packed = BLOSC_HEADER.unpack_from(data)
-        if (claimed, packed) != (size, len(data)):
-            raise ValueError(f"it claims {claimed:,} bytes where {size:,} belong")
-        return bytes(numcodecs.blosc.decompress(data))
-    except (RuntimeError, ValueError, struct.error) as error:
-        raise CorruptCacheError(f"a chunk of {path} is damaged: {error}.") from error
 
 
 def object_sizes(cache: Cache) -> dict[str, int]:

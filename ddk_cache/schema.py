@@ -69,6 +69,10 @@ class CorruptCacheError(CacheError):
     """Stored bytes differ from what was committed."""
 
 
+class StorageError(CacheError):
+    """The place where a cache lies did not answer, or refused."""
+
+
 class MismatchError(CacheError):
     """Two things that must agree (a cache and a request, a cache and a student) do not."""
 
@@ -473,13 +477,31 @@ def extents(plan: DomainPlan, split: str, shard_rows: int) -> list[Extent]:
     return found
 
 
-def shards(plan: DomainPlan, split: str, shard_rows: int) -> list[Shard]:
-    """Return the shards of a split, by number."""
-    return [
-        Shard(min(shard_rows, portion.rows[split] - first), portion.content)
-        for portion in plan.portions
-        for first in range(0, portion.rows[split], shard_rows)
-    ]
+def rows_at(runs: Iterable[Extent], places: Array) -> Array:
+    """Return the numbers of valid rows by their place among all rows of some extents, int64.
+
+    Arithmetic on the extents: the rows of a cache are never listed.
+    """
+    starts, lengths = np.array([[0, 0], *runs], np.int64).T
+    ends = np.cumsum(lengths)
+    run = np.searchsorted(ends, places, side="right")
+    rows: Array = starts[run] + places - (ends - lengths)[run]
+    return rows
+
+
+def shard_count(plan: DomainPlan, split: str, shard_rows: int) -> int:
+    """Return the number of shards of a split."""
+    return sum(-(-portion.rows[split] // shard_rows) for portion in plan.portions)
+
+
+def shard_at(plan: DomainPlan, split: str, shard_rows: int, number: int) -> Shard:
+    """Return one shard of a split. Raises IndexError where it is not planned."""
+    for portion in plan.portions:
+        first = number * shard_rows
+        if 0 <= first < portion.rows[split]:
+            return Shard(min(shard_rows, portion.rows[split] - first), portion.content)
+        number -= -(-portion.rows[split] // shard_rows)
+    raise IndexError(number)
 
 
 # --- hashing ------------------------------------------------------------------------------------

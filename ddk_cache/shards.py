@@ -1,4 +1,4 @@
-"""A Zarr shard as a file: its index, and its chunks with their checksums.
+"""A Zarr shard as bytes: its index, and its chunks with their checksums.
 
 The sharding codec of Zarr v3 ends a shard with an index: offset and length of each chunk as
 uint64, then a crc32c of the index. Each of our chunks ends with a crc32c of its own. Everything
@@ -8,74 +8,113 @@ allocated.
 
 from __future__ import annotations
 
-import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import google_crc32c
+import numcodecs.blosc
 import numpy as np
 
+from ddk_cache.objects import Handle
 from ddk_cache.schema import Array, CorruptCacheError
+
+CHECKSUM = 4
+"""Bytes of a crc32c."""
+
+BLOSC_HEADER = struct.Struct("<4xIII")
+"""Of a chunk: versions and flags, then bytes before, of a block, and after compression."""
+
+
+def footer_length(chunks: int) -> int:
+    """Return the bytes of the index of a shard of so many chunks."""
+    return 16 * chunks + CHECKSUM
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the chunks of a shard lie."""
+    """Where the chunks of a shard lie, each with the checksum behind it."""
 
-    path: Path
-    offsets: Array
-    lengths: Array
+    where: str
+    """Of the shard, for people."""
+    offsets: list[int]
+    lengths: list[int]
 
-    def chunk(self, number: int) -> tuple[bytes, str]:
-        """Return the compressed bytes of a chunk and their crc32c, eight hex digits."""
-        data = pread(self.path, int(self.offsets[number]), int(self.lengths[number]))
-        return unwrap(data, self.path)
+    @classmethod
+    def parse(cls, where: str, size: int, footer: bytes) -> Index:
+        """Read the last bytes of a shard of `size` bytes.
 
-    def checksums(self) -> str:
-        """Return the stored crc32c of every chunk, joined."""
-        ends = self.offsets + self.lengths
-        return "".join(pread(self.path, int(end) - 4, 4)[::-1].hex() for end in ends)
+        Raises:
+            CorruptCacheError: the index fails its checksum, lacks a chunk or points outside.
+        """
+        index = np.frombuffer(unwrap(footer, where), "<u8").reshape(-1, 2)
+        room = size - len(footer)
+        if (index > room).any() or (index.sum(1) > room).any() or (index[:, 1] < CHECKSUM).any():
+            raise CorruptCacheError(
+                f"the index of {where} lacks a chunk or points outside of the file."
+            )
+        return cls(where, index[:, 0].tolist(), index[:, 1].tolist())
 
 
 def index_of(path: Path, chunks: int) -> Index:
-    """Read the index of a shard of so many chunks.
+    """Read the index of a file that is a shard of so many chunks.
 
     Raises:
-        CorruptCacheError: the file is missing, a link, cut short, or the index fails its
-            checksum, lacks a chunk or points outside of the file.
+        CorruptCacheError: the file is missing, a link, cut short; or see `Index.parse`.
     """
     if path.is_symlink() or not path.is_file():
         raise CorruptCacheError(f"{path} is missing, or not a plain file.")
-    size, length = path.stat().st_size, 16 * chunks + 4
+    size, length = path.stat().st_size, footer_length(chunks)
     if size < length:
         raise CorruptCacheError(f"{path} is cut short: {size:,} bytes.")
-    footer, _ = unwrap(pread(path, size - length, length), path)
-    index = np.frombuffer(footer, "<u8").reshape(chunks, 2)
-    room = size - length
-    if (index > room).any() or (index.sum(1) > room).any() or (index[:, 1] < 4).any():
-        raise CorruptCacheError(f"the index of {path} lacks a chunk or points outside of the file.")
-    return Index(path, index[:, 0].astype(np.int64), index[:, 1].astype(np.int64))
+    return Index.parse(str(path), size, Handle(str(path)).read(size - length, length))
 
 
-def pread(path: Path, offset: int, length: int) -> bytes:
-    """Read a range of a file; CorruptCacheError where it is not all there."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError as error:
-        raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
-    try:
-        data = os.pread(handle, length, offset)
-    finally:
-        os.close(handle)
-    if len(data) != length:
-        raise CorruptCacheError(f"{path} is cut short: {len(data):,} of {length:,} bytes.")
-    return data
+def checksums(path: Path, chunks: int) -> str:
+    """Return the crc32c of every chunk of a file as they stand in it, eight hex digits each."""
+    index, file = index_of(path, chunks), Handle(str(path))
+    ends = map(int.__add__, index.offsets, index.lengths)
+    return "".join(file.read(end - CHECKSUM, CHECKSUM)[::-1].hex() for end in ends)
 
 
-def unwrap(data: bytes, path: Path) -> tuple[bytes, str]:
-    """Check the four bytes that the crc32c codec appends; return the rest, and them in hex."""
-    body, stored = data[:-4], data[-4:][::-1].hex()
+def check_chunks(path: Path, chunks: int) -> None:
+    """Raise CorruptCacheError unless every chunk of a file agrees with its checksum."""
+    index, file = index_of(path, chunks), Handle(str(path))
+    for offset, length in zip(index.offsets, index.lengths, strict=True):
+        unwrap(file.read(offset, length), str(path))
+
+
+def unwrap(data: bytes, where: str) -> bytes:
+    """Check the four bytes that the crc32c codec appends; return the others."""
+    body, stored = data[:-CHECKSUM], data[-CHECKSUM:][::-1].hex()
+    check(body, stored, where)
+    return body
+
+
+def check(body: bytes, expected: str, where: str) -> None:
+    """Raise CorruptCacheError unless bytes have a crc32c, eight hex digits."""
     found = f"{google_crc32c.value(body):08x}"
-    if found != stored:
-        raise CorruptCacheError(f"{path} is damaged: checksum {found}, stored {stored}.")
-    return body, stored
+    if found != expected:
+        raise CorruptCacheError(
+            f"{where} is damaged, or not the shard that was committed: the checksum of a chunk "
+            f"is {found}, and {expected} was written."
+        )
+
+
+def check_size(body: bytes, where: str, size: int) -> None:
+    """Raise CorruptCacheError unless a chunk claims to hold so many bytes."""
+    if len(body) < BLOSC_HEADER.size:
+        raise CorruptCacheError(f"a chunk of {where} is damaged: it has {len(body)} bytes.")
+    claimed, _, packed = BLOSC_HEADER.unpack_from(body)
+    if (claimed, packed) != (size, len(body)):
+        raise CorruptCacheError(
+            f"a chunk of {where} is damaged: it claims {claimed:,} bytes where {size:,} belong."
+        )
+
+
+def decompress(body: bytes, where: str, out: Array) -> None:
+    """Decompress a chunk whose size was checked. Raises CorruptCacheError where it is damaged."""
+    try:
+        numcodecs.blosc.decompress(body, out)
+    except (RuntimeError, ValueError) as error:
+        raise CorruptCacheError(f"a chunk of {where} is damaged: {error}.") from error

@@ -21,7 +21,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ddk_cache import files, process
 from ddk_cache.codec import TargetCodec
-from ddk_cache.manifest import COMMITS, Object, Record, object_path
+from ddk_cache.manifest import COMMITS
+from ddk_cache.objects import Folder
+from ddk_cache.records import Object, Record, object_path
 from ddk_cache.schema import (
     SPLITS,
     Array,
@@ -29,9 +31,9 @@ from ddk_cache.schema import (
     CorruptCacheError,
     DomainPlan,
     ShardKey,
-    shards,
+    shard_count,
 )
-from ddk_cache.shards import index_of
+from ddk_cache.shards import checksums
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned; the other arrays wait for the teacher."""
@@ -63,7 +65,7 @@ class Store:
     """The arrays of one cache, for writing."""
 
     def __init__(self, root: Path, spec: CacheSpec) -> None:
-        self.root = root
+        self.root, self.objects = root, Folder(root)
         self.spec = spec
         self.codec = TargetCodec(spec)
         self.scratch = root / SCRATCH / process.owner()
@@ -76,7 +78,7 @@ class Store:
         documents = {"domains/zarr.json": group(), f"domains/{domain}/zarr.json": named}
         for split in SPLITS:
             documents[f"domains/{domain}/{split}/zarr.json"] = group()
-            count = len(shards(plan, split, self.spec.shard_rows))
+            count = shard_count(plan, split, self.spec.shard_rows)
             for name in self.spec.arrays:
                 path = self.scratch / "metadata" / name
                 self._create(path, name, max(count, 1))
@@ -131,10 +133,10 @@ class Store:
         for name in self.spec.arrays:
             path = object_path(self.root, self.spec, key, name)
             size, hashed = files.hash_file(path)
-            chunks = index_of(path, self.spec.chunks_per_shard).checksums()
+            chunks = checksums(path, self.spec.chunks_per_shard)
             objects[name] = Object(size, hashed, chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
-        record.write(self.root, self.spec.format_version)
+        record.write(self.objects, self.spec.format_version)
         return record
 
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:
@@ -142,7 +144,7 @@ class Store:
         return {
             key
             for split in SPLITS
-            for number in range(len(shards(plan, split, self.spec.shard_rows)))
+            for number in range(shard_count(plan, split, self.spec.shard_rows))
             for key in [ShardKey(domain, split, number)]
             if not all(self._there(key, name) for name in TOKEN_ARRAYS)
         }

@@ -7,19 +7,20 @@ another batch: on a GPU even that is not exact, and a difference means nothing w
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from ddk_cache import files
-from ddk_cache.manifest import TOKENIZER, Object, object_path, record_path
+from ddk_cache.manifest import TOKENIZER
+from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache
-from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey
-from ddk_cache.shards import index_of
+from ddk_cache.records import object_name, record_name
+from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey, rows_at
+from ddk_cache.shards import check_chunks
 from ddk_cache.store import TOKEN_ARRAYS
 
 THREADS = 8
@@ -30,7 +31,8 @@ THREADS = 8
 class Problem:
     """Something that is not as it was committed."""
 
-    path: Path
+    name: str
+    """Of the object, below the root."""
     text: str
     key: ShardKey | None = None
     """The shard that it is part of, if it is part of one."""
@@ -47,22 +49,23 @@ def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
 
 
 def bytes_below(cache: Cache) -> int:
-    """Return the bytes of all files below the domains of a cache."""
+    """Return the bytes of all files below the domains of a cache; 0 where counting costs much."""
+    if not isinstance(cache.objects, Folder):
+        return 0
     files_below = (cache.root / "domains").rglob("*")
     return sum(path.stat().st_size for path in files_below if path.is_file())
 
 
 def _tokenizer(cache: Cache) -> Iterator[Problem]:
     for name, entry in cache.manifest.root.tokenizer_files.items():
-        yield from _differs(cache.root / TOKENIZER / name, *entry)
+        yield from _differs(cache, f"{TOKENIZER}/{name}", *entry)
 
 
 def _metadata(cache: Cache) -> Iterator[Problem]:
     documents = [cache.plan(domain).metadata for domain in cache.domains]
     for name, text in {n: t for metadata in documents for n, t in metadata.items()}.items():
-        path = cache.root / name
-        if not path.is_file() or path.read_bytes() != text.encode():
-            yield Problem(path, f"{path} is missing or has changed")
+        if cache.objects.read(name) != text.encode():
+            yield Problem(name, f"{cache.objects.where(name)} is missing or has changed")
 
 
 def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
@@ -72,44 +75,43 @@ def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
     try:
         record = cache.record(key)
     except CorruptCacheError as error:
-        return [Problem(record_path(cache.root, key), str(error), key)], 0
-    problems = []
-    for name, entry in record.objects.items():
-        problems += _object(cache, key, name, entry)
+        return [Problem(record_name(key), str(error), key)], 0
+    problems: list[Problem] = []
+    for array, entry in record.objects.items():
+        name = object_name(cache.spec, key, array)
+        problems += _differs(cache, name, entry.bytes, entry.hash, key)
     return problems, sum(entry.bytes for entry in record.objects.values())
 
 
 def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
-    """Check the chunks of the token rows of a shard that no record vouches for yet."""
-    for name in TOKEN_ARRAYS:
-        path = object_path(cache.root, cache.spec, key, name)
+    """Check the chunks of the token rows of a shard that no record vouches for yet.
+
+    There are such rows only where somebody builds: in a directory.
+    """
+    for array in TOKEN_ARRAYS if isinstance(cache.objects, Folder) else ():
+        name = object_name(cache.spec, key, array)
         try:
-            index = index_of(path, cache.spec.chunks_per_shard)
-            for number in range(cache.spec.chunks_per_shard):
-                index.chunk(number)
+            check_chunks(cache.root / name, cache.spec.chunks_per_shard)
         except CorruptCacheError as error:
-            yield Problem(path, str(error), key)
+            yield Problem(name, str(error), key)
 
 
-def _object(cache: Cache, key: ShardKey, name: str, entry: Object) -> list[Problem]:
-    path = object_path(cache.root, cache.spec, key, name)
-    if not cache.holds(path):
-        return [Problem(path, f"{path} leads out of the cache", key)]
-    return list(_differs(path, entry.bytes, entry.hash, key))
-
-
-def _differs(path: Path, size: int, hashed: str, key: ShardKey | None = None) -> Iterator[Problem]:
-    if path.is_symlink() or not path.is_file():
-        yield Problem(path, f"{path} is missing, or not a plain file", key)
+def _differs(
+    cache: Cache, name: str, size: int, hashed: str, key: ShardKey | None = None
+) -> Iterator[Problem]:
+    where = cache.objects.where(name)
+    try:
+        found = cache.objects.hash(name)
+    except CorruptCacheError as error:
+        yield Problem(name, str(error), key)
         return
-    found = files.hash_file(path)
     if found[0] != size:
-        yield Problem(path, f"{path} has {found[0]:,} bytes, {size:,} were committed", key)
+        yield Problem(name, f"{where} has {found[0]:,} bytes, {size:,} were committed", key)
     elif found[1] != hashed:
-        yield Problem(path, f"{path} has changed: hash {found[1]}, committed {hashed}", key)
+        yield Problem(name, f"{where} has changed: hash {found[1]}, committed {hashed}", key)
 
 
-def drop_bad(cache: Cache, problems: list[Problem]) -> list[Path]:
+def drop_bad(cache: Cache, problems: list[Problem]) -> list[str]:
     """Remove what is bad, so that `build` makes just that again; return what was removed.
 
     The record of a shard goes first: from then on the shard does not exist for any reader. The
@@ -118,17 +120,18 @@ def drop_bad(cache: Cache, problems: list[Problem]) -> list[Path]:
     removed = []
     for problem in problems:
         if problem.key:
-            removed.append(record_path(cache.root, problem.key))
+            removed.append(record_name(problem.key))
+        parts = problem.name.split("/")
         if (
-            problem.path.name == "zarr.json"
-            or problem.path.parent.name == TOKENIZER
-            or (problem.key and any(name in problem.path.parts for name in TOKEN_ARRAYS))
+            parts[-1] == "zarr.json"
+            or parts[0] == TOKENIZER
+            or (problem.key and any(array in parts for array in TOKEN_ARRAYS))
         ):
-            removed.append(problem.path)
+            removed.append(problem.name)
     removed = list(dict.fromkeys(removed))
-    for path in removed:
-        path.unlink(missing_ok=True)
-    return removed
+    for name in removed:
+        cache.objects.delete(name)
+    return [cache.objects.where(name) for name in removed]
 
 
 # --- the teacher on a sample ----------------------------------------------------------------------
@@ -186,11 +189,13 @@ def _difference(one: Array, other: Array) -> Array:
 
 def sample_rows(cache: Cache, count: int, seed: int) -> list[tuple[str, str, int]]:
     """Return (domain, split, row) of random committed rows, in the order of the cache."""
-    every = [
-        (domain, split, int(row))
-        for domain in cache.domains
-        for split in SPLITS
-        for row in cache.committed_row_numbers(domain, split)
-    ]
-    chosen = np.random.default_rng(seed).permutation(len(every))[:count]
-    return [every[number] for number in sorted(chosen)]
+    pairs = [(domain, split) for domain in cache.domains for split in SPLITS]
+    ends = np.cumsum([cache.committed_rows(*pair) for pair in pairs])
+    total = int(ends[-1])
+    chosen = np.array(sorted(random.Random(seed).sample(range(total), min(count, total))))
+    rows = []
+    for pair, first, end in zip(pairs, [0, *ends], ends, strict=False):
+        places = chosen[(first <= chosen) & (chosen < end)] - first
+        found = rows_at(cache.committed_extents(*pair), places)
+        rows += [(*pair, row) for row in found.tolist()]
+    return rows

@@ -42,6 +42,8 @@ def main() -> None:
 @click.argument("run")
 @click.option("--student", required=True,
               help="Model directory, hub id, or the config.json of a fresh student.")  # fmt: skip
+@setting("shard_cache", "Directory that keeps whole shards of a cache in an object store.")
+@setting("shard_cache_size", "Bytes that it may take.")
 @setting("weighting", "How domains are weighted.", Known("weighting", RULES))
 @setting("alpha", "Smoothing of the weights: the share that follows the gaps.")
 @setting("interval", "Steps between two measurements of the gaps.")

@@ -31,6 +31,11 @@ class TrainConfig:
     student: str
     """A model directory, a hub id, or the config.json of a fresh student."""
 
+    shard_cache: str = ""
+    """A local directory that keeps whole shards of a cache in an object store."""
+    shard_cache_size: str = "50G"
+    """Bytes that it may take, for example 500M or 50G."""
+
     weighting: str = "ddk"
     """How domains are weighted: a name in `ddk_train.weights.RULES`."""
     alpha: float = 0.5

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from ddk_cache import SPLITS, Cache, Extent
-from ddk_train.mixture import Floats, Ints, key_of, permute
+from ddk_cache import SPLITS, Cache, Extent, rows_at
+from ddk_cache.chance import key_of
+from ddk_train.mixture import Floats, Ints, permute
 from ddk_train.processes import Processes
 from ddk_train.weights import Gaps
 
@@ -56,9 +57,10 @@ class GapMeter:
         device = self.processes.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for first in range(0, len(self.rows[name]), self.micro)[self.processes.share]:
-            rows = self.cache.read(name, HELD_OUT, self.rows[name][first : first + self.micro])
-            tokens = torch.from_numpy(rows.tokens).to(device)
-            mask = torch.from_numpy(rows.loss_mask).to(device)
+            numbers = self.rows[name][first : first + self.micro]
+            rows = self.cache.read_stored(name, HELD_OUT, numbers, ("tokens", "loss_mask"))
+            tokens = torch.from_numpy(rows["tokens"]).to(device).long()
+            mask = torch.from_numpy(rows["loss_mask"]).to(device).bool()
             total += torch.stack([cross_entropy(tokens, mask), mask.sum()])
         loss, positions = self.processes.total(total).tolist()
         return loss / positions if positions else float("nan")
@@ -69,9 +71,8 @@ def sample(name: str, extents: Sequence[Extent], count: int) -> Ints:
 
     The choice depends on the rows alone, so that all runs from a cache measure the same.
     """
-    runs = [np.arange(e.start, e.start + e.rows) for e in extents]
-    rows: Ints = np.concatenate([np.empty(0, np.int64), *runs])
-    if len(rows) <= count:
-        return rows
-    chosen = permute(np.arange(count), len(rows), key_of("eval", name))
-    return np.sort(rows[chosen])
+    rows = sum(extent.rows for extent in extents)
+    if rows <= count:
+        return rows_at(extents, np.arange(rows))
+    chosen = permute(np.arange(count), rows, key_of("eval", name))
+    return rows_at(extents, np.sort(chosen))

@@ -49,7 +49,7 @@ def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[
         for split, runs in splits.items():
             if name not in cache.domains or cache.extents(name, split)[: len(runs)] != runs:
                 raise MismatchError(
-                    f"{cache.root} does not have the rows of {name}/{split} that this run began "
+                    f"{cache.where} does not have the rows of {name}/{split} that this run began "
                     "with. Give the cache that it began with, or another run directory."
                 )
     if rows.keys() != set(cache.domains) or any(
@@ -57,7 +57,7 @@ def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[
         for name, splits in rows.items()
         for split, runs in splits.items()
     ):
-        say(f"{cache.root} has grown; this run keeps to the rows that it began with (--new-rows)")
+        say(f"{cache.where} has grown; this run keeps to the rows that it began with (--new-rows)")
     return rows
 
 
@@ -81,6 +81,6 @@ def check_identity(checkpoint: Path, cache: Cache) -> None:
     was = json.loads((checkpoint / IDENTITY).read_text())["cache"]["fingerprint"]
     if was != cache.spec.fingerprint:
         raise MismatchError(
-            f"the checkpoint {checkpoint} was trained from the cache {was}, and {cache.root} is "
+            f"the checkpoint {checkpoint} was trained from the cache {was}, and {cache.where} is "
             f"{cache.spec.fingerprint}. Give the cache that it began with."
         )

@@ -4,11 +4,11 @@ How many rows each domain gives is decided without chance: every row goes, among
 are not ahead of their weight, to the one that would fall behind soonest, and what is owed is
 carried over. Which rows they are follows from a keyed permutation of the domain's chunks, and of
 the rows within a block of chunks, so that reading stays local, any position is reached in O(1),
-and the state of the order is two numbers a domain. The trade-off against a full shuffle: rows of
-one chunk come within one block of each other.
+the rows are never listed, and the state of the order is two numbers a domain. The trade-off
+against a full shuffle: rows of one chunk come within one block of each other.
 
-The permutation is our own few lines of integer arithmetic, because the streams of library
-generators may change from release to release and an order has to be exact for ever.
+The permutation is integer arithmetic of our own (`ddk_cache.chance`), because an order has to be
+exact for ever.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
 from ddk_cache import Extent
+from ddk_cache.chance import key_of, scramble
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -46,23 +46,10 @@ def permute(index: Ints, size: int, key: int) -> Ints:
     while todo.any():
         left, right = values[todo] >> np.uint64(half), values[todo] & mask
         for turn in range(ROUNDS):
-            left, right = right, left ^ (_scramble(right, key + turn) & mask)
+            left, right = right, left ^ (scramble(right, key + turn) & mask)
         values[todo] = left << np.uint64(half) | right
         todo[todo] = values[todo] >= size
     return values.astype(np.int64)
-
-
-def _scramble(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """Return 64 well-mixed bits of each value and a key (the finaliser of SplitMix64)."""
-    mixed = values + np.uint64(key * 0x9E3779B97F4A7C15 & (2**64 - 1))
-    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ mixed >> np.uint64(31)
-
-
-def key_of(*parts: object) -> int:
-    """Return a 64-bit key of what is named."""
-    return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
 class Order:
@@ -70,15 +57,17 @@ class Order:
 
     def __init__(self, name: str, extents: Sequence[Extent], chunk_rows: int, seed: int) -> None:
         self.name, self.chunk_rows, self.seed = name, chunk_rows, seed
-        firsts = [np.arange(e.start, e.start + e.rows, chunk_rows) for e in extents]
-        lasts = [np.full(-(-e.rows // chunk_rows), e.start + e.rows) for e in extents]
-        self._first: Ints = np.concatenate([np.empty(0, np.int64), *firsts])
-        """First row of each chunk."""
-        self._last: Ints = np.concatenate([np.empty(0, np.int64), *lasts])
-        """Past the last valid row of each chunk's extent."""
-        self.slots = len(self._first) * chunk_rows
+        starts, rows = np.array([[0, 0], *extents], np.int64).T
+        chunks = -(-rows // chunk_rows)
+        self._ends: Ints = starts + rows
+        """Past the last row of each extent."""
+        self._until: Ints = np.cumsum(chunks)
+        """Chunks up to and with each extent."""
+        self._shift: Ints = starts - (self._until - chunks) * chunk_rows
+        """First row of an extent, less the rows that chunks before it would hold."""
+        self.chunks, self.rows = int(chunks.sum()), int(rows.sum())
+        self.slots = self.chunks * chunk_rows
         """Places in an epoch; a chunk that is not full has some without a row."""
-        self.rows = sum(e.rows for e in extents)
 
     def take(self, cursor: int, count: int) -> tuple[Ints, int]:
         """Return the next `count` rows from a cursor, and the cursor after them."""
@@ -96,7 +85,7 @@ class Order:
         return np.concatenate([self._in_epoch(e, places[epochs == e]) for e in np.unique(epochs)])
 
     def _in_epoch(self, epoch: int, places: Ints) -> Ints:
-        chunks, block = len(self._first), BLOCK_CHUNKS * self.chunk_rows
+        block = BLOCK_CHUNKS * self.chunk_rows
         key = key_of(self.seed, self.name, epoch)
         shuffled = np.empty_like(places)
         for number in np.unique(places // block):
@@ -105,9 +94,10 @@ class Order:
             size = min(block, self.slots - start)
             inner_key = key_of(key, int(number))
             shuffled[here] = start + permute(places[here] - start, size, inner_key)
-        chunk = permute(shuffled // self.chunk_rows, chunks, key)
-        rows = self._first[chunk] + shuffled % self.chunk_rows
-        inside: Ints = rows[rows < self._last[chunk]]
+        chunk = permute(shuffled // self.chunk_rows, self.chunks, key)
+        extent = np.searchsorted(self._until, chunk, side="right")
+        rows = self._shift[extent] + chunk * self.chunk_rows + shuffled % self.chunk_rows
+        inside: Ints = rows[rows < self._ends[extent]]
         return inside
 
 
@@ -150,11 +140,18 @@ class Mixture:
         self.owed[chosen] -= 1
         return chosen
 
-    def epochs(self) -> list[float]:
-        """Return how often each domain has been gone through."""
-        return [
-            cursor / order.slots for cursor, order in zip(self.cursor, self.orders, strict=True)
-        ]
+    @property
+    def sizes(self) -> Floats:
+        """Return (D) the rows of each domain."""
+        return np.array([order.rows for order in self.orders], np.float64)
+
+    def epochs(self, state: Mapping[str, Any]) -> list[float]:
+        """Return how often each domain has been gone through at a state."""
+        return [state[order.name][0] / order.slots for order in self.orders]
+
+    def begun(self, state: Mapping[str, Any]) -> list[int]:
+        """Return the epoch that each domain has last given a row of at a state, from 0."""
+        return [max(state[order.name][0] - 1, 0) // order.slots for order in self.orders]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state by domain as plain JSON values, floats exact."""

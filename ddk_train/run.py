@@ -50,6 +50,7 @@ rule's state (r of Eq. 1 and 2), `weight` the share of the rows drawn from here 
 RESUMABLE = {
     *("steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"),
     *("known_rows", "new_rows", "report_to", "patience", "keep_adapter"),
+    *("shard_cache", "shard_cache_size"),
 }
 """Settings that may differ when a run is resumed; paths may move, the content may not."""
 

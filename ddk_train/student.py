@@ -56,7 +56,7 @@ def check_tokenizer(name: str, cache: Cache) -> None:
     ours = cache.spec.tokenizer["vocabulary"]
     if theirs != ours:
         raise MismatchError(
-            f"the student {name!r} has another tokenizer than the cache {cache.root} (vocabulary "
+            f"the student {name!r} has another tokenizer than the cache {cache.where} (vocabulary "
             f"{theirs}, the cache has {ours}). Use a student over the cache's tokenizer."
         )
 

@@ -77,7 +77,11 @@ class Trainer:
     def __init__(self, config: TrainConfig, live: LiveTargets | None) -> None:
         self.config, self.live = config, live
         self.processes = Processes(config)
-        self.cache = open_cache(config.cache)
+        self.cache = open_cache(
+            config.cache,
+            shard_cache=config.shard_cache,
+            shard_cache_size=config.shard_cache_size,
+        )
         self.run = Run(Path(config.run))
         spec = self.cache.spec
         check_targets(config.loss, config.temperature, spec)
@@ -95,7 +99,13 @@ class Trainer:
             rows=config.rows,
             seed=config.seed,
         )
-        self.loader = Loader(self.cache, self.mixture, self.processes.device, self.processes.share)
+        self.loader = Loader(
+            self.cache,
+            self.mixture,
+            self.processes.device,
+            share=self.processes.share,
+            temperature=config.temperature,
+        )
         self.checkpoint_every = config.checkpoint_every or config.interval
         self.identity = identity(self.cache, config.student)
         self.state = State(self.domains, self.mixture.state_dict())
@@ -273,7 +283,7 @@ class Trainer:
 
     def _record(self, gaps: Gaps) -> None:
         weights, factor = floats(self.state.weights), np.exp(floats(self.state.log_factor or []))
-        epochs = self.mixture.epochs()
+        epochs = self.loader.epochs()
         self.run.record(
             {
                 "step": self.state.step,

@@ -29,7 +29,8 @@ OPTIONS = {
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",
-    "ddk-train run": "--student --weighting --alpha --interval --eval-rows --gamma --loss "
+    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha "
+    "--interval --eval-rows --gamma --loss "
     "--temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule --decay "
     "--optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
     "--precision --gradient-checkpointing --compile --checkpoint-every --keep --patience "

@@ -74,6 +74,28 @@ def test_counts_follow_constant_weights_within_one_row(
         assert (np.abs(seen - step * rows * weights) < 1).all()
 
 
+@pytest.mark.parametrize("domains", [2, 3, 8])
+def test_counts_follow_changing_weights_within_one_row(domains: int) -> None:
+    runs = {str(number): [Extent(0, 10_000)] for number in range(domains)}
+    for seed in range(20):
+        order = Mixture(runs, chunk_rows=4, rows=10, seed=seed)
+        generator, due, seen = np.random.default_rng(seed), np.zeros(domains), np.zeros(domains)
+        for step in range(60):
+            if step % 5 == 0:
+                weights = 0.5 * generator.dirichlet(np.full(domains, 0.5)) + 0.5 / domains
+            seen += np.bincount(order.next(weights).domain, minlength=domains)
+            due += 10 * weights
+            assert (np.abs(seen - due) < 1).all()
+
+
+def test_an_order_of_many_rows_takes_no_memory_for_them() -> None:
+    order = Order("a", [Extent(0, 10**12), Extent(10**13, 10**12)], 4, seed=1)
+    rows, cursor = order.take(10**12 + 1, 500)
+    assert cursor == 10**12 + 501
+    assert len(np.unique(rows)) == 500
+    assert ((rows < 10**12) | (rows >= 10**13)).all()
+
+
 def feedback(step: int, rows: Any) -> Any:
     """Return weights that depend on the rows drawn so far."""
     raw = (

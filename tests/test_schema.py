@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 import ddk_cache
@@ -17,7 +18,9 @@ from ddk_cache.schema import (
     TargetSpec,
     check_name,
     extents,
-    shards,
+    rows_at,
+    shard_at,
+    shard_count,
     unknown,
 )
 
@@ -114,16 +117,24 @@ def test_an_extent_begins_a_new_shard() -> None:
     two = Portion(2, 2, "two", {"train": 3, "validation": 1})
     plan = DomainPlan((one, two))
     assert extents(plan, "train", 8) == [Extent(0, 9), Extent(16, 3)]
-    assert shards(plan, "train", 8) == [(8, "one"), (1, "one"), (3, "two")]
+    assert shard_count(plan, "train", 8) == 3
+    found = [shard_at(plan, "train", 8, number) for number in range(3)]
+    assert found == [(8, "one"), (1, "one"), (3, "two")]
     assert extents(plan, "validation", 8) == [Extent(0, 1)]
-    assert shards(plan, "validation", 8) == [(1, "two")]
+    assert shard_count(plan, "validation", 8) == 1
+    assert shard_at(plan, "validation", 8, 0) == (1, "two")
+    for number in (-1, 3):
+        with pytest.raises(IndexError):
+            shard_at(plan, "train", 8, number)
+    places = np.arange(12)
+    assert rows_at(extents(plan, "train", 8), places).tolist() == [*range(9), 16, 17, 18]
 
 
 def test_the_public_names_are_these() -> None:
     assert " ".join(ddk_cache.__all__) == (
         "FORMAT_VERSION SPLITS Cache CacheError CacheSpec CorruptCacheError DDKError DomainPlan "
         "Extent FormatVersionError InputError MismatchError NotACacheError Rows SparseTargets "
-        "TargetSpec UnfinishedCacheError open_cache"
+        "TargetSpec UnfinishedCacheError open_cache rows_at"
     )
     assert ddk_train.__all__ == ["TrainConfig", "train"]
     for package in (ddk_cache, ddk_train):

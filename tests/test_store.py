@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
+from zarr.codecs import Crc32cCodec, GzipCodec
 
 from ddk_cache import (
     SPLITS,
@@ -24,8 +26,12 @@ from ddk_cache import (
     UnfinishedCacheError,
     open_cache,
 )
+from ddk_cache.manifest import write_plan
+from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache, object_sizes
+from ddk_cache.records import Object, object_name, object_path
 from ddk_cache.schema import DomainPlan, Portion, ShardKey
+from ddk_cache.shards import checksums
 from ddk_cache.store import Store
 from ddk_cache.verify import verify
 from tests.conftest import BUILD
@@ -112,6 +118,55 @@ def test_padding_cannot_be_read(cache: Cache) -> None:
 def test_an_unknown_domain_is_named(cache: Cache) -> None:
     with pytest.raises(InputError, match="Did you mean 'letters'"):
         cache.read("leters", "train", [0])
+
+
+def store_otherwise(root: Path, cache: Cache, array: str) -> None:
+    """Store an array of the letters with gzip instead of blosc, and commit it again."""
+    folder = root / "domains/letters/train" / array
+    values, spec = zarr.open_array(folder, mode="r"), cache.spec
+    data, shape = np.asarray(values), values.shape
+    shutil.rmtree(folder)
+    zarr.create_array(
+        folder,
+        shape=shape,
+        chunks=(spec.chunk_rows, *shape[1:]),
+        shards=(spec.shard_rows, *shape[1:]),
+        dtype=data.dtype,
+        compressors=[GzipCodec(), Crc32cCodec()],
+        config={"write_empty_chunks": True},
+    )[:] = data
+    place, plan = Folder(root), cache.plan("letters")
+    name = f"domains/letters/train/{array}/zarr.json"
+    metadata = {**plan.metadata, name: (root / name).read_text()}
+    write_plan(place, spec, "letters", dataclasses.replace(plan, metadata=metadata))
+    for record in cache.records("letters", "train"):
+        path = object_path(root, spec, record.key, array)
+        made = Object(*place.hash(object_name(spec, record.key, array)),
+                      checksums(path, spec.chunks_per_shard))  # fmt: skip
+        objects = {**record.objects, array: made}
+        dataclasses.replace(record, objects=objects).write(place, spec.format_version)
+
+
+def test_an_array_with_other_codecs_is_read_by_zarr_python_and_said_once(
+    copy: Path, cache: Cache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store_otherwise(copy, cache, "target_ids")
+    other = open_cache(copy)
+    rows = cache.row_numbers("letters", "train")[::-1]
+    for _ in range(2):
+        ours = cache.read_stored("letters", "train", rows)
+        for name, array in other.read_stored("letters", "train", rows).items():
+            np.testing.assert_array_equal(array, ours[name])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "letters/train/target_ids was stored with the codecs bytes, gzip, crc32c" in said[0]
+    assert not verify(other, lambda _: None)
+    path = object_path(copy, cache.spec, ShardKey("letters", "train", 0), "target_ids")
+    damaged = bytearray(path.read_bytes())
+    damaged[30] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CorruptCacheError, match="target_ids"):
+        open_cache(copy).read("letters", "train", [0])
 
 
 # --- things that are no finished cache ------------------------------------------------------------
@@ -203,5 +258,5 @@ def test_a_sound_cache_verifies(cache: Cache) -> None:
 
 
 def test_settings_of_the_tests_give_several_shards(cache: Cache) -> None:
-    assert all(len(cache.shards(domain, "train")) > 1 for domain in cache.domains)
+    assert all(cache.shard_count(domain, "train") > 1 for domain in cache.domains)
     assert cache.spec.shard_rows == BUILD["shard_rows"]

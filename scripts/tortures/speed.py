@@ -13,6 +13,7 @@ import xxhash
 
 from ddk_cache.audit import MASS_BINS
 from ddk_cache.manifest import Root, create_root, write_plan
+from ddk_cache.objects import Folder
 from ddk_cache.reader import open_cache
 from ddk_cache.schema import (
     CacheSpec,
@@ -45,12 +46,12 @@ def make_large(root: Path, megabytes: int, seed: int) -> None:
     count = max(1, megabytes * 10**6 // (row * spec.shard_rows))
     rows = {"train": count * spec.shard_rows, "validation": 0}
     root.mkdir()
-    create_root(root, Root(spec, 1, {"noise": {}}, {}))
+    create_root(Folder(root), Root(spec, 1, {"noise": {}}, {}))
     store, generator = Store(root, spec), np.random.default_rng(seed)
     plan = DomainPlan((Portion(1, 1, "", rows),))
     plan = DomainPlan(plan.portions, store.metadata("noise", plan))
     store.restore_metadata(plan)
-    write_plan(root, spec, "noise", plan)
+    write_plan(Folder(root), spec, "noise", plan)
     for number in range(count):
         key = ShardKey("noise", "train", number)
         arrays = {

@@ -1,0 +1,157 @@
+"""Objects of an S3-like store, read by `obstore`: s3://, gs://, az://, file:// and memory://.
+
+A request costs tens of milliseconds, so all that is asked for together is under way together, and
+ranges of one object that lie near each other are one request, at the price of the bytes between
+them. What fails in passing is tried again by obstore with growing pauses, within a bound of time;
+after that a person is told once. Credentials and endpoints come from the environment, as obstore
+documents them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from itertools import groupby
+from typing import Any, TypeVar
+
+from ddk_cache.objects import Range
+from ddk_cache.schema import CorruptCacheError, InputError, StorageError, digest
+
+T = TypeVar("T")
+
+IN_FLIGHT = 32
+"""Requests under way at the same time, at most."""
+
+NEAR = 2**18
+"""Bytes between two ranges of an object below which both are one request."""
+
+PATIENCE = 60.0
+"""Seconds from the first try of a request after which it is not tried again."""
+
+
+class Bucket:
+    """What lies below a URL."""
+
+    def __init__(self, url: str, patience: float | None = None) -> None:
+        """Open a URL; the environment's DDK_PATIENCE, in seconds, stands in for `PATIENCE`."""
+        self.url = url.rstrip("/")
+        self.patience = patience or float(os.environ.get("DDK_PATIENCE", PATIENCE))
+        try:
+            import obstore
+        except ImportError as error:
+            raise InputError(
+                f"{url} needs the package obstore: pip install 'ddk[cloud]'."
+            ) from error
+        self._obstore = obstore
+        self._store = self._open(obstore)
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, "request")
+
+    def _open(self, obstore: Any) -> Any:
+        retry = {"max_retries": 10, "retry_timeout": timedelta(seconds=self.patience)}
+        client: dict[str, Any] = {
+            "timeout": timedelta(seconds=self.patience),
+            "connect_timeout": "5 seconds",
+        }
+        endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+        client["allow_http"] = endpoint.startswith("http:")  # which only a person can have meant
+        remote = not self.url.startswith(("file:", "memory:"))
+        options: Any = {"retry_config": retry, "client_options": client} if remote else {}
+        try:
+            return obstore.store.from_url(self.url, **options)
+        except (obstore.exceptions.BaseError, ValueError, OSError) as error:
+            raise InputError(f"{self.url} cannot be opened: {_first_line(error)}") from error
+
+    def where(self, name: str = "") -> str:
+        """Return the URL."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def read(self, name: str) -> bytes | None:
+        """Get an object."""
+        return self._ask(name, lambda: bytes(self._obstore.get(self._store, name).bytes()))
+
+    def names(self, folder: str) -> list[str]:
+        """List, page by page."""
+
+        def ask() -> list[str]:
+            found = self._obstore.list_with_delimiter(self._store, folder)
+            paths = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
+            return [posixpath.basename(path.rstrip("/")) for path in paths]
+
+        return self._ask(folder, ask) or []
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Get an object and hash it."""
+        data = self.read(name)
+        if data is None:
+            raise CorruptCacheError(f"{self.where(name)} is missing.")
+        return len(data), digest(data)
+
+    def check(self, name: str, size: int) -> None:
+        """Trust the ranges to tell: a store has no links, and asking for a size costs as much."""
+
+    def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
+        """Get all ranges, those of one object together and all objects at the same time."""
+        groups = [list(group) for _, group in groupby(wanted, key=lambda part: part.name)]
+        for parts in self._pool.map(self._ranges, groups):
+            yield from parts
+
+    def _ranges(self, group: Sequence[Range]) -> list[bytes]:
+        name = group[0].name
+        starts, lengths = [part.offset for part in group], [part.length for part in group]
+
+        def ask() -> list[bytes]:
+            found = self._obstore.get_ranges(
+                self._store, name, starts=starts, lengths=lengths, coalesce=NEAR
+            )
+            return [bytes(part) for part in found]
+
+        parts = self._ask(name, ask)
+        if parts is None or [len(part) for part in parts] != lengths:
+            raise CorruptCacheError(f"{self.where(name)} is missing or cut short.")
+        return parts
+
+    def put(self, name: str, data: bytes) -> None:
+        """Put an object."""
+        self._ask(name, lambda: self._obstore.put(self._store, name, data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put an object on the condition that there is none."""
+        try:
+            self._ask(name, lambda: self._obstore.put(self._store, name, data, mode="create"))
+        except FileExistsError:
+            return False
+        return True
+
+    def delete(self, name: str) -> None:
+        """Delete an object."""
+        self._ask(name, lambda: self._obstore.delete(self._store, name))
+
+    def _ask(self, name: str, request: Callable[[], T]) -> T | None:
+        """Return the answer to a request, None where there is no such object.
+
+        Raises:
+            StorageError: no answer came, or it was a refusal.
+            FileExistsError: the object was to be created and is there.
+        """
+        errors = self._obstore.exceptions
+        try:
+            return request()
+        except (errors.NotFoundError, FileNotFoundError):
+            return None
+        except (errors.AlreadyExistsError, FileExistsError) as error:
+            raise FileExistsError(self.where(name)) from error
+        except (errors.BaseError, OSError) as error:
+            raise StorageError(
+                f"{self.where(name)} cannot be reached (tried for up to {self.patience:.0f} s): "
+                f"{_first_line(error)}. What was finished is safe; the same command goes on when "
+                "the store answers."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a person needs of an error of obstore, which goes on with its internals."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

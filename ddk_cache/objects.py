@@ -1,0 +1,201 @@
+"""Named bytes below one root: all that a cache asks of the place where it lies.
+
+Names are relative and use slashes. Objects are small and read whole, or large and read in
+ranges; they appear whole or not at all. A directory is the first such place and stays as direct
+as it was: a range is one `pread`. The files read last stay open, few enough for any limit.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from ddk_cache import files, process
+from ddk_cache.schema import CorruptCacheError, InputError
+
+FILES_OPEN = 256
+"""Files kept open; the usual limit of a process is 1,024."""
+
+FOLDERS_KEPT = 4096
+"""Folders that are known to lie within the root."""
+
+
+class Range(NamedTuple):
+    """Bytes offset … offset + length − 1 of an object."""
+
+    name: str
+    offset: int
+    length: int
+
+
+class Objects(Protocol):
+    """A place for objects. What goes wrong on the way to it is a named error."""
+
+    def where(self, name: str = "") -> str:
+        """Return how a person finds an object, or the root."""
+
+    def read(self, name: str) -> bytes | None:
+        """Return a whole object; None where there is none. CorruptCacheError: it is unreadable."""
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of what lies directly in a folder, in no order; none of no folder."""
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Return size in bytes and xxh3-128 hash. CorruptCacheError: it is not there, or a link."""
+
+    def check(self, name: str, size: int) -> None:
+        """Raise CorruptCacheError unless an object is a plain one of `size` bytes, where the place
+        can tell that without reading.
+        """  # noqa: D205
+
+    def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
+        """Yield ranges in the order asked for. CorruptCacheError: one is not all there."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write an object, replacing what was there."""
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object that is not there yet; False, changing nothing, where it is."""
+
+    def delete(self, name: str) -> None:
+        """Remove an object, if it is there."""
+
+
+class Folder:
+    """A directory of a local or mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._prefix = root, f"{root}/"
+        self._real = root.resolve()
+        self._open = lru_cache(FILES_OPEN)(Handle)
+        self._holds = lru_cache(FOLDERS_KEPT)(self.holds)
+
+    def where(self, name: str = "") -> str:
+        """Return the path."""
+        return self._prefix + name if name else str(self.root)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the bytes of a file."""
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CorruptCacheError(
+                f"{self.where(name)} cannot be read: {error.strerror}."
+            ) from error
+
+    def names(self, folder: str) -> list[str]:
+        """Return what `ls` would show."""
+        try:
+            return [entry.name for entry in os.scandir(self.root / folder)]
+        except OSError:
+            return []
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Hash a file in pieces."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        if path.is_symlink() or not path.is_file():
+            raise CorruptCacheError(f"{path} is missing, or not a plain file.")
+        return files.hash_file(path)
+
+    def check(self, name: str, size: int) -> None:
+        """Raise CorruptCacheError for a link, a missing file or one of another size."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        try:
+            found = path.lstat().st_size
+        except OSError as error:
+            raise CorruptCacheError(f"{path} is missing: {error.strerror}.") from error
+        if found != size:
+            raise CorruptCacheError(f"{path} has {found:,} bytes, {size:,} were committed.")
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a path, its links followed, lies within the directory."""
+        if path == self.root:
+            return True
+        if path.is_symlink():
+            return path.resolve().is_relative_to(self._real)
+        return self._holds(path.parent)
+
+    def ranges(self, wanted: Iterable[Range]) -> Iterator[bytes]:
+        """Read one range after another: a file system gains nothing from several at once."""
+        for name, offset, length in wanted:
+            yield self._open(self._prefix + name).read(offset, length)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write to a temporary file, flush and rename."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write to a temporary file, flush and link, which fails where the name is taken."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}~{process.owner()}{files.PARTIAL}")
+        files.replace(partial, data)
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+        finally:
+            partial.unlink()
+        files.sync(path.parent)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Unlink a file."""
+        (self.root / name).unlink(missing_ok=True)
+
+
+class Handle:
+    """An open file, closed when nobody holds it any more: no reader loses it to another."""
+
+    __slots__ = ("number", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path, self.number = path, -1
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range; CorruptCacheError where it is not all there."""
+        try:
+            data = os.pread(self.number, length, offset)
+        except OSError as error:
+            raise CorruptCacheError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if len(data) != length:
+            raise CorruptCacheError(f"{self.path} is cut short: {len(data):,} of {length:,} bytes.")
+        return data
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)
+
+
+def open_objects(place: str | Path) -> Objects:
+    """Return the place that a path or a URL names. InputError: the URL cannot be opened."""
+    if "://" in str(place):
+        from ddk_cache.bucket import Bucket
+
+        return Bucket(str(place))
+    return Folder(Path(place))
+
+
+def directory(place: str | Path) -> Path:
+    """Return where a cache shall be built. InputError: it is a URL, which can only be read."""
+    if "://" in str(place):
+        raise InputError(
+            f"{place}: a cache is built in a directory. Build it there and copy it to the store as "
+            "it is, the folder 'commits' last; then it can be read from its URL."
+        )
+    return Path(place)

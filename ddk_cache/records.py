@@ -1,0 +1,142 @@
+"""The commit record of a shard: that it is there, whole, and what it has to be.
+
+A record is written after everything it speaks of and is the only sign that a shard exists. It is
+a document of its own for each shard, so that a cache grows without anyone rewriting a list; the
+price is a file more for each shard, read when the shard is first touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ddk_cache.audit import sound
+from ddk_cache.manifest import COMMITS, Manifest, dump, parse, read, typed, understand
+from ddk_cache.objects import Objects
+from ddk_cache.schema import CacheSpec, CorruptCacheError, ShardKey, shard_at
+
+
+@dataclass(frozen=True)
+class Object:
+    """One committed file: a shard of one array."""
+
+    bytes: int
+    hash: str
+    """xxh3-128 of the file."""
+    chunks: str
+    """The crc32c of each chunk, eight hex digits each: a chunk is read only if it has it, so that
+    a good shard in the wrong place is noticed without reading it as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """That one shard is there, whole: written last, and only then is the shard read."""
+
+    key: ShardKey
+    fingerprint: str
+    """Of the spec that the shard was built under."""
+    content: str
+    """Of the portion that its rows come from."""
+    rows: int
+    """Valid rows; the rest of the shard is padding."""
+    positions: int
+    """Positions where the loss counts."""
+    teacher_loss: float
+    """Sum over those positions of the teacher's −log p(true token), nats, before rounding."""
+    batch_rows: int
+    """Rows that the teacher scored in one call."""
+    audit: Mapping[str, Any]
+    """What was seen while it was written; see `ddk_cache.audit`."""
+    objects: Mapping[str, Object]
+    """By array."""
+
+    def dump(self, version: int) -> bytes:
+        """Return the bytes of the record in a format version."""
+        body = {
+            "shard": list(self.key),
+            "fingerprint": self.fingerprint,
+            "content": self.content,
+            "rows": self.rows,
+            "positions": self.positions,
+            "teacher_loss": self.teacher_loss,
+            "batch_rows": self.batch_rows,
+            "audit": dict(self.audit),
+            "objects": {name: vars(entry) for name, entry in self.objects.items()},
+        }
+        return dump(body, version)
+
+    def write(self, objects: Objects, version: int) -> None:
+        """Write the record; from here on the shard is committed."""
+        objects.put(record_name(self.key), self.dump(version))
+
+
+def read_record(objects: Objects, manifest: Manifest, key: ShardKey) -> Record:
+    """Read the record of a planned shard.
+
+    Raises:
+        CorruptCacheError: it is damaged, or of another shard, plan or cache.
+    """
+    name, spec = record_name(key), manifest.spec
+    where = objects.where(name)
+    body, _ = parse(read(objects, name), where, [spec.format_version])
+
+    def build() -> Record:
+        return Record(
+            key=ShardKey(*body["shard"]),
+            fingerprint=typed(body["fingerprint"], str),
+            content=typed(body["content"], str),
+            rows=typed(body["rows"], int, 1),
+            positions=typed(body["positions"], int, 0, planned.rows * spec.seq_len),
+            teacher_loss=typed(body["teacher_loss"], float, -1, 1e6 * body["positions"]),
+            batch_rows=typed(body["batch_rows"], int, 1),
+            audit=sound(body["audit"], planned.rows * spec.seq_len),
+            objects={
+                name: Object(
+                    bytes=typed(body["objects"][name]["bytes"], int, 0),
+                    hash=typed(body["objects"][name]["hash"], str),
+                    chunks=typed(body["objects"][name]["chunks"], str),
+                )
+                for name in spec.arrays
+            },
+        )
+
+    planned = shard_at(manifest.plans[key.domain], key.split, spec.shard_rows, key.number)
+    record: Record = understand(where, build)
+    if (record.key, record.fingerprint, record.rows, record.content) != (
+        *(key, spec.fingerprint),
+        *planned,
+    ):
+        raise CorruptCacheError(f"{where} is the record of another shard or cache ({record.key}).")
+    if {len(entry.chunks) for entry in record.objects.values()} != {8 * spec.chunks_per_shard}:
+        raise CorruptCacheError(f"{where} is damaged: checksums are missing.")
+    return record
+
+
+def record_name(key: ShardKey) -> str:
+    """Return the name of the record of a shard, below the root."""
+    return f"{COMMITS}/{key.domain}/{key.split}/{key.number}.json"
+
+
+def record_path(root: Path, key: ShardKey) -> Path:
+    """Return where the record of a shard lies."""
+    return root / record_name(key)
+
+
+def object_name(spec: CacheSpec, key: ShardKey, array: str) -> str:
+    """Return the name of one shard of one array, below the root: Zarr's key of its first row."""
+    zeros = "/0" * len(spec.arrays[array].inner)
+    return f"domains/{key.domain}/{key.split}/{array}/c/{key.number}{zeros}"
+
+
+def object_path(root: Path, spec: CacheSpec, key: ShardKey, array: str) -> Path:
+    """Return the file of one shard of one array."""
+    return root / object_name(spec, key, array)
+
+
+def committed(objects: Objects, domain: str, split: str) -> set[int]:
+    """Return the numbers of the committed shards of a split, by their records' names."""
+    names = objects.names(f"{COMMITS}/{domain}/{split}")
+    numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return {int(number) for number in numbers if number.isascii() and number.isdecimal()}

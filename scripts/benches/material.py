@@ -1,0 +1,125 @@
+"""Caches to measure reading with: built from synthetic text and logits, then multiplied.
+
+The teacher is two small random matrices, scaled so that its entropy is that of a language model
+on text (two to three nats); it costs seconds. The build is the real one, so whatever a cache holds
+is stored as it always is. Multiplying repeats its shards under new numbers, each with a record of
+its own: as copies where bytes have to be read from the disk, or as links, and only where asked,
+where their number is what matters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddk_cache.build import build
+from ddk_cache.corpus import find_sources
+from ddk_cache.manifest import create_root, write_plan
+from ddk_cache.objects import Folder
+from ddk_cache.reader import Cache, open_cache
+from ddk_cache.records import object_path, record_path
+from ddk_cache.schema import SPLITS, ShardKey
+from ddk_cache.store import Store
+from ddk_cache.teacher import Teacher
+
+VOCAB = 2048
+SEQ_LEN = 1024
+DOMAIN = "noise"
+
+
+def tokenizer() -> Any:
+    """Return a tokenizer of bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    end = "<|endoftext|>"
+    vocab = {end: 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([end])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=end, eos_token=end)
+
+
+def teacher() -> Teacher:
+    """Return a teacher whose word depends on two tokens, so that hardly two positions agree."""
+    generator = torch.Generator().manual_seed(0)
+    into = torch.randn(2, VOCAB, 48, generator=generator)
+    out = torch.randn(48, VOCAB, generator=generator) * 0.35
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        before = tokens.roll(1, -1) * 251 % VOCAB
+        return (into[0][tokens] + into[1][before]) @ out
+
+    return Teacher(logits, VOCAB, {"class": "synthetic"})
+
+
+def built(path: Path, targets: str, tokens: int, shard_rows: int) -> Path:
+    """Build a cache of one domain of about so many tokens."""
+    corpus = path.with_suffix(".corpus")
+    corpus.mkdir(parents=True)
+    words = random.Random(0)
+    letters = [chr(code) for code in range(33, 127)]
+    texts = ["".join(words.choices(letters, k=4095)) for _ in range(tokens // 4096)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (corpus / f"{DOMAIN}.jsonl").write_text(lines)
+    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "shard_rows": shard_rows, "holdout": 0.0}
+    build(path, find_sources(corpus), teacher(), tokenizer(), target_spec=targets, **settings)
+    shutil.rmtree(corpus)
+    return path
+
+
+class Multiplied:
+    """A cache in the making whose training rows are the whole shards of another, repeated."""
+
+    def __init__(self, source: Path, times: int, out: Path) -> None:
+        cache = open_cache(source)
+        self.source, self.out, self.spec = source, out, cache.spec
+        whole = range(cache.plan(DOMAIN).rows(SPLITS[0]) // cache.spec.shard_rows)
+        self.keys = [ShardKey(DOMAIN, SPLITS[0], number) for number in whole]
+        self.count = len(self.keys) * times
+        self._begin(cache)
+        self._write_records(cache)
+
+    def _begin(self, cache: Cache) -> None:
+        """Write root, tokenizer, Zarr's documents and the plan."""
+        objects, store = Folder(self.out), Store(self.out, self.spec)
+        create_root(objects, cache.manifest.root)
+        shutil.copytree(cache.tokenizer_path, self.out / "tokenizer")
+        rows = {SPLITS[0]: self.count * self.spec.shard_rows, SPLITS[1]: 0}
+        portion = dataclasses.replace(cache.plan(DOMAIN).portions[0], rows=rows)
+        plan = dataclasses.replace(cache.plan(DOMAIN), portions=(portion,))
+        plan = dataclasses.replace(plan, metadata=store.metadata(DOMAIN, plan))
+        store.restore_metadata(plan)
+        write_plan(objects, self.spec, DOMAIN, plan)
+        store.sweep()
+
+    def _write_records(self, cache: Cache) -> None:
+        """Write all records, without a flush for each, and the folders that show the rows."""
+        records = [cache.record(key) for key in self.keys]
+        for number in range(self.count):
+            key = ShardKey(DOMAIN, SPLITS[0], number)
+            path = record_path(self.out, key)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record = dataclasses.replace(records[number % len(records)], key=key)
+            path.write_bytes(record.dump(self.spec.format_version))
+            object_path(self.out, self.spec, key, "tokens").parent.mkdir(parents=True)
+
+    def place(self, numbers: Iterable[int], *, link: bool) -> None:
+        """Give shards their objects: links to those they repeat, or copies."""
+        carry = os.link if link else shutil.copyfile
+        for number in numbers:
+            old, new = self.keys[number % len(self.keys)], ShardKey(DOMAIN, SPLITS[0], number)
+            for array in self.spec.arrays:
+                path = object_path(self.out, self.spec, new, array)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                carry(object_path(self.source, self.spec, old, array), path)

@@ -1,0 +1,322 @@
+"""A cache in an object store: a real S3 server on loopback, also one that fails and one that goes.
+
+The server is moto's, in a process of its own; before it stands a proxy that answers every tenth
+request with an error or hangs up. Needs `moto[s3]`, flask and flask-cors, which are too many
+packages for the usual set-up; skipped where they are not installed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ddk_cache import CorruptCacheError, NotACacheError, open_cache
+from ddk_cache.bucket import Bucket
+from ddk_cache.objects import Folder, Objects, Range
+from ddk_cache.reader import Cache
+from ddk_cache.schema import InputError, StorageError
+from ddk_train import TrainConfig, train
+from tests.conftest import command, finish, tree
+from tests.test_train import timeless
+
+obstore = pytest.importorskip("obstore")
+pytest.importorskip("moto.server", reason="needs moto[s3], flask and flask-cors")
+pytest.importorskip("flask_cors", reason="needs moto[s3], flask and flask-cors")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Flaky(BaseHTTPRequestHandler):
+    """Pass requests on; every tenth fails, in turn with an error and with silence."""
+
+    protocol_version = "HTTP/1.1"
+    target = 0
+    count = 0
+    lock = threading.Lock()
+
+    def _pass(self) -> None:
+        with Flaky.lock:
+            Flaky.count += 1
+            number = Flaky.count
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if number % 20 == 0:
+            self.send_response(500)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if number % 20 == 10:
+            self.close_connection = True
+            return
+        upstream = http.client.HTTPConnection("127.0.0.1", Flaky.target, timeout=30)
+        try:
+            upstream.request(self.command, self.path, body, dict(self.headers))
+            answer = upstream.getresponse()
+            data = answer.read()
+        except OSError:  # the server is gone: so is the answer
+            self.close_connection = True
+            return
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
+                self.send_header(name, value)
+        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
+        self.send_header("Content-Length", length or "0")
+        self.end_headers()
+        self.wfile.write(data)
+        upstream.close()
+
+    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _pass  # noqa: N815
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+class Server:
+    """A moto process and the proxy before it."""
+
+    def __init__(self) -> None:
+        self.port, self.flaky = free_port(), free_port()
+        words = ["-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p"]
+        self.process = subprocess.Popen(
+            [sys.executable, *words, str(self.port)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        Flaky.target = self.port
+        self.proxy = ThreadingHTTPServer(("127.0.0.1", self.flaky), Flaky)
+        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                connection.request("PUT", "/bucket")
+                if connection.getresponse().status == 200:
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError("moto does not answer")
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
+        self.proxy.shutdown()
+        self.proxy.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    made = Server()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
+    yield made
+    made.close()
+
+
+def upload(cache: Cache, url: str) -> str:
+    """Copy a cache as it is, which is all that it takes."""
+    bucket = Bucket(url)
+    for name, data in tree(cache.root).items():
+        bucket.put(name, data)
+    return url
+
+
+# --- the same answers from every place ------------------------------------------------------------
+
+
+def same_answers(place: Objects) -> None:
+    """Ask everything that a place can be asked."""
+    assert place.read("a/none") is None
+    assert place.names("a") == []
+    place.put("a/one", b"0123456789")
+    place.put("a/one", b"9876543210")
+    assert place.read("a/one") == b"9876543210"
+    assert place.create("a/two", b"first")
+    assert not place.create("a/two", b"second")
+    assert place.read("a/two") == b"first"
+    place.put("a/b/three", b"x" * 100)
+    assert sorted(place.names("a")) == ["b", "one", "two"]
+    wanted = [Range("a/one", 2, 3), Range("a/one", 8, 2), Range("a/two", 0, 5)]
+    assert list(place.ranges(wanted)) == [b"765", b"10", b"first"]
+    place.delete("a/two")
+    place.delete("a/two")
+    assert place.read("a/two") is None
+    assert place.where("a/one").endswith("/a/one")
+
+
+def test_a_folder_and_every_kind_of_store_give_the_same_answers(
+    tmp_path: Path, server: Server
+) -> None:
+    (tmp_path / "files").mkdir()
+    same_answers(Folder(tmp_path / "folder"))
+    same_answers(Bucket(f"file://{tmp_path}/files"))
+    same_answers(Bucket("memory:///"))
+    same_answers(Bucket("s3://bucket/place"))
+
+
+def test_a_url_that_is_no_store_is_refused(server: Server) -> None:
+    with pytest.raises(InputError, match="cannot be opened"):
+        open_cache("gopher://old/mix.zarr")
+    with pytest.raises(NotACacheError, match="s3://bucket/nothing is not a cache"):
+        open_cache("s3://bucket/nothing")
+
+
+def test_what_needs_a_directory_says_so_at_once(corpus: Path, teacher_dir: Path) -> None:
+    for name in ("build", "plan"):
+        words = (name, corpus, "s3://bucket/mix.zarr", "--teacher", teacher_dir)
+        code, _, err = finish(command("ddk-cache", *words))
+        assert code == 2
+        assert "is built in a directory" in err
+
+
+def test_info_and_verify_take_a_url(server: Server, cache: Cache) -> None:
+    url = upload(cache, "s3://bucket/mix.zarr")
+    code, out, err = finish(command("ddk-cache", "info", url, "--json"))
+    assert code == 0, err
+    assert json.loads(out)["path"] == url
+    assert finish(command("ddk-cache", "verify", url))[0] == 0
+    victim = "domains/letters/train/target_ids/c/0/0/0/0"
+    whole = Bucket(url).read(victim)
+    assert whole is not None
+    Bucket(url).put(victim, whole[:-9] + b"?" + whole[-8:])
+    code, out, _ = finish(command("ddk-cache", "verify", url))
+    assert code == 1
+    assert f"{url}/{victim} has changed" in out
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+def test_rows_from_s3_are_those_of_the_files(
+    server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = upload(cache, "s3://bucket/mix.zarr")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.flaky}")
+    remote = open_cache(url)
+    for domain in cache.domains:
+        rows = cache.row_numbers(domain, "train")
+        ours, theirs = (c.read_stored(domain, "train", rows) for c in (cache, remote))
+        for name, array in ours.items():
+            np.testing.assert_array_equal(theirs[name], array)
+    assert Flaky.count > 20
+
+
+def test_whole_shards_are_kept_up_to_a_size_and_still_checked(
+    server: Server, cache: Cache, tmp_path: Path
+) -> None:
+    url, folder = upload(cache, "s3://bucket/mix.zarr"), tmp_path / "shards"
+    rows = cache.row_numbers("letters", "train")
+    expected = cache.read_stored("letters", "train", rows)
+
+    def read(size: str) -> None:
+        opened = open_cache(url, shard_cache=folder, shard_cache_size=size)
+        for name, array in opened.read_stored("letters", "train", rows).items():
+            np.testing.assert_array_equal(array, expected[name])
+
+    read("1G")
+    kept = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(kept) == cache.shard_count("letters", "train") * len(cache.spec.arrays)
+    bucket = Bucket(url)
+    for number in range(cache.shard_count("letters", "train")):
+        bucket.delete(f"domains/letters/train/target_ids/c/{number}/0/0/0")
+    read("1G")  # from the copies alone
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:-5] + b"?????")
+    with pytest.raises(CorruptCacheError):
+        read("1G")
+    upload(cache, url)
+    for path in folder.iterdir():
+        path.unlink()
+    read("2K")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2000
+    with pytest.raises(InputError, match="is no size"):
+        read("much")
+
+
+@pytest.fixture
+def configure(student_config: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    def configure(cache: str, run: str, **changes: Any) -> TrainConfig:
+        paths: dict[str, Any] = {"run": str(tmp_path / run), "student": str(student_config)}
+        settings: dict[str, Any] = {"steps": 6, "interval": 3, "rows": 4, "eval_rows": 4}
+        return TrainConfig(cache=cache, **paths, **settings | {"log_every": 1} | changes)
+
+    return configure
+
+
+def test_training_from_a_failing_s3_gives_the_same_losses(
+    server: Server,
+    cache: Cache,
+    configure: Callable[..., TrainConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = train(configure(str(cache.root), "local"))
+    url = upload(cache, "s3://bucket/mix.zarr")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.flaky}")
+    before = Flaky.count
+    remote = train(configure(url, "remote"))
+    assert Flaky.count - before > 40
+    assert timeless(remote.metrics()) == timeless(local.metrics())
+    assert remote.history() == local.history()
+    assert (remote.student / "tokenizer.json").read_bytes() == (
+        local.student / "tokenizer.json"
+    ).read_bytes()
+
+
+def test_a_server_that_goes_ends_the_run_in_one_message_with_its_checkpoint(
+    server: Server, cache: Cache, student_config: Path, tmp_path: Path
+) -> None:
+    url, run = upload(cache, "s3://bucket/mix.zarr"), tmp_path / "run"
+    words = ["--steps", 100_000, "--interval", 20, "--rows", 4, "--eval-rows", 2]
+    environment = os.environ | {"DDK_PATIENCE": "3"}
+    process = command(
+        "ddk-train", "run", url, run, "--student", student_config, *words, env=environment
+    )
+    deadline = time.monotonic() + 100
+    while not list(run.glob("checkpoints/step-*[0-9]")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    server.kill()
+    began = time.monotonic()
+    code, _, err = finish(process)
+    assert time.monotonic() - began < 60
+    assert code == 1, err
+    assert "Traceback" not in err
+    said = [line for line in err.splitlines() if line.startswith("Error:")]
+    assert len(said) == 1
+    assert "cannot be reached" in said[0]
+    for checkpoint in run.glob("checkpoints/step-*[0-9]"):
+        assert (checkpoint / "state.json").exists()
+        assert (checkpoint / "torch.pt").exists()
+
+
+def test_a_server_that_is_gone_is_said_within_the_bound(server: Server) -> None:
+    server.kill()
+    began = time.monotonic()
+    with pytest.raises(StorageError, match="cannot be reached"):
+        Bucket("s3://bucket/mix.zarr", patience=2).read("zarr.json")
+    assert time.monotonic() - began < 20
