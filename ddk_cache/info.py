@@ -12,6 +12,16 @@ from ddk_cache.audit import total
 from ddk_cache.reader import Cache, object_sizes
 from ddk_cache.schema import SPLITS
 
+HELD = ("documents", "train\nrows", "held-out\nrows", "done", "teacher\nperplexity")
+"""What a domain holds, and what the teacher makes of its held-out rows."""
+
+SEEN = (
+    *("top-1\nright", "entropy,\nnats", "kept mass\n1 % … 50 %"),
+    *("KL lost,\nnats", "total\nvariation", "gradient\nerror²"),
+)
+"""What was seen of the teacher while its targets were written, and what they lose of it; see
+`ddk_cache.fidelity`."""
+
 
 def describe(cache: Cache) -> dict[str, Any]:
     """Return the facts of a cache as plain JSON values."""
@@ -64,35 +74,42 @@ def show(facts: dict[str, Any]) -> None:
         f"{spec['targets']} of {spec['vocab_size']:,} tokens, rows of {spec['seq_len']:,}; "
         f"teacher {teacher} ({dtype})"
     )
-    table = Table("domain", box=None, pad_edge=False)
-    figures = ("documents", "train\nrows", "held-out\nrows", "done", "teacher\nperplexity")
-    seen = ("top-1\nright", "entropy,\nnats", "kept mass\n1 % … 50 %")
-    lost = ("KL lost,\nnats", "total\nvariation", "gradient\nerror²")
-    for column in (*figures, *seen, *lost):
-        table.add_column(column, justify="right")
-    for name, domain in facts["domains"].items():
-        table.add_row(name, *_row(domain))
-    for name in facts["unplanned"]:
-        table.add_row(name, "not planned yet")
-    console.print(table)
+    for columns, row in ((HELD, _held), (SEEN, _seen)):
+        table = Table("domain", box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, justify="right")
+        for name, domain in facts["domains"].items():
+            table.add_row(name, *row(domain))
+        console.print(table, "")
+    if facts["unplanned"]:
+        console.print(f"not planned yet: {', '.join(facts['unplanned'])}")
     parts = ", ".join(f"{name} {size:.2f}" for name, size in facts["bytes_per_token"].items())
     console.print(f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes; bytes a token: {parts}")
 
 
-def _row(domain: dict[str, Any]) -> list[str]:
+def _held(domain: dict[str, Any]) -> list[str]:
+    """Return the figures of `HELD`."""
     planned, done = (sum(domain[key].values()) for key in ("rows", "committed_rows"))
-    perplexity, seen = domain["teacher_perplexity"], domain["seen"]
-    mass = seen["kept_mass_quantiles"] if seen else {}
-    lost = seen.get("fidelity", {})
+    perplexity = domain["teacher_perplexity"]
     return [
         f"{domain['documents']:,}",
         f"{domain['rows']['train']:,}",
         f"{domain['rows']['validation']:,}",
         f"{done / planned:.0%}",
         f"{perplexity:,.2f}" if perplexity else "–",
-        f"{seen['accuracy']:.1%}" if seen else "–",
-        f"{seen['entropy']:.2f}" if seen else "–",
-        f"{mass['0.01']:.2f} … {mass['0.5']:.2f}" if seen else "–",
+    ]
+
+
+def _seen(domain: dict[str, Any]) -> list[str]:
+    """Return the figures of `SEEN`."""
+    seen = domain["seen"]
+    if not seen:
+        return ["–"] * len(SEEN)
+    mass, lost = seen["kept_mass_quantiles"], seen["fidelity"]
+    return [
+        f"{seen['accuracy']:.1%}",
+        f"{seen['entropy']:.2f}",
+        f"{mass['0.01']:.2f} … {mass['0.5']:.2f}",
         f"{lost['kl']:.4f}" if lost.get("kl") else "–",
         f"{lost['total_variation']:.3f}" if lost else "–",
         f"{lost['gradient_error']:.4f}" if lost else "–",

@@ -48,8 +48,8 @@ NAMES = (
     "topk:64,renormalised:64,label:64"
 )
 
-WARMUP = 10
-"""Steps over which the learning rate rises."""
+WARMUP = 4
+"""The learning rate rises over the first of so many parts of the steps."""
 
 
 class Dense(torch.autograd.Function):
@@ -120,7 +120,7 @@ def train_together(
                     sums: Sums = fused_loss(hidden, Head(weight), labels_P, made, terms)
                     loss = sums.loss
                 (loss / batch[:, 1:].numel()).backward()
-        done = (step + 1) / WARMUP
+        done = WARMUP * (step + 1) / steps
         for name, student in students.items():
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             for group in optimizers[name].param_groups:
