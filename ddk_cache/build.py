@@ -1,10 +1,10 @@
 """The job: open or create → plan → teacher → audit → write → commit, shard by shard.
 
 Any number of processes may do it together: each claims a domain to plan or a shard to score, and
-all go on until the cache is finished. While the teacher works on a shard, the one before it is
-audited, compressed, flushed and committed by a thread; at most one shard waits, so memory is
-bounded and a process that dies loses two shards of work at most. The same call goes on where the
-last one stopped.
+all go on until the cache is finished. While a teacher on an accelerator works on a shard, the one
+before it is audited, compressed, flushed and committed by a thread; at most one shard waits, so
+memory is bounded and a process that dies loses two shards of work at most. The same call goes on
+where the last one stopped.
 """
 
 from __future__ import annotations
@@ -325,7 +325,10 @@ class Work:
         scored = scorer.score(key, tokens, partial(self._advance, progress, note=note))
         self._settle()
         finish = partial(self._finish, key, shard, tokens, scored, codec, scorer.batch_rows)
-        self.pending = self.writer.submit(finish)
+        if scorer.teacher.device.type == "cpu":
+            finish()  # a thread would only take cores from the teacher
+        else:
+            self.pending = self.writer.submit(finish)
 
     def _finish(
         self,

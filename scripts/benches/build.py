@@ -31,6 +31,10 @@ from ddk_cache.teacher import Teacher, load_teacher
 
 SEQ_LEN = 256
 BATCH_ROWS = 16
+SHARD_ROWS = 64
+"""Small shards, so that little of what is written is padding, as in a large cache."""
+
+DOMAINS = ("c", "docs", "python")
 
 LARGE = {
     "vocab_size": 50_000,
@@ -114,7 +118,7 @@ def whole(
     path = folder / "cache.zarr"
     make = partial(
         build, path, sources, teacher, tokenizer,
-        seq_len=SEQ_LEN, target_spec=kind, batch_rows=BATCH_ROWS,
+        seq_len=SEQ_LEN, target_spec=kind, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS,
     )  # fmt: skip
     make()
     cache = open_cache(path)
@@ -143,7 +147,7 @@ def whole(
 @click.command()
 @click.option("--kinds", default="topk:64,sampled:16", show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--documents", default=150, show_default=True, help="Of three domains, to build.")
+@click.option("--documents", default=7, show_default=True, help="Of each domain, to build.")
 @click.option("--large/--no-large", default=True, show_default=True, help="The 150 M teacher too.")
 @json_option
 def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:
@@ -161,8 +165,9 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"
         corpus.mkdir()
-        for path in sorted((data() / "corpus").glob("*.parquet"))[:3]:
-            parquet.write_table(parquet.read_table(path).slice(0, documents), corpus / path.name)
+        for name in DOMAINS:
+            table = parquet.read_table(data() / f"corpus/{name}.parquet")
+            parquet.write_table(table.slice(0, documents), corpus / f"{name}.parquet")
         built = [whole(Path(scratch), teacher, tokenizer, name, repeats) for name in names]
     record.table("a build beside forward and extraction", built)
     record.write(json_path)

@@ -36,7 +36,7 @@ NAMES = (
     "label:12,label:64,random:50,sampled:8,sampled:12,sampled:16,sampled:24,sampled:32"
 )
 
-MEANS = (2_048, 16_384)
+MEANS = (2_048, 16_384, 65_536)
 """Positions over which gradients are averaged."""
 
 WIDE = 151_936
@@ -131,7 +131,7 @@ class Errors:
 
 
 @click.command()
-@click.option("--rows", default=CHUNK_ROWS, show_default=True, help="Of every domain.")
+@click.option("--rows", default=2 * CHUNK_ROWS, show_default=True, help="Of every domain.")
 @click.option("--warm-steps", default=150, show_default=True, help="Of the student's training.")
 @click.option("--targets", "names", default=NAMES, show_default=True)
 @click.option("--start", type=click.Path(path_type=Path), help="Keep the warmed student here.")
