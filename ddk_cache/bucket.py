@@ -180,8 +180,9 @@ class Bucket:
                 self._put(name, data, "create")
             except FileExistsError:
                 return self.read(name) == data
-            except StorageError:
-                if time.monotonic() + PAUSE > deadline:
+            except StorageError as error:
+                refused = not isinstance(error.__cause__, self._obstore.exceptions.GenericError)
+                if refused or time.monotonic() + PAUSE > deadline:
                     raise
                 time.sleep(PAUSE)
             else:
@@ -194,7 +195,7 @@ class Bucket:
         try:
             self._ask(name, ask)
         except FileNotFoundError as error:
-            raise StorageError(
+            raise InputError(
                 f"{self.where(name)} cannot be written: there is no such bucket. Make it first."
             ) from error
 

@@ -103,8 +103,8 @@ def test_what_is_there_as_it_was_asked_for_counts_as_created(server: Server) -> 
 
 
 def test_a_bucket_that_is_not_there_is_said(server: Server) -> None:
-    with pytest.raises(StorageError, match="there is no such bucket"):
-        Bucket("s3://elsewhere/place").put("name", b"")
+    with pytest.raises(InputError, match="there is no such bucket"):
+        Bucket("s3://elsewhere/place").create("name", b"")
 
 
 def test_info_and_verify_take_a_url(server: Server, cache: Cache) -> None:

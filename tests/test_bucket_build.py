@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from ddk_cache import InputError, MismatchError, StorageError, process
+from ddk_cache import InputError, MismatchError, process
 from ddk_cache.bucket import Bucket
 from ddk_cache.build import build
 from ddk_cache.claims import Claims
 from ddk_cache.corpus import find_sources
 from ddk_cache.reader import Cache, open_cache
+from ddk_cache.schema import StorageError
 from ddk_cache.teacher import Teacher
 from ddk_cache.verify import drop_bad, verify
 from tests.conftest import BUILD, VOCAB, command, finish, random_teacher, tree
@@ -50,8 +51,8 @@ def builder(corpus: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 def wait_for(count: int, folder: str) -> None:
     """Wait until so many objects lie below a folder."""
-    deadline = time.monotonic() + 100
-    while len(list(Bucket(URL).below(folder))) < count:
+    bucket, deadline = Bucket(URL), time.monotonic() + 100
+    while len(list(bucket.below(folder))) < count:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -82,7 +83,7 @@ def test_a_place_that_holds_something_else_is_left_alone(server: Server, make_ca
     Bucket(URL).put("thesis.txt", b"years of work")
     with pytest.raises(InputError, match="exists and is not a cache"):
         make_cache(URL)
-    with pytest.raises(StorageError, match="there is no such bucket"):
+    with pytest.raises(StorageError, match="404 Not Found"):
         make_cache("s3://elsewhere/mix.zarr")
     assert contents() == {"thesis.txt": b"years of work"}
 
