@@ -1,9 +1,10 @@
-"""Objects of an S3-like store, read by `obstore`: s3://, gs://, az://, file:// and memory://.
+"""Objects of an S3-like store, by way of `obstore`: s3://, gs://, az://, file:// and memory://.
 
 A request costs tens of milliseconds, so all that is asked for together is under way together, and
 ranges of one object that lie near each other are one request, at the price of the bytes between
 them. What fails in passing is tried again by obstore with growing pauses, within a bound of time;
-after that a person is told once. Credentials and endpoints come from the environment, as obstore
+after that a person is told once. An object is put whole, in one request, so that nothing half
+uploaded is left to pay for. Credentials and endpoints come from the environment, as obstore
 documents them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
 """
 
@@ -11,10 +12,16 @@ from __future__ import annotations
 
 import os
 import posixpath
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from itertools import groupby
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ddk_cache.objects import Range
@@ -30,6 +37,9 @@ NEAR = 2**18
 
 PATIENCE = 60.0
 """Seconds from the first try of a request after which it is not tried again."""
+
+PAUSE = 0.5
+"""Seconds between two tries of a request that obstore does not try again by itself."""
 
 
 class Bucket:
@@ -64,13 +74,40 @@ class Bucket:
         except (obstore.exceptions.BaseError, ValueError, OSError) as error:
             raise InputError(f"{self.url} cannot be opened: {_first_line(error)}") from error
 
+    @cached_property
+    def scratch(self) -> Path:
+        """Return a temporary folder; one that a killed process leaves is the system's to clear."""
+        return Path(tempfile.mkdtemp(prefix="ddk-"))
+
     def where(self, name: str = "") -> str:
         """Return the URL."""
         return f"{self.url}/{name}" if name else self.url
 
     def read(self, name: str) -> bytes | None:
         """Get an object."""
-        return self._ask(name, lambda: bytes(self._obstore.get(self._store, name).bytes()))
+        found = self.aged(name)
+        return None if found is None else found[0]
+
+    def aged(self, name: str) -> tuple[bytes, float] | None:
+        """Get an object, and by the store's word when it was put."""
+
+        def ask() -> tuple[bytes, datetime]:
+            answer = self._obstore.get(self._store, name)
+            return bytes(answer.bytes()), answer.meta["last_modified"]
+
+        try:
+            data, written = self._ask(name, ask)
+        except FileNotFoundError:
+            return None
+        return data, (datetime.now(UTC) - written).total_seconds()
+
+    def exists(self, name: str) -> bool:
+        """Ask for the size."""
+        try:
+            self._ask(name, lambda: self._obstore.head(self._store, name))
+        except FileNotFoundError:
+            return False
+        return True
 
     def names(self, folder: str) -> list[str]:
         """List, page by page."""
@@ -80,7 +117,20 @@ class Bucket:
             paths = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
             return [posixpath.basename(path.rstrip("/")) for path in paths]
 
-        return self._ask(folder, ask) or []
+        try:
+            return self._ask(folder, ask)
+        except FileNotFoundError:
+            return []
+
+    def below(self, folder: str) -> Iterator[str]:
+        """List, page by page."""
+
+        def ask() -> list[str]:
+            pages = self._obstore.list(self._store, folder)
+            return [entry["path"] for page in pages for entry in page]
+
+        with suppress(FileNotFoundError):
+            yield from self._ask(folder, ask)
 
     def hash(self, name: str) -> tuple[int, str]:
         """Get an object and hash it."""
@@ -108,39 +158,79 @@ class Bucket:
             )
             return [bytes(part) for part in found]
 
-        parts = self._ask(name, ask)
-        if parts is None or [len(part) for part in parts] != lengths:
-            raise CorruptCacheError(f"{self.where(name)} is missing or cut short.")
-        return parts
+        with suppress(FileNotFoundError):
+            parts = self._ask(name, ask)
+            if [len(part) for part in parts] == lengths:
+                return parts
+        raise CorruptCacheError(f"{self.where(name)} is missing or cut short.")
 
     def put(self, name: str, data: bytes) -> None:
         """Put an object."""
-        self._ask(name, lambda: self._obstore.put(self._store, name, data))
+        self._put(name, data, "overwrite")
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Put an object on the condition that there is none."""
+    def create(self, name: str, data: bytes, *, flush: bool = True) -> bool:
+        """Put an object on the condition that there is none.
+
+        obstore does not repeat that where an answer was lost, for it cannot know who then made
+        the object. Here its content tells: what is there as it was asked for is ours, or as good.
+        """
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                self._put(name, data, "create")
+            except FileExistsError:
+                return self.read(name) == data
+            except StorageError as error:
+                refused = not isinstance(error.__cause__, self._obstore.exceptions.GenericError)
+                if refused or time.monotonic() + PAUSE > deadline:
+                    raise
+                time.sleep(PAUSE)
+            else:
+                return True
+
+    def _put(self, name: str, data: bytes, mode: str) -> None:
+        def ask() -> None:
+            self._obstore.put(self._store, name, data, mode=mode, use_multipart=False)
+
         try:
-            self._ask(name, lambda: self._obstore.put(self._store, name, data, mode="create"))
-        except FileExistsError:
-            return False
-        return True
+            self._ask(name, ask)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.where(name)} cannot be written: there is no such bucket. Make it first."
+            ) from error
+
+    def hand_over(self, made: Path, name: str) -> None:
+        """Put a file and remove it."""
+        self.put(name, made.read_bytes())
+        made.unlink()
 
     def delete(self, name: str) -> None:
         """Delete an object."""
-        self._ask(name, lambda: self._obstore.delete(self._store, name))
+        with suppress(FileNotFoundError):
+            self._ask(name, lambda: self._obstore.delete(self._store, name))
 
-    def _ask(self, name: str, request: Callable[[], T]) -> T | None:
-        """Return the answer to a request, None where there is no such object.
+    def delete_below(self, folder: str) -> None:
+        """Delete all objects that are listed, in requests of many."""
+        if names := list(self.below(folder)):
+            self._ask(folder, lambda: self._obstore.delete(self._store, names))
+
+    def tidy(self) -> None:
+        """Remove the temporary folder: on the store there is never anything half done."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _ask(self, name: str, request: Callable[[], T]) -> T:
+        """Return the answer to a request.
 
         Raises:
             StorageError: no answer came, or it was a refusal.
+            FileNotFoundError: there is no such object.
             FileExistsError: the object was to be created and is there.
         """
         errors = self._obstore.exceptions
         try:
             return request()
-        except (errors.NotFoundError, FileNotFoundError):
-            return None
+        except (errors.NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(self.where(name)) from error
         except (errors.AlreadyExistsError, FileExistsError) as error:
             raise FileExistsError(self.where(name)) from error
         except (errors.BaseError, OSError) as error:

@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ddk_cache import files
 from ddk_cache.audit import audit
-from ddk_cache.claims import FOLDER, Claims
+from ddk_cache.claims import Claims
 from ddk_cache.codec import LogprobCodec, TargetCodec
 from ddk_cache.console import Progress
 from ddk_cache.corpus import Source
+from ddk_cache.files import PARTIAL
 from ddk_cache.manifest import (
     ROOT,
     TOKENIZER,
@@ -40,10 +40,10 @@ from ddk_cache.manifest import (
     read_plan,
     write_plan,
 )
-from ddk_cache.objects import Folder, directory
+from ddk_cache.objects import Objects, open_objects
 from ddk_cache.plan import Advance, grow_domain, mend_tokens, plan_domain
 from ddk_cache.pretrained import identify_tokenizer
-from ddk_cache.records import committed, record_path
+from ddk_cache.records import committed, record_name
 from ddk_cache.schema import (
     Array,
     CacheSpec,
@@ -53,12 +53,13 @@ from ddk_cache.schema import (
     NotACacheError,
     Shard,
     ShardKey,
+    StorageError,
     TargetSpec,
     digest,
     shard_at,
 )
 from ddk_cache.scoring import Scored, Scorer, first_batch
-from ddk_cache.store import SCRATCH, Store
+from ddk_cache.store import Store
 from ddk_cache.teacher import Teacher
 
 CHUNK_TOKENS = 4096
@@ -121,20 +122,23 @@ def build(
     world: int = 1,
     **settings: Any,
 ) -> None:
-    """Build a cache, or go on with one that was stopped; `settings` are those of `make_spec`.
+    """Build a cache at a path or a URL, or go on with one that was stopped.
+
+    `settings` are those of `make_spec`.
 
     `grow` adds domains, and documents at the end of domains, that the cache does not have yet.
     `rank` and `world` only spread processes over the work; any number may be there or not.
 
     Raises:
-        InputError: a setting is out of range, or the path holds something else.
+        InputError: a setting is out of range, or the place holds something else.
         MismatchError: the cache was begun with other settings; each is named.
         CacheError: the teacher failed, or gave something that is no distribution.
+        StorageError: the store does not answer.
     """
     spec = make_spec(teacher, tokenizer, **settings)
-    root = directory(cache)
-    _open(root, spec, sources, teacher, tokenizer, batch_rows, grow)
-    job = Work(root, Store(root, spec), Claims(root), rank, world)
+    objects = open_objects(cache)
+    _open(objects, spec, sources, teacher, tokenizer, batch_rows, grow)
+    job = Work(objects, Store(objects, spec), Claims(objects), rank, world)
     try:
         manifest = job.plan(sources, tokenizer, grow)
         job.score(manifest, teacher)
@@ -148,7 +152,7 @@ def build(
 
 
 def _open(
-    path: Path,
+    objects: Objects,
     spec: CacheSpec,
     sources: Sequence[Source],
     teacher: Teacher,
@@ -159,29 +163,28 @@ def _open(
     """Create the cache, or check that it is the one asked for; nothing is written before that."""
     described = {source.name: source.describe() for source in sources}
     words = tokenizer_files(tokenizer)
-    if not (path / ROOT).exists():
-        _create(path, spec, described, teacher, tokenizer, words, batch_rows)
+    if not objects.exists(ROOT):
+        _create(objects, spec, described, teacher, tokenizer, words, batch_rows)
     try:
-        was = Manifest.read(Folder(path)).root
+        was = Manifest.read(objects).root
     except NotACacheError as error:
-        raise InputError(f"{path} exists and is not a cache. Give another path.") from error
+        raise _not_ours(objects) from error
     beside = {"batch_rows": was.batch_rows, "format_version": was.spec.format_version}
     asked = {"batch_rows": batch_rows or was.batch_rows, "format_version": spec.format_version}
-    compare(path, was.spec.to_json() | beside, spec.to_json() | asked)
+    compare(objects.where(), was.spec.to_json() | beside, spec.to_json() | asked)
     if not grow:
         hint = " --grow adds new domains, and documents at the end of old ones."
-        compare(path, dict(was.sources), described, hint)
+        compare(objects.where(), dict(was.sources), described, hint)
     elif (merged := {**was.sources, **described}) != was.sources:
-        files.replace(path / ROOT, dataclasses.replace(was, sources=merged).dump())
+        objects.put(ROOT, dataclasses.replace(was, sources=merged).dump())
     for name, data in words.items():
-        kept = path / TOKENIZER / name
-        if name in was.tokenizer_files and (not kept.exists() or kept.read_bytes() != data):
-            kept.parent.mkdir(exist_ok=True)
-            files.replace(kept, data)
+        kept = f"{TOKENIZER}/{name}"
+        if name in was.tokenizer_files and objects.read(kept) != data:
+            objects.put(kept, data)
 
 
 def _create(
-    path: Path,
+    objects: Objects,
     spec: CacheSpec,
     described: Mapping[str, Mapping[str, Any]],
     teacher: Teacher,
@@ -190,8 +193,9 @@ def _create(
     batch_rows: int | None,
 ) -> None:
     """Write the root of a new cache, unless another process is first."""
-    if path.exists() and not (path.is_dir() and _only_begun(path)):
-        raise InputError(f"{path} exists and is not a cache. Give another path.")
+    there = objects.names("")
+    if ROOT not in there and not all(name.endswith(PARTIAL) for name in there):
+        raise _not_ours(objects)
     root = Root(
         spec=spec,
         batch_rows=batch_rows or first_batch(teacher, spec),
@@ -204,13 +208,14 @@ def _create(
             "torch": torch.__version__,
         },
     )
-    path.mkdir(parents=True, exist_ok=True)
-    create_root(Folder(path), root)
+    try:
+        create_root(objects, root)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _not_ours(objects) from error
 
 
-def _only_begun(path: Path) -> bool:
-    """Return whether a directory without a root holds no more than a build that just began."""
-    return all(entry.name == ROOT or entry.name.endswith(files.PARTIAL) for entry in path.iterdir())
+def _not_ours(objects: Objects) -> InputError:
+    return InputError(f"{objects.where()} exists and is not a cache. Give another path.")
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
@@ -220,7 +225,7 @@ def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
         return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
 
 
-def compare(path: Any, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
+def compare(where: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
     """Raise MismatchError naming every setting in which a build differs from its cache."""
     differences = [
         f"  {name}: the cache has {was.get(name)}, this build asks for {now.get(name)}"
@@ -229,7 +234,7 @@ def compare(path: Any, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
     ]
     if differences:
         raise MismatchError(
-            f"{path} was begun with other settings:\n"
+            f"{where} was begun with other settings:\n"
             + "\n".join(differences)
             + f"\nUse another path, or the original values.{hint}"
         )
@@ -242,7 +247,7 @@ def compare(path: Any, was: Mapping[str, Any], now: Mapping[str, Any], hint: str
 class Work:
     """One process at work on a cache."""
 
-    root: Path
+    objects: Objects
     store: Store
     claims: Claims
     rank: int
@@ -252,7 +257,7 @@ class Work:
 
     def plan(self, sources: Sequence[Source], tokenizer: Any, grow: bool) -> Manifest:
         """Have every domain planned by whoever is first; mend and grow those that were."""
-        planned = Manifest.read(self.store.objects).plans
+        planned = Manifest.read(self.objects).plans
         by_name = {source.name: source for source in sources}
         spec = self.store.spec
         with Progress("planning", 0, "tokens") as progress:
@@ -260,35 +265,35 @@ class Work:
             def make(name: str) -> None:
                 advance = partial(self._advance, progress, note=name)
                 plan = plan_domain(self.store, by_name[name], tokenizer, advance)
-                write_plan(self.store.objects, spec, name, plan)
+                write_plan(self.objects, spec, name, plan)
 
             for name in planned.keys() & by_name.keys():
                 advance = partial(self._advance, progress, note=name)
                 self._renew(by_name[name], tokenizer, advance, grow)
             self._share(
-                lambda: [name for name in by_name if not (self.root / plan_name(name)).exists()],
-                lambda name: (self.root / plan_name(name)).exists(),
+                lambda: [name for name in by_name if not self.objects.exists(plan_name(name))],
+                lambda name: self.objects.exists(plan_name(name)),
                 lambda name: f"{name}.plan",
                 make,
             )
-        return Manifest.read(self.store.objects)
+        return Manifest.read(self.objects)
 
     def _renew(self, source: Source, tokenizer: Any, advance: Advance, grow: bool) -> None:
         """Mend what is damaged of a planned domain, and grow it where that is asked for."""
         store, name = self.store, source.name
-        plan = read_plan(self.store.objects, store.spec, name)
+        plan = read_plan(self.objects, store.spec, name)
         store.restore_metadata(plan)
         if not grow and not store.missing_tokens(name, plan):
             return
         while not self.claims.take(f"{name}.plan"):
             time.sleep(POLL)
-        plan = read_plan(self.store.objects, store.spec, name)
+        plan = read_plan(self.objects, store.spec, name)
         if store.missing_tokens(name, plan):
             mend_tokens(store, source, tokenizer, advance, plan)
         if grow:
             grown = grow_domain(store, source, tokenizer, advance, plan)
             if grown != plan:
-                write_plan(self.store.objects, store.spec, name, grown)
+                write_plan(self.objects, store.spec, name, grown)
         self.claims.release(f"{name}.plan")
 
     def score(self, manifest: Manifest, teacher: Teacher) -> None:
@@ -306,14 +311,14 @@ class Work:
         with Progress("scoring", total, "tokens") as progress:
             self._share(
                 lambda: self._todo(planned),
-                lambda key: record_path(self.root, key).exists(),
+                lambda key: self.objects.exists(record_name(key)),
                 lambda key: str(key).replace("/", "."),
                 lambda key: self._score(key, planned[key], scorer, codecs[key.domain], progress),
             )
 
     def _todo(self, planned: Mapping[ShardKey, Shard]) -> list[ShardKey]:
         """Return the shards that are not committed."""
-        done = {pair: committed(self.store.objects, *pair) for pair in {key[:2] for key in planned}}
+        done = {pair: committed(self.objects, *pair) for pair in {key[:2] for key in planned}}
         return [key for key in planned if key.number not in done[key[:2]]]
 
     def _score(
@@ -398,22 +403,19 @@ class Work:
 
     def stopped(self) -> str:
         """Return what to tell a person who stopped the build."""
-        manifest = Manifest.read(self.store.objects)
+        manifest = Manifest.read(self.objects)
         if len(manifest.plans) < len(manifest.root.sources):
             far = f"{len(manifest.plans)} of {len(manifest.root.sources)} domains are planned"
         else:
             keys = manifest.shards()
             pairs = {key[:2] for key in keys}
-            done = sum(len(committed(self.store.objects, *pair)) for pair in pairs)
-            far = f"{done} of {len(keys)} shards of {self.root} are committed"
+            done = sum(len(committed(self.objects, *pair)) for pair in pairs)
+            far = f"{done} of {len(keys)} shards of {self.objects.where()} are committed"
         return f"stopped: {far}. Run the same command again to go on."
 
     def close(self) -> None:
         """Leave nothing behind but what is committed; the last process also tidies up."""
         self.writer.shutdown(wait=True, cancel_futures=True)
-        self.claims.release_all()
-        self.store.sweep()
-        files.sweep(self.root)
-        for folder in (FOLDER, SCRATCH):
-            with contextlib.suppress(OSError):  # another process is still at work in it
-                (self.root / folder).rmdir()
+        with contextlib.suppress(StorageError):  # claims that cannot be given back run out
+            self.claims.release_all()
+        self.objects.tidy()

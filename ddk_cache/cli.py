@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ddk_cache.console import Commands, Known, Progress, say
-from ddk_cache.objects import directory
+from ddk_cache.objects import open_objects
 from ddk_cache.schema import (
     COMPRESSIONS,
     CacheError,
@@ -109,7 +109,6 @@ def plan(
     from ddk_cache.corpus import find_sources
 
     TargetSpec.parse(targets)
-    place = directory(cache)
     sources = find_sources(corpus, say)
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
@@ -143,7 +142,7 @@ def plan(
         probed = estimate.probe(
             spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None).arrays
         )
-    facts = estimate.estimate(spec, counted, probed, place, student_speed)
+    facts = estimate.estimate(spec, counted, probed, cache, student_speed)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -178,7 +177,7 @@ def build(
     world: int | None,
     **settings: Any,
 ) -> None:
-    """Run the teacher over CORPUS once and store its targets in CACHE.
+    """Run the teacher over CORPUS once and store its targets in CACHE, a path or a URL.
 
     CORPUS is a directory in which each file or sub-folder is a domain, or a YAML mix file. A
     build that was stopped goes on by the same command. Any number of processes may be given the
@@ -187,7 +186,7 @@ def build(
     from ddk_cache.corpus import find_sources
 
     TargetSpec.parse(targets)
-    directory(cache)
+    open_objects(cache)
     place = which_process(rank, world)
     sources = find_sources(corpus, say)
 

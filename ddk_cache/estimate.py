@@ -20,6 +20,7 @@ import numpy as np
 
 from ddk_cache.codec import TargetCodec
 from ddk_cache.corpus import Source
+from ddk_cache.objects import Folder
 from ddk_cache.plan import FREQUENT
 from ddk_cache.rows import Tally, token_rows
 from ddk_cache.schema import SPLITS, Array, CacheSpec, ShardKey
@@ -93,7 +94,7 @@ def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[st
     chunks = -(-len(tokens) // spec.chunk_rows)
     small = dataclasses.replace(spec, shard_rows=chunks * spec.chunk_rows)
     with tempfile.TemporaryDirectory() as folder:
-        store, key = Store(Path(folder), small), ShardKey("probe", "train", 0)
+        store, key = Store(Folder(Path(folder)), small), ShardKey("probe", "train", 0)
         counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
         codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
         store.write(key, codec.encode(scores) | {"tokens": tokens, "loss_mask": mask})
@@ -110,7 +111,7 @@ def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[st
 
 
 def estimate(
-    spec: CacheSpec, counted: Counted, probed: Mapping[str, Any] | None, place: Path, speed: float
+    spec: CacheSpec, counted: Counted, probed: Mapping[str, Any] | None, place: str, speed: float
 ) -> dict[str, Any]:
     """Return the facts of a cache to be, plain JSON values.
 
@@ -118,7 +119,6 @@ def estimate(
     """
     per_token = dict(probed["bytes_per_token"]) if probed else raw_bytes(spec)
     size, tokens = sum(per_token.values()), counted.rows * spec.seq_len
-    there = next(path for path in [place.absolute(), *place.absolute().parents] if path.exists())
     shards = sum(
         -(-rows // spec.shard_rows)
         for domain in counted.domains.values()
@@ -133,12 +133,20 @@ def estimate(
         "measured": probed is not None,
         "bytes_per_token": per_token | {"all": size},
         "bytes": round(size * tokens),
-        "free_bytes": shutil.disk_usage(there).free,
+        "free_bytes": free_bytes(place),
         "tokens_per_second": probed["tokens_per_second"] if probed else None,
         "hours": tokens / probed["tokens_per_second"] / 3600 if probed else None,
         "student_tokens_per_second": speed,
         "read_bytes_per_second": speed * size,
     }
+
+
+def free_bytes(place: str) -> int | None:
+    """Return the room at a path, or above it if it is not there yet; None at a URL."""
+    if "://" in place:
+        return None
+    path = Path(place).absolute()
+    return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
 
 
 def show(facts: Mapping[str, Any]) -> None:
@@ -155,13 +163,15 @@ def show(facts: Mapping[str, Any]) -> None:
         numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
         table.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(table)
-    size, free = facts["bytes"] / 1e9, facts["free_bytes"] / 1e9
+    size, free = facts["bytes"] / 1e9, facts["free_bytes"]
     bound = "" if facts["measured"] else "at most "
-    room = "" if size < free else "  NOT ENOUGH ROOM"
+    room = "" if free is None else f"; {free / 1e9:,.2f} GB are free"
+    if free is not None and size > free / 1e9:
+        room += "  NOT ENOUGH ROOM"
     lines = [
         f"{facts['rows']:,} rows of {spec['seq_len']:,} tokens in {facts['shards']:,} shards",
         f"{bound}{facts['bytes_per_token']['all']:.1f} bytes a token, {bound}{size:,.2f} GB in "
-        f"all; {free:,.2f} GB are free{room}",
+        f"all{room}",
     ]
     if facts["hours"] is not None:
         lines.append(

@@ -22,17 +22,39 @@ PARTIAL = ".partial"
 
 def replace(path: Path, data: bytes) -> None:
     """Write `data` to `path`, which holds the old or the new bytes at every moment."""
+    with _written(path, data) as partial:
+        partial.replace(path)
+    sync(path.parent)
+
+
+def create(path: Path, data: bytes, *, flush: bool = True) -> bool:
+    """Write `data` to `path`; False, changing nothing, where something is there.
+
+    Without `flush` a loss of power may take it away again.
+    """
+    with _written(path, data, flush) as partial:
+        try:
+            os.link(partial, path)
+        except FileExistsError:
+            return False
+    if flush:
+        sync(path.parent)
+    return True
+
+
+@contextmanager
+def _written(path: Path, data: bytes, flush: bool = True) -> Iterator[Path]:
+    """Give a temporary file beside `path` that holds `data`; it is gone afterwards."""
     partial = path.with_name(f"{path.name}~{process.owner()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        yield partial
+    finally:
         partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
 
 
 def sweep(top: Path) -> None:
@@ -40,7 +62,7 @@ def sweep(top: Path) -> None:
     for folder, _, names in os.walk(top):  # which bears with folders that go meanwhile
         for path in (Path(folder, name) for name in names if name.endswith(PARTIAL)):
             who = path.name.removesuffix(PARTIAL).rpartition("~")[2]
-            if not process.alive(who, path):
+            if not process.alive(who, process.age(path)):
                 path.unlink(missing_ok=True)
 
 

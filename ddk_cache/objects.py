@@ -1,26 +1,33 @@
 """Named bytes below one root: all that a cache asks of the place where it lies.
 
 Names are relative and use slashes. Objects are small and read whole, or large and read in
-ranges; they appear whole or not at all. A directory is the first such place and stays as direct
-as it was: a range is one `pread`. The files read last stay open, few enough for any limit.
+ranges; they appear whole or not at all. What a build makes, it makes as a local file in `scratch`
+and hands over. A directory is the first such place and stays as direct as it was: a range is one
+`pread`, and to hand over is to flush and rename. The files read last stay open, few enough for
+any limit.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ddk_cache import files, process
-from ddk_cache.schema import CorruptCacheError, InputError
+from ddk_cache.schema import CorruptCacheError
 
 FILES_OPEN = 256
 """Files kept open; the usual limit of a process is 1,024."""
 
 FOLDERS_KEPT = 4096
 """Folders that are known to lie within the root."""
+
+CLAIMS, SCRATCH = "claims", "tmp"
+"""Folders that are there only while somebody builds."""
 
 
 class Range(NamedTuple):
@@ -34,14 +41,27 @@ class Range(NamedTuple):
 class Objects(Protocol):
     """A place for objects. What goes wrong on the way to it is a named error."""
 
+    @property
+    def scratch(self) -> Path:
+        """Return where this process makes its files; the directory may not be there yet."""
+
     def where(self, name: str = "") -> str:
         """Return how a person finds an object, or the root."""
 
     def read(self, name: str) -> bytes | None:
         """Return a whole object; None where there is none. CorruptCacheError: it is unreadable."""
 
+    def aged(self, name: str) -> tuple[bytes, float] | None:
+        """Return a whole object and the seconds since it was written; None where there is none."""
+
+    def exists(self, name: str) -> bool:
+        """Return whether there is such an object."""
+
     def names(self, folder: str) -> list[str]:
         """Return the names of what lies directly in a folder, in no order; none of no folder."""
+
+    def below(self, folder: str) -> Iterator[str]:
+        """Yield the whole names of all objects below a folder, in no order."""
 
     def hash(self, name: str) -> tuple[int, str]:
         """Return size in bytes and xxh3-128 hash. CorruptCacheError: it is not there, or a link."""
@@ -57,11 +77,23 @@ class Objects(Protocol):
     def put(self, name: str, data: bytes) -> None:
         """Write an object, replacing what was there."""
 
-    def create(self, name: str, data: bytes) -> bool:
-        """Write an object that is not there yet; False, changing nothing, where it is."""
+    def create(self, name: str, data: bytes, *, flush: bool = True) -> bool:
+        """Write an object that is not there yet; False, changing nothing, where another is.
+
+        Without `flush` it need not outlive a loss of power.
+        """
+
+    def hand_over(self, made: Path, name: str) -> None:
+        """Make a finished local file an object, replacing what was there; the file goes."""
 
     def delete(self, name: str) -> None:
         """Remove an object, if it is there."""
+
+    def delete_below(self, folder: str) -> None:
+        """Remove all objects below a folder."""
+
+    def tidy(self) -> None:
+        """Remove the scratch of this process, and what those that died left beside objects."""
 
 
 class Folder:
@@ -72,6 +104,11 @@ class Folder:
         self._real = root.resolve()
         self._open = lru_cache(FILES_OPEN)(Handle)
         self._holds = lru_cache(FOLDERS_KEPT)(self.holds)
+
+    @property
+    def scratch(self) -> Path:
+        """Return a folder beside the objects, so that a file becomes one by its new name."""
+        return self.root / SCRATCH / process.owner()
 
     def where(self, name: str = "") -> str:
         """Return the path."""
@@ -88,12 +125,26 @@ class Folder:
                 f"{self.where(name)} cannot be read: {error.strerror}."
             ) from error
 
+    def aged(self, name: str) -> tuple[bytes, float] | None:
+        """Return the bytes of a file and the age by its time."""
+        data = self.read(name)
+        return None if data is None else (data, process.age(self.root / name))
+
+    def exists(self, name: str) -> bool:
+        """Return whether a path leads to something."""
+        return (self.root / name).exists()
+
     def names(self, folder: str) -> list[str]:
         """Return what `ls` would show."""
         try:
             return [entry.name for entry in os.scandir(self.root / folder)]
         except OSError:
             return []
+
+    def below(self, folder: str) -> Iterator[str]:
+        """Walk."""
+        for at, _, names in os.walk(self.root / folder):
+            yield from (os.path.relpath(f"{at}/{name}", self.root) for name in names)
 
     def hash(self, name: str) -> tuple[int, str]:
         """Hash a file in pieces."""
@@ -135,24 +186,40 @@ class Folder:
         path.parent.mkdir(parents=True, exist_ok=True)
         files.replace(path, data)
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, *, flush: bool = True) -> bool:
         """Write to a temporary file, flush and link, which fails where the name is taken."""
         path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}~{process.owner()}{files.PARTIAL}")
-        files.replace(partial, data)
-        try:
-            os.link(partial, path)
-        except FileExistsError:
-            return False
-        finally:
-            partial.unlink()
-        files.sync(path.parent)
-        return True
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process tidied the folder away
+                return files.create(path, data, flush=flush)
+
+    def hand_over(self, made: Path, name: str) -> None:
+        """Flush and rename."""
+        final = self.root / name
+        files.sync(made)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        made.replace(final)
+        files.sync(final.parent)
 
     def delete(self, name: str) -> None:
         """Unlink a file."""
         (self.root / name).unlink(missing_ok=True)
+
+    def delete_below(self, folder: str) -> None:
+        """Remove a folder."""
+        shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Remove scratch folders and temporary files whose owners are gone, and empty folders."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for name in self.names(SCRATCH):
+            if not process.alive(name, process.age(self.root / SCRATCH / name)):
+                self.delete_below(f"{SCRATCH}/{name}")
+        files.sweep(self.root)
+        for folder in (CLAIMS, SCRATCH):
+            with contextlib.suppress(OSError):  # another process is still at work in it
+                (self.root / folder).rmdir()
 
 
 class Handle:
@@ -189,13 +256,3 @@ def open_objects(place: str | Path) -> Objects:
 
         return Bucket(str(place))
     return Folder(Path(place))
-
-
-def directory(place: str | Path) -> Path:
-    """Return where a cache shall be built. InputError: it is a URL, which can only be read."""
-    if "://" in str(place):
-        raise InputError(
-            f"{place}: a cache is built in a directory. Build it there and copy it to the store as "
-            "it is, the folder 'commits' last; then it can be read from its URL."
-        )
-    return Path(place)

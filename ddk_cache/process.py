@@ -7,6 +7,7 @@ of a file can be judged, against a lease that a live owner keeps renewing.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -22,16 +23,21 @@ def owner() -> str:
     return f"{_host()}+{os.getpid()}+{_born(os.getpid())}"
 
 
-def alive(name: str, path: Path) -> bool:
-    """Return whether the process named lives, as far as can be told; `path` is what it made."""
+def alive(name: str, age: float) -> bool:
+    """Return whether the process named lives; `age` is the seconds since its last sign of life."""
     host, _, rest = name.partition("+")
     pid, _, birth = rest.partition("+")
     if host == _host() and pid.isdecimal():
         return birth != "" and _born(int(pid)) == birth
+    return age < LEASE
+
+
+def age(path: Path) -> float:
+    """Return the seconds since a file was written; infinity where there is none."""
     try:
-        return time.time() - path.stat().st_mtime < LEASE
+        return time.time() - path.stat().st_mtime
     except OSError:
-        return False
+        return math.inf
 
 
 @cache

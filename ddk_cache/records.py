@@ -68,8 +68,11 @@ class Record:
         return dump(body, version)
 
     def write(self, objects: Objects, version: int) -> None:
-        """Write the record; from here on the shard is committed."""
-        objects.put(record_name(self.key), self.dump(version))
+        """Write the record; from here on the shard is committed.
+
+        One that is there already stays: another process made the same shard, and the same record.
+        """
+        objects.create(record_name(self.key), self.dump(version))
 
 
 def read_record(objects: Objects, manifest: Manifest, key: ShardKey) -> Record:

@@ -9,14 +9,13 @@ allocated.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import google_crc32c
 import numcodecs.blosc
 import numpy as np
 
-from ddk_cache.objects import Handle
 from ddk_cache.schema import Array, CorruptCacheError
 
 CHECKSUM = 4
@@ -56,32 +55,38 @@ class Index:
         return cls(where, index[:, 0].tolist(), index[:, 1].tolist())
 
 
-def index_of(path: Path, chunks: int) -> Index:
-    """Read the index of a file that is a shard of so many chunks.
+def index_of(shard: bytes, where: str, chunks: int) -> Index:
+    """Return the index of a whole shard of so many chunks.
 
     Raises:
-        CorruptCacheError: the file is missing, a link, cut short; or see `Index.parse`.
+        CorruptCacheError: it is cut short; or see `Index.parse`.
     """
-    if path.is_symlink() or not path.is_file():
-        raise CorruptCacheError(f"{path} is missing, or not a plain file.")
-    size, length = path.stat().st_size, footer_length(chunks)
-    if size < length:
-        raise CorruptCacheError(f"{path} is cut short: {size:,} bytes.")
-    return Index.parse(str(path), size, Handle(str(path)).read(size - length, length))
+    length = footer_length(chunks)
+    if len(shard) < length:
+        raise CorruptCacheError(f"{where} is cut short: {len(shard):,} bytes.")
+    return Index.parse(where, len(shard), shard[-length:])
 
 
-def checksums(path: Path, chunks: int) -> str:
-    """Return the crc32c of every chunk of a file as they stand in it, eight hex digits each."""
-    index, file = index_of(path, chunks), Handle(str(path))
+def checksums(shard: bytes, where: str, chunks: int) -> str:
+    """Return the crc32c of every chunk of a shard as they stand in it, eight hex digits each."""
+    index = index_of(shard, where, chunks)
     ends = map(int.__add__, index.offsets, index.lengths)
-    return "".join(file.read(end - CHECKSUM, CHECKSUM)[::-1].hex() for end in ends)
+    return "".join(shard[end - CHECKSUM : end][::-1].hex() for end in ends)
 
 
-def check_chunks(path: Path, chunks: int) -> None:
-    """Raise CorruptCacheError unless every chunk of a file agrees with its checksum."""
-    index, file = index_of(path, chunks), Handle(str(path))
+def bodies(shard: bytes, where: str, chunks: int) -> Iterator[bytes]:
+    """Yield the compressed chunks of a whole shard. CorruptCacheError: a checksum fails."""
+    index = index_of(shard, where, chunks)
     for offset, length in zip(index.offsets, index.lengths, strict=True):
-        unwrap(file.read(offset, length), str(path))
+        yield unwrap(shard[offset : offset + length], where)
+
+
+def decode(shard: bytes, where: str, chunks: int, out: Array) -> None:
+    """Write the values of a whole shard to `out`, (rows, …). CorruptCacheError: it is damaged."""
+    parts = np.split(out, chunks)
+    for body, part in zip(bodies(shard, where, chunks), parts, strict=True):
+        check_size(body, where, part.nbytes)
+        decompress(body, where, part)
 
 
 def unwrap(data: bytes, where: str) -> bytes:

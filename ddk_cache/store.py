@@ -1,10 +1,10 @@
 """Arrays on disk: create, write whole shards, commit. The only file that knows zarr.
 
-Every object is made in a folder of the process, flushed, and renamed into its place, so it is
-whole wherever it can be seen; zarr-python alone would rename too, but not flush, and would read
-the old object first. Everything is written in whole, padded shards: no writer ever shares an
-object with another, and two that make the same shard make the same bytes. The price is a rename
-and a flush for each object.
+Every object is made as a local file of the process and handed over to the place where the cache
+lies, so it is whole wherever it can be seen; zarr-python alone would not flush, and would read the
+old object first. Everything is written in whole, padded shards: no writer ever shares an object
+with another, and two that make the same shard make the same bytes. The price is a rename and a
+flush for each object in a directory, or one request; and reading it once more for its record.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,10 @@ import numpy as np
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
-from ddk_cache import files, process
 from ddk_cache.codec import TargetCodec
 from ddk_cache.manifest import COMMITS
-from ddk_cache.objects import Folder
-from ddk_cache.records import Object, Record, object_path
+from ddk_cache.objects import Objects
+from ddk_cache.records import Object, Record, object_name
 from ddk_cache.schema import (
     SPLITS,
     Array,
@@ -31,14 +31,13 @@ from ddk_cache.schema import (
     CorruptCacheError,
     DomainPlan,
     ShardKey,
+    digest,
     shard_count,
 )
-from ddk_cache.shards import checksums
+from ddk_cache.shards import checksums, decode
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned; the other arrays wait for the teacher."""
-
-SCRATCH = "tmp"
 
 COMPRESSORS: dict[str, Any] = {
     "small": {"cname": "zstd", "clevel": 5},
@@ -65,11 +64,9 @@ def shuffle_of(spec: CacheSpec, name: str) -> Literal["noshuffle", "bitshuffle"]
 class Store:
     """The arrays of one cache, for writing."""
 
-    def __init__(self, root: Path, spec: CacheSpec) -> None:
-        self.root, self.objects = root, Folder(root)
-        self.spec = spec
+    def __init__(self, objects: Objects, spec: CacheSpec) -> None:
+        self.objects, self.spec = objects, spec
         self.codec = TargetCodec(spec)
-        self.scratch = root / SCRATCH / process.owner()
 
     # --- Zarr's documents ---
 
@@ -81,7 +78,7 @@ class Store:
             documents[f"domains/{domain}/{split}/zarr.json"] = group()
             count = shard_count(plan, split, self.spec.shard_rows)
             for name in self.spec.arrays:
-                path = self.scratch / "metadata" / name
+                path = self.objects.scratch / "metadata" / name
                 self._create(path, name, max(count, 1))
                 text = (path / "zarr.json").read_text()
                 documents[f"domains/{domain}/{split}/{name}/zarr.json"] = text
@@ -90,10 +87,8 @@ class Store:
     def restore_metadata(self, plan: DomainPlan) -> None:
         """Write the Zarr documents of a plan where they are missing or changed."""
         for name, text in plan.metadata.items():
-            path = self.root / name
-            if not path.exists() or path.read_bytes() != text.encode():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                files.replace(path, text.encode())
+            if self.objects.read(name) != text.encode():
+                self.objects.put(name, text.encode())
 
     # --- shards ---
 
@@ -103,14 +98,10 @@ class Store:
             layout = self.spec.arrays[name]
             whole = np.full((self.spec.shard_rows, *layout.inner), layout.fill, layout.dtype)
             whole[: len(data)] = data
-            path = self.scratch / "shards" / name
+            path = self.objects.scratch / "shards" / name
             self._create(path, name, 1)[:] = whole
             made = path.joinpath("c", *["0"] * (1 + len(layout.inner)))
-            files.sync(made)
-            final = object_path(self.root, self.spec, key, name)
-            final.parent.mkdir(parents=True, exist_ok=True)
-            made.replace(final)
-            files.sync(final.parent)
+            self.objects.hand_over(made, object_name(self.spec, key, name))
 
     def read(self, key: ShardKey, name: str, rows: int) -> Array:
         """Return the first `rows` rows of a shard that was written, committed or not.
@@ -118,58 +109,49 @@ class Store:
         Raises:
             CorruptCacheError: the shard is missing or its checksum fails.
         """
-        path = object_path(self.root, self.spec, key, name)
-        if not path.exists():
-            raise CorruptCacheError(f"{path} is missing.")
-        start = key.number * self.spec.shard_rows
-        try:
-            array = zarr.open_array(self._array(key.domain, key.split, name), mode="r")
-            return np.asarray(array[start : start + rows])
-        except (ValueError, RuntimeError) as error:
-            raise CorruptCacheError(f"{path} is damaged: {error}") from error
+        data, where = self._shard(key, name)
+        layout = self.spec.arrays[name]
+        out = np.empty((self.spec.shard_rows, *layout.inner), layout.dtype)
+        decode(data, where, self.spec.chunks_per_shard, out)
+        return out[:rows]
 
     def commit(self, key: ShardKey, **facts: Any) -> Record:
         """Hash the objects of a shard and write its record; `facts` are its other fields."""
         objects = {}
         for name in self.spec.arrays:
-            path = object_path(self.root, self.spec, key, name)
-            size, hashed = files.hash_file(path)
-            chunks = checksums(path, self.spec.chunks_per_shard)
-            objects[name] = Object(size, hashed, chunks)
+            data, where = self._shard(key, name)
+            chunks = checksums(data, where, self.spec.chunks_per_shard)
+            objects[name] = Object(len(data), digest(data), chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
         record.write(self.objects, self.spec.format_version)
         return record
 
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:
         """Return the planned shards of a domain whose token rows are not there."""
-        return {
-            key
-            for split in SPLITS
-            for number in range(shard_count(plan, split, self.spec.shard_rows))
-            for key in [ShardKey(domain, split, number)]
-            if not all(self._there(key, name) for name in TOKEN_ARRAYS)
-        }
+        missing = set()
+        for split, name in product(SPLITS, TOKEN_ARRAYS):
+            there = set(self.objects.below(f"domains/{domain}/{split}/{name}/c"))
+            for number in range(shard_count(plan, split, self.spec.shard_rows)):
+                key = ShardKey(domain, split, number)
+                if object_name(self.spec, key, name) not in there:
+                    missing.add(key)
+        return missing
 
     # --- leftovers ---
 
     def clear(self, domain: str) -> None:
         """Remove all of a domain whose rows are not planned: its records first."""
         for folder in (COMMITS, "domains"):
-            shutil.rmtree(self.root / folder / domain, ignore_errors=True)
+            self.objects.delete_below(f"{folder}/{domain}")
 
-    def sweep(self) -> None:
-        """Remove the scratch of this process and of those that died."""
-        shutil.rmtree(self.scratch, ignore_errors=True)
-        folder = self.root / SCRATCH
-        for path in folder.iterdir() if folder.is_dir() else []:
-            if not process.alive(path.name, path):
-                shutil.rmtree(path, ignore_errors=True)
-
-    def _there(self, key: ShardKey, name: str) -> bool:
-        return object_path(self.root, self.spec, key, name).exists()
-
-    def _array(self, domain: str, split: str, name: str) -> Path:
-        return self.root / "domains" / domain / split / name
+    def _shard(self, key: ShardKey, name: str) -> tuple[bytes, str]:
+        """Return one shard of an array as bytes, and where it lies, for people."""
+        object_ = object_name(self.spec, key, name)
+        where, data = self.objects.where(object_), self.objects.read(object_)
+        if data is None:
+            raise CorruptCacheError(f"{where} is missing.")
+        self.objects.check(object_, len(data))
+        return data, where
 
     def _create(self, path: Path, name: str, count: int) -> Any:
         """Create an empty array for `count` shards in the scratch folder."""

@@ -20,7 +20,7 @@ from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache
 from ddk_cache.records import object_name, record_name
 from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey, rows_at
-from ddk_cache.shards import check_chunks
+from ddk_cache.shards import bodies
 from ddk_cache.store import TOKEN_ARRAYS
 
 THREADS = 8
@@ -84,14 +84,15 @@ def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
 
 
 def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
-    """Check the chunks of the token rows of a shard that no record vouches for yet.
-
-    There are such rows only where somebody builds: in a directory.
-    """
-    for array in TOKEN_ARRAYS if isinstance(cache.objects, Folder) else ():
+    """Check the chunks of the token rows of a shard that no record vouches for yet."""
+    for array in TOKEN_ARRAYS:
         name = object_name(cache.spec, key, array)
+        data, where = cache.objects.read(name), cache.objects.where(name)
+        if data is None:
+            yield Problem(name, f"{where} is missing", key)
+            continue
         try:
-            check_chunks(cache.root / name, cache.spec.chunks_per_shard)
+            list(bodies(data, where, cache.spec.chunks_per_shard))
         except CorruptCacheError as error:
             yield Problem(name, str(error), key)
 

@@ -12,7 +12,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ddk_cache.corpus import find_sources
 from ddk_cache.reader import Cache, open_cache
 from ddk_cache.teacher import Teacher
 from ddk_train import TrainConfig
+from tests.s3 import Server
 
 END = "<|endoftext|>"
 VOCAB = 300
@@ -108,7 +109,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
-    def make(path: Path, **settings: Any) -> Cache:
+    def make(path: str | Path, **settings: Any) -> Cache:
         teacher = settings.pop("teacher", random_teacher())
         build(path, find_sources(corpus), teacher, tokenizer, **BUILD | settings)
         return open_cache(path)
@@ -170,6 +171,21 @@ def teacher_dir(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     LlamaForCausalLM(LlamaConfig(**llama_config(hidden_size=32))).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """An S3 server with an empty bucket, and the environment that leads there."""
+    pytest.importorskip("obstore")
+    for package in ("moto", "flask_cors"):
+        pytest.importorskip(package, reason="needs moto[s3], flask and flask-cors")
+    made = Server()
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")

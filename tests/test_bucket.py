@@ -1,23 +1,14 @@
 """A cache in an object store: a real S3 server on loopback, also one that fails and one that goes.
 
-The server is moto's, in a process of its own; before it stands a proxy that answers every tenth
-request with an error or hangs up. Needs `moto[s3]`, flask and flask-cors, which are too many
-packages for the usual set-up; skipped where they are not installed.
+The server is that of `tests.s3`.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,112 +22,8 @@ from ddk_cache.reader import Cache
 from ddk_cache.schema import InputError, StorageError
 from ddk_train import TrainConfig, train
 from tests.conftest import command, finish, tree
+from tests.s3 import Flaky, Server
 from tests.test_train import timeless
-
-obstore = pytest.importorskip("obstore")
-pytest.importorskip("moto.server", reason="needs moto[s3], flask and flask-cors")
-pytest.importorskip("flask_cors", reason="needs moto[s3], flask and flask-cors")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
-class Flaky(BaseHTTPRequestHandler):
-    """Pass requests on; every tenth fails, in turn with an error and with silence."""
-
-    protocol_version = "HTTP/1.1"
-    target = 0
-    count = 0
-    lock = threading.Lock()
-
-    def _pass(self) -> None:
-        with Flaky.lock:
-            Flaky.count += 1
-            number = Flaky.count
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if number % 20 == 0:
-            self.send_response(500)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if number % 20 == 10:
-            self.close_connection = True
-            return
-        upstream = http.client.HTTPConnection("127.0.0.1", Flaky.target, timeout=30)
-        try:
-            upstream.request(self.command, self.path, body, dict(self.headers))
-            answer = upstream.getresponse()
-            data = answer.read()
-        except OSError:  # the server is gone: so is the answer
-            self.close_connection = True
-            return
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in {"transfer-encoding", "connection", "content-length"}:
-                self.send_header(name, value)
-        length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length or "0")
-        self.end_headers()
-        self.wfile.write(data)
-        upstream.close()
-
-    do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _pass  # noqa: N815
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-class Server:
-    """A moto process and the proxy before it."""
-
-    def __init__(self) -> None:
-        self.port, self.flaky = free_port(), free_port()
-        words = ["-c", "from moto.server import main; main()", "-H", "127.0.0.1", "-p"]
-        self.process = subprocess.Popen(
-            [sys.executable, *words, str(self.port)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        Flaky.target = self.port
-        self.proxy = ThreadingHTTPServer(("127.0.0.1", self.flaky), Flaky)
-        threading.Thread(target=self.proxy.serve_forever, daemon=True).start()
-        self._wait()
-
-    def _wait(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            try:
-                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-                connection.request("PUT", "/bucket")
-                if connection.getresponse().status == 200:
-                    return
-            except OSError:
-                time.sleep(0.1)
-        raise TimeoutError("moto does not answer")
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def close(self) -> None:
-        self.kill()
-        self.proxy.shutdown()
-        self.proxy.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    made = Server()
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-    monkeypatch.setenv("AWS_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
-    yield made
-    made.close()
 
 
 def upload(cache: Cache, url: str) -> str:
@@ -162,12 +49,32 @@ def same_answers(place: Objects) -> None:
     assert place.read("a/two") == b"first"
     place.put("a/b/three", b"x" * 100)
     assert sorted(place.names("a")) == ["b", "one", "two"]
+    assert sorted(place.below("a")) == ["a/b/three", "a/one", "a/two"]
+    assert place.exists("a/one")
+    assert not place.exists("a/none")
+    found = place.aged("a/two")
+    assert found
+    assert found[0] == b"first"
+    assert -2 < found[1] < 60
+    assert place.aged("a/none") is None
     wanted = [Range("a/one", 2, 3), Range("a/one", 8, 2), Range("a/two", 0, 5)]
     assert list(place.ranges(wanted)) == [b"765", b"10", b"first"]
     place.delete("a/two")
     place.delete("a/two")
     assert place.read("a/two") is None
     assert place.where("a/one").endswith("/a/one")
+    place.scratch.mkdir(parents=True, exist_ok=True)
+    made = place.scratch / "made"
+    made.write_bytes(b"handed over")
+    place.hand_over(made, "a/b/four")
+    assert not made.exists()
+    assert place.read("a/b/four") == b"handed over"
+    place.delete_below("a/b")
+    place.delete_below("a/none")
+    assert list(place.below("a")) == ["a/one"]
+    place.tidy()
+    assert not place.scratch.exists()
+    assert list(place.below("")) == ["a/one"]
 
 
 def test_a_folder_and_every_kind_of_store_give_the_same_answers(
@@ -187,12 +94,17 @@ def test_a_url_that_is_no_store_is_refused(server: Server) -> None:
         open_cache("s3://bucket/nothing")
 
 
-def test_what_needs_a_directory_says_so_at_once(corpus: Path, teacher_dir: Path) -> None:
-    for name in ("build", "plan"):
-        words = (name, corpus, "s3://bucket/mix.zarr", "--teacher", teacher_dir)
-        code, _, err = finish(command("ddk-cache", *words))
-        assert code == 2
-        assert "is built in a directory" in err
+def test_what_is_there_as_it_was_asked_for_counts_as_created(server: Server) -> None:
+    """An answer that was lost must not make a process wait for itself."""
+    bucket = Bucket("s3://bucket/place")
+    assert bucket.create("claim", b"mine")
+    assert bucket.create("claim", b"mine")
+    assert not bucket.create("claim", b"another's")
+
+
+def test_a_bucket_that_is_not_there_is_said(server: Server) -> None:
+    with pytest.raises(InputError, match="there is no such bucket"):
+        Bucket("s3://elsewhere/place").create("name", b"")
 
 
 def test_info_and_verify_take_a_url(server: Server, cache: Cache) -> None:

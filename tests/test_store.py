@@ -29,7 +29,7 @@ from ddk_cache import (
 from ddk_cache.manifest import write_plan
 from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache, object_sizes
-from ddk_cache.records import Object, object_name, object_path
+from ddk_cache.records import Object, object_name, object_path, record_name
 from ddk_cache.schema import DomainPlan, Portion, ShardKey
 from ddk_cache.shards import checksums
 from ddk_cache.store import Store
@@ -87,7 +87,7 @@ def test_padding_is_impossible_and_attributes_tell_the_scale(cache: Cache) -> No
 
 
 def test_what_is_written_comes_back(cache: Cache, tmp_path: Path) -> None:
-    store = Store(tmp_path, cache.spec)
+    store = Store(Folder(tmp_path), cache.spec)
     generator = np.random.default_rng(0)
     plan = DomainPlan((Portion(1, 1, "", {"train": 16, "validation": 0}),))
 
@@ -141,9 +141,10 @@ def store_otherwise(root: Path, cache: Cache, array: str) -> None:
     write_plan(place, spec, "letters", dataclasses.replace(plan, metadata=metadata))
     for record in cache.records("letters", "train"):
         path = object_path(root, spec, record.key, array)
-        made = Object(*place.hash(object_name(spec, record.key, array)),
-                      checksums(path, spec.chunks_per_shard))  # fmt: skip
+        chunks = checksums(path.read_bytes(), str(path), spec.chunks_per_shard)
+        made = Object(*place.hash(object_name(spec, record.key, array)), chunks)
         objects = {**record.objects, array: made}
+        place.delete(record_name(record.key))
         dataclasses.replace(record, objects=objects).write(place, spec.format_version)
 
 

@@ -22,6 +22,7 @@ from ddk_cache.cli import which_process
 from ddk_cache.codec import TargetCodec
 from ddk_cache.corpus import find_sources
 from ddk_cache.manifest import dump, parse
+from ddk_cache.objects import Folder
 from ddk_cache.process import owner
 from ddk_cache.reader import Cache
 from ddk_cache.schema import READABLE_VERSIONS, ShardKey
@@ -60,22 +61,24 @@ def test_three_processes_build_the_same_cache_as_one(
 
 
 def test_a_claim_is_exclusive_until_its_owner_is_gone(tmp_path: Path) -> None:
-    mine, also_mine = Claims(tmp_path), Claims(tmp_path)
+    mine, also_mine = Claims(Folder(tmp_path)), Claims(Folder(tmp_path))
     assert mine.take("work")
     assert not mine.take("work")
     assert not also_mine.take("work")
     mine.release("work")
     assert also_mine.take("work")
-    code = f"from ddk_cache.claims import *\nassert Claims(Path({str(tmp_path)!r})).take('other')"
+    code = (
+        "from ddk_cache.claims import Claims\nfrom ddk_cache.objects import open_objects\n"
+        f"assert Claims(open_objects({str(tmp_path)!r})).take('other')"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert (tmp_path / "claims" / "other").exists()
     assert mine.take("other")
 
 
 def test_a_claim_from_another_machine_expires_with_its_lease(tmp_path: Path) -> None:
-    mine = Claims(tmp_path)
-    mine.folder.mkdir()
-    elsewhere = mine.folder / "work"
+    mine, elsewhere = Claims(Folder(tmp_path)), tmp_path / "claims" / "work"
+    elsewhere.parent.mkdir()
     elsewhere.write_text("far-away+12+345")
     assert not mine.take("work")
     os.utime(elsewhere, (0, 0))

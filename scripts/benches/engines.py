@@ -74,7 +74,7 @@ class Bare(ZarrFiles):
             key = ShardKey(DOMAIN, TRAIN, number)
             for name in self.spec.arrays:
                 path = object_path(cache, self.spec, key, name)
-                index = index_of(path, self.spec.chunks_per_shard)
+                index = index_of(path.read_bytes(), str(path), self.spec.chunks_per_shard)
                 handle = os.open(path, os.O_RDONLY)
                 lengths = [length - 4 for length in index.lengths]
                 self.places[number, name] = (handle, index.offsets, lengths)

@@ -92,7 +92,8 @@ class Multiplied:
 
     def _begin(self, cache: Cache) -> None:
         """Write root, tokenizer, Zarr's documents and the plan."""
-        objects, store = Folder(self.out), Store(self.out, self.spec)
+        objects = Folder(self.out)
+        store = Store(objects, self.spec)
         create_root(objects, cache.manifest.root)
         shutil.copytree(cache.tokenizer_path, self.out / "tokenizer")
         rows = {SPLITS[0]: self.count * self.spec.shard_rows, SPLITS[1]: 0}
@@ -101,7 +102,7 @@ class Multiplied:
         plan = dataclasses.replace(plan, metadata=store.metadata(DOMAIN, plan))
         store.restore_metadata(plan)
         write_plan(objects, self.spec, DOMAIN, plan)
-        store.sweep()
+        objects.tidy()
 
     def _write_records(self, cache: Cache) -> None:
         """Write all records, without a flush for each, and the folders that show the rows."""

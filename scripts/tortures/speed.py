@@ -46,12 +46,13 @@ def make_large(root: Path, megabytes: int, seed: int) -> None:
     count = max(1, megabytes * 10**6 // (row * spec.shard_rows))
     rows = {"train": count * spec.shard_rows, "validation": 0}
     root.mkdir()
-    create_root(Folder(root), Root(spec, 1, {"noise": {}}, {}))
-    store, generator = Store(root, spec), np.random.default_rng(seed)
+    objects = Folder(root)
+    create_root(objects, Root(spec, 1, {"noise": {}}, {}))
+    store, generator = Store(objects, spec), np.random.default_rng(seed)
     plan = DomainPlan((Portion(1, 1, "", rows),))
     plan = DomainPlan(plan.portions, store.metadata("noise", plan))
     store.restore_metadata(plan)
-    write_plan(Folder(root), spec, "noise", plan)
+    write_plan(objects, spec, "noise", plan)
     for number in range(count):
         key = ShardKey("noise", "train", number)
         arrays = {
@@ -75,7 +76,7 @@ def make_large(root: Path, megabytes: int, seed: int) -> None:
                 "largest_error": 0.0,
             },
         )
-    store.sweep()
+    objects.tidy()
 
 
 def hash_plainly(path: Path) -> int:
