@@ -44,8 +44,10 @@ def main() -> None:
               help="Model directory, hub id, or the config.json of a fresh student.")  # fmt: skip
 @setting("weighting", "How domains are weighted.", Known("weighting", RULES))
 @setting("alpha", "Smoothing of the weights: the share that follows the gaps.")
+@setting("weights", "Of --weighting fixed, for every domain: code=0.5,web=0.3,…")
 @setting("interval", "Steps between two measurements of the gaps.")
 @setting("eval_rows", "Held-out rows of each domain to measure on.")
+@setting("forgetting", "Nats that a domain's loss may rise above its best before a warning.")
 @setting("gamma", "Weight of the divergence from the teacher.")
 @setting("loss", "forward_kl, reverse_kl, jsd:BETA or skew_kl:ALPHA.")
 @setting("temperature", "Of the divergence; the cache has to declare one that is not 1.")

@@ -50,7 +50,7 @@ TRAIN = {
     "__init__": {"config", "trainer"},
     "__main__": {"cli"},
     "config": {"weights", *SURFACE, "ddk_cache.schema"},
-    "weights": SURFACE,
+    "weights": {*SURFACE, "ddk_cache.schema"},
     "losses": {*SURFACE, "ddk_cache.schema"},
     "head": {"losses", *SURFACE},
     "objective": {"head", "ddk_cache.console"},
