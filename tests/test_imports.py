@@ -71,8 +71,21 @@ TRAIN = {
         *(*SURFACE, "ddk_cache.console"),
     },
     "plot": set(),
-    "report": {"run", "plot", *SURFACE},
-    "cli": {"config", "weights", "report", "trainer", *SURFACE, "ddk_cache.console"},
+    "text": {"plot"},
+    "facts": {"run", "text"},
+    "comparison": {"facts", "text"},
+    "table": {"comparison", "facts", "text"},
+    "page": {"comparison", "facts", "plot", "text", *SURFACE},
+    "cli": {
+        "config",
+        "weights",
+        "facts",
+        "table",
+        "page",
+        "trainer",
+        *SURFACE,
+        "ddk_cache.console",
+    },
 }
 
 # Heavy libraries and the only files that may load them.
