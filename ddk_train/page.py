@@ -7,7 +7,7 @@ where; here is what it draws.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,8 +84,10 @@ def write_page(reports: Sequence[RunReport], path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, perplexity=perplexity, quantity=quantity, short=short)
-    told = (compare, by_seed, particulars, same_measure, spread)
-    told += (gaps, held_out, logged, measured, overlaid)
+    told: tuple[Callable[..., object], ...] = (
+        *(compare, by_seed, particulars, same_measure, spread),
+        *(gaps, held_out, logged, measured, overlaid),
+    )
     environment.globals.update({function.__name__: function for function in told})
     # The drawings are markup, and escape the names in them themselves.
     environment.globals["lines"] = lambda *args, **given: Markup(plot.lines(*args, **given))
