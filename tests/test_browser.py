@@ -127,7 +127,7 @@ def test_every_picture_is_drawn_and_fits(
     title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL)
     assert title
     found = json.loads(unescape(title[1]))
-    assert len(found["charts"]) == page.read_text().count('<svg class="chart"') == 2 + 3 * 7
+    assert len(found["charts"]) == page.read_text().count('<svg class="chart"') == 2 + 3 * 6
     for chart in found["charts"]:
         assert min(chart["size"]) > 100, chart["label"]
         assert chart["marks"], chart["label"]

@@ -165,7 +165,6 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
         "KL to the teacher by domain over steps",
         "Weights of domains over steps",
         "Training loss over steps",
-        "Tokens by domain over steps",
         "Tokens a second over steps",
         "Share of time waiting for data",
     ]
@@ -175,7 +174,7 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
 
 def test_one_measurement_is_enough(tmp_path: Path) -> None:
     text = page_of(tmp_path, write_run(tmp_path / "a", measurements=1))
-    assert len(drawings(text)) == 4  # nothing was logged yet
+    assert len(drawings(text)) == 3  # nothing was logged yet
     assert not re.search(r'="[^"]*nan', text)
 
 
@@ -194,7 +193,6 @@ def test_missing_and_odd_metrics_are_left_out(tmp_path: Path) -> None:
     labels = [one.get("aria-label") for one in drawings(page_of(tmp_path, run))]
     assert labels[3:] == [
         "Training loss over steps",
-        "Tokens by domain over steps",
         "Share of time waiting for data",
     ]
     assert load([run])[0].tokens_per_second is None
