@@ -37,7 +37,7 @@ from ddk_train.processes import Processes
 from ddk_train.run import Run
 from ddk_train.stop import stop_requests
 from ddk_train.student import load_student, load_weights, save_student
-from ddk_train.weights import Settings, given_weights, parse_weights, update
+from ddk_train.weights import Settings, check_measured, given_weights, parse_weights, update
 
 TRAIN = SPLITS[0]
 
@@ -93,6 +93,7 @@ class Trainer:
         given = given_weights(parse_weights(config.weights), self.domains)
         self.settings = Settings(config.alpha, given)
         self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.processes)
+        check_measured(config.weighting, [n for n, r in self.meter.rows.items() if not len(r)])
         self.mixture = Mixture(
             {name: rows[name][TRAIN] for name in self.domains},
             chunk_rows=spec.chunk_rows,

@@ -153,19 +153,15 @@ def fixed(gaps: Gaps, log_before: Floats | None, settings: Settings) -> Floats:
 
 
 def update(rule: str, gaps: Gaps, log_before: Floats | None, settings: Settings) -> Update:
-    """Return the new factor and weights under a named rule, checked.
+    """Return the new factor and weights under a named rule.
+
+    A domain without held-out rows is for `check_measured`; a rule that follows nothing draws it.
 
     Raises:
-        InputError: the rule follows gaps and a domain has no held-out rows.
         DDKError: a held-out loss is not finite.
     """
-    unmeasured = np.isnan(gaps.teacher_loss)
-    if rule in FOLLOW_GAPS and unmeasured.any():
-        raise InputError(
-            f"weighting {rule!r} follows the gap on held-out rows; a domain has none. Build the "
-            "cache with a larger --holdout, or use --weighting uniform, proportional or fixed."
-        )
-    if not (gaps.student_loss[~unmeasured] < MOST_LOSS).all():
+    needed = np.full(len(gaps.sizes), rule in FOLLOW_GAPS) | ~np.isnan(gaps.teacher_loss)
+    if not (gaps.student_loss[needed] < MOST_LOSS).all():
         raise DDKError(
             f"a held-out loss is not finite: {gaps.student_loss.tolist()}. The student is lost; a "
             "lower --lr may help."
@@ -174,6 +170,16 @@ def update(rule: str, gaps: Gaps, log_before: Floats | None, settings: Settings)
     by_size = rule in BY_SIZE_FIRST and log_before is None
     drawn = proportional(gaps, None, settings) if by_size else log_factor
     return Update(log_factor, floored(drawn))
+
+
+def check_measured(rule: str, unmeasured: Sequence[str]) -> None:
+    """Raise InputError where a rule follows gaps and there are domains without held-out rows."""
+    if rule in FOLLOW_GAPS and unmeasured:
+        raise InputError(
+            f"weighting {rule!r} follows the gap on held-out rows, and these domains have none: "
+            f"{', '.join(unmeasured)}. Build the cache with a larger --holdout, or use "
+            "--weighting uniform, proportional or fixed."
+        )
 
 
 # --- what rules are made of ---

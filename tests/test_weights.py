@@ -17,6 +17,7 @@ from ddk_train.weights import (
     Floats,
     Gaps,
     Settings,
+    check_measured,
     given_weights,
     parse_weights,
     update,
@@ -148,10 +149,14 @@ def test_smoothed_factors_keep_to_their_bounds(
 def test_a_domain_without_held_out_rows(rule: str) -> None:
     some = Gaps(np.array([1.0, np.nan]), np.array([1.0, np.nan]), np.array([1.0, 3.0]))
     settings = Settings(0.5, np.array([0.5, 0.5]))
+    check_measured(rule, [])
     if rule in FOLLOW_GAPS:
-        with pytest.raises(InputError, match="a domain has none"):
+        with pytest.raises(InputError, match="these domains have none: code, web"):
+            check_measured(rule, ["code", "web"])
+        with pytest.raises(DDKError, match="not finite"):
             update(rule, some, None, settings)
     else:
+        check_measured(rule, ["code", "web"])
         right = [0.25, 0.75] if rule == "proportional" else [0.5, 0.5]
         np.testing.assert_allclose(update(rule, some, None, settings).weights, right)
 
