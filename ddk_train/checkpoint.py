@@ -30,14 +30,19 @@ class State:
     mixture: dict[str, Any]
     seen: dict[str, int] = field(default_factory=dict)
     """Rows drawn of each domain."""
+    tokens: dict[str, int] = field(default_factory=dict)
+    """Counted positions trained on of each domain."""
     step: int = 0
-    tokens: int = 0
     seconds: float = 0.0
+    eval_seconds: float = 0.0
+    """Spent on measuring gaps, which `seconds` leaves out."""
     measured: int = -1
     """Step of the last measurement."""
     best: int = 0
     """Step of the measurement with the lowest mean held-out loss."""
     best_loss: float | None = None
+    lowest: dict[str, float] = field(default_factory=dict)
+    """Lowest held-out loss of each domain so far."""
     log_factor: list[str] | None = None
     """(D) log r of the weighting rule, exact hexadecimal floats."""
     weights: list[str] = field(default_factory=list)
@@ -45,13 +50,18 @@ class State:
 
     def __post_init__(self) -> None:
         self.seen = self.seen or dict.fromkeys(self.domains, 0)
+        self.tokens = self.tokens or dict.fromkeys(self.domains, 0)
 
     def over(self, domains: list[str]) -> State:
         """Return the state of a run whose cache grew by domains: it will measure at once."""
         if self.domains == domains:
             return self
-        seen = {name: self.seen.get(name, 0) for name in domains}
-        return dataclasses.replace(self, domains=domains, seen=seen, log_factor=None, weights=[])
+        seen, tokens = (
+            {name: had.get(name, 0) for name in domains} for had in (self.seen, self.tokens)
+        )
+        return dataclasses.replace(
+            self, domains=domains, seen=seen, tokens=tokens, log_factor=None, weights=[]
+        )
 
 
 def exact(values: Floats) -> list[str]:

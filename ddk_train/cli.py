@@ -46,8 +46,10 @@ def main() -> None:
 @setting("shard_cache_size", "Bytes that it may take.")
 @setting("weighting", "How domains are weighted.", Known("weighting", RULES))
 @setting("alpha", "Smoothing of the weights: the share that follows the gaps.")
+@setting("weights", "Of --weighting fixed, for every domain: code=0.5,web=0.3,…")
 @setting("interval", "Steps between two measurements of the gaps.")
 @setting("eval_rows", "Held-out rows of each domain to measure on.")
+@setting("forgetting", "Nats that a domain's loss may rise above its best before a warning.")
 @setting("gamma", "Weight of the divergence from the teacher.")
 @setting("loss", "forward_kl, reverse_kl, jsd:BETA or skew_kl:ALPHA.")
 @setting("temperature", "Of the divergence; the cache has to declare one that is not 1.")
@@ -83,7 +85,8 @@ def run(**settings: Any) -> None:
 
     open_cache(config.cache)
 
-    from ddk_train.report import load, show
+    from ddk_train.facts import load
+    from ddk_train.table import show
     from ddk_train.trainer import train
 
     finished = train(config)
@@ -100,7 +103,9 @@ def run(**settings: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine instead.")
 def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Show runs as a table, and draw them on one page, side by side."""
-    from ddk_train.report import load, show, to_json, write_page
+    from ddk_train.facts import load, to_json
+    from ddk_train.page import write_page
+    from ddk_train.table import show
 
     reports = load(list(runs))
     if as_json:

@@ -39,11 +39,16 @@ class TrainConfig:
     weighting: str = "ddk"
     """How domains are weighted: a name in `ddk_train.weights.RULES`."""
     alpha: float = 0.5
-    """Smoothing of Eq. 2: the share of the weights that follows the gaps, the rest is even."""
+    """Smoothing of Eq. 2 and of `excess`: the share that follows the gaps; the rest is even."""
+    weights: str = ""
+    """Of `fixed`, for every domain: code=0.5,web=0.3,… Only their ratios count."""
     interval: int = 1000
     """Steps between two measurements of the gaps. The paper's best of 50 … 2,000."""
     eval_rows: int = 500
     """Held-out rows of each domain on which gaps are measured, as in the paper."""
+    forgetting: float = 0.05
+    """Nats that a domain's held-out loss may rise above its best before a warning. On 500 rows of
+    1,024 tokens the same student's loss is known to about 0.005."""
 
     gamma: float = 0.2
     """Weight of the divergence from the teacher beside the cross-entropy; the paper's best."""
@@ -107,7 +112,7 @@ class TrainConfig:
     """Trackers that accelerate knows, joined by commas: tensorboard, wandb, …"""
 
     def __post_init__(self) -> None:
-        from ddk_train.weights import RULES
+        from ddk_train.weights import RULES, parse_weights
 
         for name, words in (
             ("weighting", RULES),
@@ -117,11 +122,13 @@ class TrainConfig:
         ):
             if getattr(self, name) not in words:
                 raise InputError(unknown(name, getattr(self, name), words))
+        if (self.weighting == "fixed") != bool(parse_weights(self.weights)):
+            raise InputError("--weights and --weighting fixed belong together: give both or none.")
         for name in ("interval", "eval_rows", "steps", "rows", "keep", "log_every"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             *("micro_rows", "warmup", "checkpoint_every", "gamma", "weight_decay", "seed"),
-            *("lora_rank", "patience"),
+            *("lora_rank", "patience", "forgetting"),
         ):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in ("lr", "clip", "temperature"):

@@ -133,16 +133,27 @@ def within(targets: Targets, V: int) -> Targets:
 
 
 @torch.no_grad()
-def cross_entropy(hidden_PH: torch.Tensor, head: Head, labels_P: torch.Tensor) -> torch.Tensor:
-    """Return the sum of the cross-entropies, for measuring: without any gradient."""
-    total = hidden_PH.new_zeros((), dtype=torch.float64)
+def measure(
+    hidden_PH: torch.Tensor, head: Head, labels_P: torch.Tensor, targets: Targets
+) -> torch.Tensor:
+    """Return the sums of cross-entropy and of KL(teacher ‖ student), nats; (2) float64.
+
+    For measuring: there is no gradient, T is 1, and the divergence is the same for every run.
+    """
+    sums = hidden_PH.new_zeros(2, dtype=torch.float64)
     with torch.autocast(hidden_PH.device.type, enabled=False):
         head = head.like(hidden_PH.dtype)
         for part in chunks(hidden_PH, head):
             logits_PV = head.logits(hidden_PH[part])
-            label_P = logits_PV.gather(-1, labels_P[part, None])[:, 0]
-            total += (softmax_(logits_PV)[:, 0] - label_P).sum()
-    return total
+            if head.narrow:
+                logits_PV = pad(logits_PV, (0, 1), value=-torch.inf)
+            label_P1 = logits_PV.gather(-1, labels_P[part, None])
+            kept = pick(targets, part)
+            t_PB = torch.cat([kept.probs, kept.tail[:, None]], -1)
+            logq_PB, norm_P1, _ = buckets_(logits_PV, kept.ids)
+            kl_P, _ = forward_kl(t_PB, logq_PB)
+            sums += torch.stack([(norm_P1 - label_P1).sum(), kl_P.sum()])
+    return sums
 
 
 def chunks(hidden_PH: torch.Tensor, head: Head) -> list[slice]:
@@ -272,19 +283,10 @@ def divergence_(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Overwrite logits by weight · ∂D/∂logits + of_q · q; return log normaliser (P, 1) and D (P).
 
-    Everything outside the kept ids is summed by itself, relative to its own largest, and not taken
-    as 1 − Q: no cancellation where the student is sure, no clamp. With a the slope of D by log q
-    of a kept id, b that of the rest, and s the sum of all, the gradient is a − s·q at kept ids and
-    (b/(1 − Q) − s)·q at the others.
+    With a the slope of D by log q of a kept id, b that of the rest, and s the sum of all, the
+    gradient is a − s·q at kept ids and (b/(1 − Q) − s)·q at the others.
     """
-    kept_PK = logits_PV.gather(-1, targets.ids)
-    logits_PV.scatter_(-1, targets.ids, -torch.inf)
-    top_P1 = logits_PV.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
-    # The largest outside becomes exp(0): the sum is at least 1, or there is nothing outside.
-    sum_P1 = logits_PV.sub_(top_P1).exp_().sum(-1, keepdim=True)
-    logq_PB = torch.cat([kept_PK, top_P1 + sum_P1.log()], -1)
-    norm_P1 = logq_PB.logsumexp(-1, keepdim=True)
-    logq_PB -= norm_P1
+    logq_PB, norm_P1, sum_P1 = buckets_(logits_PV, targets.ids)
     t_PB = torch.cat([targets.probs, targets.tail[:, None]], -1)
     value_P, slope_PB = divergence(t_PB, logq_PB)
     slope_PB = weight * slope_PB
@@ -292,3 +294,22 @@ def divergence_(
     logits_PV.mul_(gradient_PB[:, -1:] / sum_P1.clamp_min(1.0))
     logits_PV.scatter_(-1, targets.ids, gradient_PB[:, :-1])
     return norm_P1, value_P
+
+
+def buckets_(
+    logits_PV: torch.Tensor, ids_PK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log q of kept ids and rest (P, B), log normaliser (P, 1), and the rest's sum (P, 1).
+
+    Everything outside the kept ids is summed by itself, relative to its own largest, and not taken
+    as 1 − Q: no cancellation where the student is sure, no clamp. The logits are overwritten by
+    the terms of that sum, 0 at kept ids.
+    """
+    kept_PK = logits_PV.gather(-1, ids_PK)
+    logits_PV.scatter_(-1, ids_PK, -torch.inf)
+    top_P1 = logits_PV.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    # The largest outside becomes exp(0): the sum is at least 1, or there is nothing outside.
+    sum_P1 = logits_PV.sub_(top_P1).exp_().sum(-1, keepdim=True)
+    logq_PB = torch.cat([kept_PK, top_P1 + sum_P1.log()], -1)
+    norm_P1 = logq_PB.logsumexp(-1, keepdim=True)
+    return logq_PB.sub_(norm_P1), norm_P1, sum_P1

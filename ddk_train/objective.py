@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ddk_cache.console import say
-from ddk_train.head import Head, Sums, Targets, Terms, cross_entropy, fused_loss, pick, within
+from ddk_train.head import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
 
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
@@ -64,16 +64,22 @@ class Objective(torch.nn.Module):
         `tokens` has one more column than `mask`: its last is a label only.
         """
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
-        if targets is not None:
-            targets = pick(targets, mask_BS)
-            targets = within(targets, self.width) if self.narrow else targets
+        targets = targets and self._counted(targets, mask_BS)
         return fused_loss(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets, self.terms)
 
     @torch.no_grad()
-    def cross_entropy(self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
-        """Return the sum of the cross-entropy, without gradients."""
+    def measure(
+        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, targets: Targets
+    ) -> torch.Tensor:
+        """Return the sums of cross-entropy and KL(teacher ‖ student), without gradients; (2)."""
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
-        return cross_entropy(hidden_PH, head, tokens_BS1[:, 1:][mask_BS])
+        targets = self._counted(targets, mask_BS)
+        return measure(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets)
+
+    def _counted(self, targets: Targets, mask_BS: torch.Tensor) -> Targets:
+        """Return the targets (P, K) of counted positions, for a head of the student's width."""
+        targets = pick(targets, mask_BS)
+        return within(targets, self.width) if self.narrow else targets
 
     def _hidden(self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, Head]:
         """Return hidden states (P, H) of counted positions, in the dtype of products, and head."""

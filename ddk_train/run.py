@@ -32,24 +32,34 @@ HISTORY = pa.schema(
     [
         ("step", pa.int64()),
         ("domain", pa.string()),
+        ("train_rows", pa.int64()),
         ("rows_seen", pa.int64()),
         ("tokens_seen", pa.int64()),
         ("epoch", pa.float64()),
         ("student_loss", pa.float64()),
         ("teacher_loss", pa.float64()),
-        ("factor", pa.float64()),
+        ("student_perplexity", pa.float64()),
+        ("teacher_perplexity", pa.float64()),
+        ("kl", pa.float64()),
+        ("log_factor", pa.float64()),
+        ("weight_before", pa.float64()),
         ("weight", pa.float64()),
+        ("eval_seconds", pa.float64()),
     ]
 )
 """One row for each domain of each measurement, taken after `step` steps.
 
-Losses are nats a position on the held-out rows, null where a domain has none. `factor` is the
-rule's state (r of Eq. 1 and 2), `weight` the share of the rows drawn from here on.
+`train_rows` is what the domain has, `rows_seen` how many were drawn, `tokens_seen` the positions of
+them that the loss counted, as `tokens` in the metrics. Losses and KL(teacher ‖ student) are nats a
+position on the held-out rows, null where a domain has none. `log_factor` is the logarithm of the
+rule's state (r of Eq. 1 and 2); `weight` is the share of the rows drawn from here on, and
+`weight_before` that of the rows before, null at first. Losses and `train_rows`, step by step, give
+factors and weights again to the last bit (`ddk_train.weights.update`).
 """
 
 RESUMABLE = {
     *("steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"),
-    *("known_rows", "new_rows", "report_to", "patience", "keep_adapter"),
+    *("known_rows", "new_rows", "report_to", "patience", "keep_adapter", "forgetting"),
     *("shard_cache", "shard_cache_size"),
 }
 """Settings that may differ when a run is resumed; paths may move, the content may not."""
@@ -70,6 +80,11 @@ class Run:
         except (OSError, ValueError) as error:
             raise InputError(f"{self.path} is no run directory: {error}") from error
 
+    @property
+    def exists(self) -> bool:
+        """Return whether the run was begun."""
+        return (self.path / "config.json").exists()
+
     def open(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
         """Create the directory, or check that it holds the same run; return its provenance.
 
@@ -80,7 +95,7 @@ class Run:
             InputError: it holds something else.
             MismatchError: it was begun with other settings, another cache or another student.
         """
-        if not (self.path / "config.json").exists():
+        if not self.exists:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise InputError(f"{self.path} exists and is no run directory. Give another path.")
             self.path.mkdir(parents=True, exist_ok=True)
@@ -110,7 +125,8 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the logged steps in order: step, loss, ce, kl, lr, grad_norm, tokens, seconds,
-        tokens_per_second, wait (share of the time spent waiting for data).
+        tokens_per_second, wait (share of the time spent waiting for data), eval_share (of the
+        time so far, what went into measuring gaps; `seconds` is without it).
         """  # noqa: D205
         path = self.path / "metrics.jsonl"
         text = path.read_text() if path.exists() else ""

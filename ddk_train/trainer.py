@@ -25,7 +25,7 @@ from ddk_train import checkpoint
 from ddk_train.adapter import add_adapter, is_adapted
 from ddk_train.checkpoint import State, exact, floats, get_random
 from ddk_train.config import TrainConfig
-from ddk_train.gap import GapMeter
+from ddk_train.gap import GapMeter, Measured
 from ddk_train.head import Terms
 from ddk_train.identity import check_identity, identity, known_rows, provenance
 from ddk_train.loader import Batch, Loader
@@ -37,7 +37,7 @@ from ddk_train.processes import Processes
 from ddk_train.run import Run
 from ddk_train.stop import stop_requests
 from ddk_train.student import load_student, load_weights, save_student
-from ddk_train.weights import Gaps, proportional, update
+from ddk_train.weights import Settings, check_measured, given_weights, parse_weights, update
 
 TRAIN = SPLITS[0]
 
@@ -89,10 +89,15 @@ class Trainer:
         terms = Terms(config.gamma, divergence(config.loss), config.temperature, compiled)
         self.student = self._student()
         self.optimizer = optimizer(self.student, config)
+        if not self.run.exists:  # else it keeps to the domains that it began with
+            given_weights(parse_weights(config.weights), self.cache.domains)
         known = self._open()
         rows = known_rows(self.cache, known["known_rows"])
         self.domains = sorted(rows)
+        given = given_weights(parse_weights(config.weights), self.domains)
+        self.settings = Settings(config.alpha, given)
         self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.processes)
+        check_measured(config.weighting, [n for n, r in self.meter.rows.items() if not len(r)])
         self.mixture = Mixture(
             {name: rows[name][TRAIN] for name in self.domains},
             chunk_rows=spec.chunk_rows,
@@ -151,7 +156,8 @@ class Trainer:
         rate = learning_rate(self.config, self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        positions = max(1, int(self.processes.total(batch.loss_mask.sum())))
+        tokens = self._tokens(batch)
+        positions = max(1, sum(tokens))
         ce, kl = (self.backward(batch, positions) / positions).tolist()
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip).item()
         loss = ce + self.config.gamma * kl
@@ -159,9 +165,16 @@ class Trainer:
             raise DDKError(self._not_finite(batch))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._count(
-            batch, began, positions, loss=loss, ce=ce, kl=kl, lr=rate, grad_norm=norm
-        )
+        return self._count(batch, began, tokens, loss=loss, ce=ce, kl=kl, lr=rate, grad_norm=norm)
+
+    def _tokens(self, batch: Batch) -> list[int]:
+        """Return (D) counted positions of each domain in a step, over all processes."""
+        domain = torch.from_numpy(batch.draw.domain[self.processes.share])
+        device = batch.loss_mask.device
+        counts = torch.zeros(len(self.domains), dtype=torch.int64, device=device)
+        counts.index_add_(0, domain.to(device), batch.loss_mask.sum(1))
+        found: list[int] = self.processes.total(counts).tolist()
+        return found
 
     def backward(self, batch: Batch, positions: int) -> torch.Tensor:
         """Leave the gradient of the mean loss over `positions`; return the sums of CE and KL.
@@ -181,22 +194,24 @@ class Trainer:
         return self.processes.total(sums)
 
     def _count(
-        self, batch: Batch, began: float, positions: int, **metrics: float
+        self, batch: Batch, began: float, tokens: list[int], **metrics: float
     ) -> dict[str, float]:
         state = self.state
         state.mixture = batch.state
         state.step += 1
-        state.tokens += positions
         seconds = time.perf_counter() - began + batch.wait
         state.seconds += seconds
         for number, rows in enumerate(np.bincount(batch.draw.domain).tolist()):
             state.seen[self.domains[number]] += rows
+        for name, count in zip(self.domains, tokens, strict=True):
+            state.tokens[name] += count
         metrics |= {
             "step": state.step,
-            "tokens": state.tokens,
+            "tokens": sum(state.tokens.values()),
             "seconds": state.seconds,
-            "tokens_per_second": positions / seconds,
+            "tokens_per_second": sum(tokens) / seconds,
             "wait": batch.wait / seconds,
+            "eval_share": state.eval_seconds / (state.eval_seconds + state.seconds),
         }
         if (state.step % self.config.log_every == 0 or state.step == 1) and self.processes.main:
             self.run.log(metrics)
@@ -262,39 +277,55 @@ class Trainer:
         if state.weights and (not due or state.measured == state.step):
             return
         self.student.eval()
-        gaps = self.meter.measure(self.objective.cross_entropy)
+        found = self.meter.measure(self.objective.measure)
         self.student.train()
         before = floats(state.log_factor) if state.log_factor else None
-        log_factor = update(config.weighting, gaps, before, config.alpha)
-        # Algorithm 1: the first interval is drawn from the whole set, in proportion to size.
-        first = config.weighting == "ddk" and before is None
-        log_weights = proportional(gaps, None, 0) if first else log_factor
-        state.log_factor, state.weights = exact(log_factor), exact(normalised(log_weights))
-        state.measured = state.step
-        self._compare(gaps.student_loss[~np.isnan(gaps.student_loss)])
+        after = update(config.weighting, found.gaps, before, self.settings)
+        drawn, state.weights = state.weights, exact(after.weights)
+        state.log_factor, state.measured = exact(after.log_factor), state.step
+        state.eval_seconds += found.seconds.sum()
+        self._compare(found.gaps.student_loss)
         if self.processes.main:
-            self._record(gaps)
+            self._record(found, drawn)
 
     def _compare(self, losses: Floats) -> None:
-        """Note whether this is the best student so far, by its mean loss over domains."""
+        """Note the best student so far, by its mean loss over domains, and what it forgets."""
         state = self.state
-        if len(losses) and (state.best_loss is None or losses.mean() < state.best_loss):
-            state.best, state.best_loss = state.step, float(losses.mean())
+        measured = {n: x for n, x in zip(self.domains, losses.tolist(), strict=True) if x == x}
+        mean = sum(measured.values()) / max(1, len(measured))
+        if measured and (state.best_loss is None or mean < state.best_loss):
+            state.best, state.best_loss = state.step, mean
+        for name, loss in measured.items():
+            best = state.lowest[name] = min(loss, state.lowest.get(name, loss))
+            if loss - best > self.config.forgetting and self.processes.main:
+                say(
+                    f"step {state.step}: the held-out loss of {name!r} is {loss:.3f}, "
+                    f"{loss - best:.3f} above its lowest: the student forgets. More weight for it "
+                    "or a lower --lr may help."
+                )
 
-    def _record(self, gaps: Gaps) -> None:
-        weights, factor = floats(self.state.weights), np.exp(floats(self.state.log_factor or []))
-        epochs = self.loader.epochs()
+    def _record(self, found: Measured, drawn: list[str]) -> None:
+        """Write a measurement down; `drawn` are the weights in force up to it, if there were."""
+        state, gaps, epochs = self.state, found.gaps, self.loader.epochs()
+        log_factor, weights = floats(state.log_factor or []), floats(state.weights)
+        before = floats(drawn or ["nan"] * len(self.domains))
         self.run.record(
             {
-                "step": self.state.step,
+                "step": state.step,
                 "domain": name,
-                "rows_seen": self.state.seen[name],
-                "tokens_seen": self.state.seen[name] * self.cache.spec.seq_len,
+                "train_rows": int(gaps.sizes[n]),
+                "rows_seen": state.seen[name],
+                "tokens_seen": state.tokens[name],
                 "epoch": epochs[n],
                 "student_loss": none_if_nan(gaps.student_loss[n]),
                 "teacher_loss": none_if_nan(gaps.teacher_loss[n]),
-                "factor": float(factor[n]),
+                "student_perplexity": none_if_nan(np.exp(gaps.student_loss[n])),
+                "teacher_perplexity": none_if_nan(np.exp(gaps.teacher_loss[n])),
+                "kl": none_if_nan(found.kl[n]),
+                "log_factor": float(log_factor[n]),
+                "weight_before": none_if_nan(before[n]),
                 "weight": float(weights[n]),
+                "eval_seconds": float(found.seconds[n]),
             }
             for n, name in enumerate(self.domains)
         )
@@ -348,13 +379,6 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def normalised(log_weights: Floats) -> Floats:
-    """Return weights that sum to one to the last bit that float64 allows."""
-    weights: Floats = np.exp(log_weights)
-    weights /= weights.sum()
-    return weights
 
 
 def none_if_nan(value: float) -> float | None:

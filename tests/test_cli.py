@@ -29,10 +29,10 @@ OPTIONS = {
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",
-    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha "
-    "--interval --eval-rows --gamma --loss "
-    "--temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule --decay "
-    "--optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
+    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha --weights "
+    "--interval --eval-rows --forgetting "
+    "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
+    "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
     "--precision --gradient-checkpointing --compile --checkpoint-every --keep --patience "
     "--new-rows --log-every --report-to",
     "ddk-train report": "--html --json",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ddk_cache import SparseTargets
 from ddk_train import head as heads
-from ddk_train.head import Head, Targets, Terms, cross_entropy, fused_loss, within
+from ddk_train.head import Head, Targets, Terms, fused_loss, measure, within
 from ddk_train.losses import divergence
 from tests.test_losses import value
 
@@ -160,8 +160,17 @@ def test_cross_entropy_alone_is_that_of_torch() -> None:
     c = case(300, 40, 3, 4)
     expected = torch.nn.functional.cross_entropy(c.hidden @ c.weight.T, c.labels, reduction="sum")
     alone = fused_loss(c.hidden, Head(c.weight), c.labels, None, Terms(0.5))
-    for got in (alone.loss, alone.ce, cross_entropy(c.hidden, Head(c.weight), c.labels)):
+    for got in (alone.loss, alone.ce):
         torch.testing.assert_close(got.float(), expected)
+
+
+@pytest.mark.parametrize(("P", "k", "tail"), [(300, 3, True), (5, 40, True), (9, 4, False)])
+def test_what_is_measured_is_the_reference(P: int, k: int, tail: bool) -> None:
+    c = case(P, 40, k, 7, tail=tail)
+    head = Head(c.weight, c.bias, scale=0.5, cap=3.0)
+    _, ce, kl, *_ = reference(c, head, "forward_kl", 1.0, 1.0)
+    got = measure(c.hidden, head, c.labels, c.targets)
+    torch.testing.assert_close(got, torch.stack([ce, kl]).detach(), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.slow

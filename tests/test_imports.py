@@ -57,7 +57,7 @@ TRAIN = {
     "__init__": {"config", "trainer"},
     "__main__": {"cli"},
     "config": {"weights", *SURFACE, "ddk_cache.schema"},
-    "weights": SURFACE,
+    "weights": {*SURFACE, "ddk_cache.schema"},
     "losses": {*SURFACE, "ddk_cache.schema"},
     "head": {"losses", *SURFACE},
     "objective": {"head", "ddk_cache.console"},
@@ -79,8 +79,21 @@ TRAIN = {
         *(*SURFACE, "ddk_cache.console"),
     },
     "plot": set(),
-    "report": {"run", "plot", *SURFACE},
-    "cli": {"config", "weights", "report", "trainer", *SURFACE, "ddk_cache.console"},
+    "text": {"plot"},
+    "facts": {"run", "text"},
+    "comparison": {"facts", "text"},
+    "table": {"comparison", "facts", "text"},
+    "page": {"comparison", "facts", "plot", "text", *SURFACE},
+    "cli": {
+        "config",
+        "weights",
+        "facts",
+        "table",
+        "page",
+        "trainer",
+        *SURFACE,
+        "ddk_cache.console",
+    },
 }
 
 # Heavy libraries and the only files that may load them.

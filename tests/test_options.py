@@ -85,6 +85,7 @@ def test_other_divergences_train(configure: Configure, loss: str) -> None:
         ({"temperature": 2.0}, "cannot be read at temperature 2: the mass outside"),
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'"),
         ({"lora_rank": 2}, "is for a trained student"),
+        ({"weighting": "fixed", "weights": "note=1"}, "Did you mean 'notes'"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
@@ -171,6 +172,6 @@ def test_a_resumed_adapter_is_bit_for_bit_the_uninterrupted_one(
     second = tree(again.checkpoints()[-1][1])
     for text in (first, second):
         state = json.loads(text.pop("state.json"))
-        text["state"] = json.dumps(state | {"seconds": 0}).encode()
+        text["state"] = json.dumps(state | {"seconds": 0, "eval_seconds": 0}).encode()
     assert first == second
     assert (again.student / "adapter_model.safetensors").exists()

@@ -21,8 +21,10 @@ import pytest
 from ddk_cache import DDKError, InputError
 from ddk_train import plot
 from ddk_train.config import TrainConfig
-from ddk_train.report import load, show, to_json, write_page
+from ddk_train.facts import load, to_json
+from ddk_train.page import write_page
 from ddk_train.run import Run
+from ddk_train.table import show
 
 NAMES = ("books", "code", "web")
 HOSTILE = ("<script>alert(1)</script>", "a & b", "\"'><img src=http://x/y>")
@@ -53,8 +55,10 @@ def write_run(
                 "epoch": k / 8,
                 "student_loss": None if name in unmeasured else n + 1 + shift + 2 / (k + 1),
                 "teacher_loss": None if name in unmeasured else n + 1.0,
-                "factor": 1 / len(names),
+                "kl": None if name in unmeasured else 1 / (k + 1),
+                "log_factor": -math.log(len(names)),
                 "weight": weights[n],
+                "eval_seconds": 0.5,
             }
             for n, name in enumerate(names)
         )
@@ -148,6 +152,7 @@ def test_table_says_what_the_history_holds(tmp_path: Path) -> None:
         losses = [last["teacher_loss"], first["student_loss"], last["student_loss"]]
         ratio = last["student_loss"] - last["teacher_loss"]
         wanted = [f"{math.exp(loss):.2f}" for loss in (*losses, ratio)]
+        wanted += [f"{last['kl']:.3f}"]
         wanted += [f"{100 * row['weight']:.1f}" for row in (first, last)]
         assert page.row(name)[:-1] == wanted
     assert page.row("code")[-1] == "3.84 k"
@@ -157,6 +162,7 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
     drawn = drawings(page_of(tmp_path, write_run(tmp_path / "a")))
     assert [drawing.get("aria-label") for drawing in drawn] == [
         "Gap by domain over steps",
+        "KL to the teacher by domain over steps",
         "Weights of domains over steps",
         "Training loss over steps",
         "Tokens a second over steps",
@@ -168,7 +174,7 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
 
 def test_one_measurement_is_enough(tmp_path: Path) -> None:
     text = page_of(tmp_path, write_run(tmp_path / "a", measurements=1))
-    assert len(drawings(text)) == 2  # nothing was logged yet
+    assert len(drawings(text)) == 3  # nothing was logged yet
     assert not re.search(r'="[^"]*nan', text)
 
 
@@ -176,7 +182,7 @@ def test_one_measurement_is_enough(tmp_path: Path) -> None:
 def test_unmeasured_domains_are_dashes(tmp_path: Path, unmeasured: tuple[str, ...]) -> None:
     run = write_run(tmp_path / "a", unmeasured=unmeasured, weighting="uniform")
     text = page_of(tmp_path, run, write_run(tmp_path / "b"))
-    assert ["–"] * 4 in [row[1:5] for row in Page(text).rows if row and row[0] == "code"]
+    assert ["–"] * 5 in [row[1:6] for row in Page(text).rows if row and row[0] == "code"]
     assert not re.search(r'="[^"]*nan', text)
     json.dumps(to_json(load([run])), allow_nan=False)
 
@@ -185,7 +191,10 @@ def test_missing_and_odd_metrics_are_left_out(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", metrics=False)
     Run(run).log({"step": 310, "loss": math.nan, "ce": math.inf, "kl": None, "wait": 0.5})
     labels = [one.get("aria-label") for one in drawings(page_of(tmp_path, run))]
-    assert labels[2:] == ["Training loss over steps", "Share of time waiting for data"]
+    assert labels[3:] == [
+        "Training loss over steps",
+        "Share of time waiting for data",
+    ]
     assert load([run])[0].tokens_per_second is None
     assert load([run])[0].steps == 310
 
@@ -201,6 +210,26 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     assert page.row("books") == ["1.500", "1.250", "−0.250"]
     assert page.row("alpha") == ["0.5", "0.9", ""]
     assert not [row for row in page.rows if row and row[0] in ("gamma", "run")]
+
+
+def test_seeds_are_taken_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shifts = {0: -0.1, 1: 0.0, 2: 0.4}
+    runs = [
+        write_run(tmp_path / f"{rule}-{seed}", shift=shift, seed=seed, weighting=rule)
+        for rule in ("ddk", "uniform")
+        for seed, shift in shifts.items()
+    ]
+    ends = [2.5 + shift for shift in shifts.values()]
+    wanted = f"{np.mean(ends):.3f} ± {np.std(ends, ddof=1):.3f}"
+    page = Page(page_of(tmp_path, *runs[:5]))
+    (row,) = (row for row in page.rows if row and row[0] == "runs")
+    assert row == ["runs", "3", "2"]
+    (row,) = (row for row in page.rows if row and row[0] == "code" and "±" in row[1])
+    assert row[1:] == [wanted, f"{np.mean(ends[:2]):.3f} ± {np.std(ends[:2], ddof=1):.3f}"]
+    assert "weighting uniform" in {cell for row in page.rows for cell in row}
+    show(load(runs))
+    assert wanted in capsys.readouterr().out
+    assert "Over seeds" not in page_of(tmp_path, runs[0], runs[3])
 
 
 def test_mean_is_over_shared_domains(tmp_path: Path) -> None:
@@ -250,6 +279,8 @@ def test_json_holds_the_facts(tmp_path: Path) -> None:
     assert facts["domains"]["code"]["ratio"] == pytest.approx(math.exp(0.5))
     assert facts["mean_loss"] == pytest.approx(2.5)
     assert facts["tokens_per_second"] == 128
+    assert facts["domains"]["code"]["kl"] == 0.25
+    assert facts["eval_share"] == pytest.approx(6 / (6 + 150))
     assert facts["settings"]["weighting"] == "ddk"
 
 

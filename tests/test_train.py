@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -20,12 +21,13 @@ from ddk_train import TrainConfig
 from ddk_train.optim import learning_rate
 from ddk_train.run import open_run
 from ddk_train.trainer import Trainer, train
+from ddk_train.weights import RULES, Gaps, Settings, update
 from tests.conftest import Configure, byte_tokenizer, command, finish, tree
 
 
 def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return metrics without what the clock says."""
-    clock = {"seconds", "tokens_per_second", "wait"}
+    """Return metrics or history without what the clock says."""
+    clock = {"seconds", "tokens_per_second", "wait", "eval_share", "eval_seconds"}
     return [{k: v for k, v in line.items() if k not in clock} for line in metrics]
 
 
@@ -58,12 +60,13 @@ def test_the_history_tells_algorithm_1(configure: Configure, cache: Cache) -> No
     }
     eq1 = np.exp(ratios[0] - ratios[0].max())
     factor = eq1 / eq1.sum()
-    np.testing.assert_allclose([row["factor"] for row in at[0]], factor, rtol=1e-9)
+    recorded = {step: np.exp([row["log_factor"] for row in rows]) for step, rows in at.items()}
+    np.testing.assert_allclose(recorded[0], factor, rtol=1e-9)
     np.testing.assert_allclose([row["weight"] for row in at[0]], sizes / sizes.sum(), rtol=1e-12)
     for step in (4, 8, 12):
         psi = factor * np.exp(ratios[step])
         factor = 0.5 * psi / psi.sum() + 0.5 / 3
-        np.testing.assert_allclose([row["factor"] for row in at[step]], factor, rtol=1e-9)
+        np.testing.assert_allclose(recorded[step], factor, rtol=1e-9)
         np.testing.assert_allclose([row["weight"] for row in at[step]], factor, rtol=1e-9)
     seen = np.array([[row["rows_seen"] for row in rows] for rows in at.values()])
     assert (seen.sum(1) == np.array([0, 24, 48, 72])).all()
@@ -71,6 +74,76 @@ def test_the_history_tells_algorithm_1(configure: Configure, cache: Cache) -> No
         drawn = seen[after // 4] - seen[before // 4]
         weights = np.array([row["weight"] for row in at[before]])
         assert (np.abs(drawn - 24 * weights) < 2).all()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_recorded_weights_follow_from_recorded_gaps_exactly(
+    rule: str, configure: Configure
+) -> None:
+    weights = "digits=1,letters=2,notes=5" if rule == "fixed" else ""
+    run = train(configure(weighting=rule, weights=weights, alpha=0.7))
+    columns = pq.read_table(run.path / "history.parquet").to_pandas().groupby("step")
+    given = np.array([1.0, 2.0, 5.0]) / 8 if weights else None
+    factor = before = None
+    for _, found in columns:
+        sizes = found.train_rows.to_numpy(np.float64)
+        gaps = Gaps(found.student_loss.to_numpy(), found.teacher_loss.to_numpy(), sizes)
+        factor, after = update(rule, gaps, factor, Settings(0.7, given))
+        np.testing.assert_array_equal(found.log_factor, factor)
+        np.testing.assert_array_equal(found.weight, after)
+        if before is None:
+            assert found.weight_before.isna().all()
+        else:
+            np.testing.assert_array_equal(found.weight_before, before)
+        before = after
+    assert len(columns) == 4
+
+
+def test_the_history_counts_what_the_metrics_count(configure: Configure) -> None:
+    run = train(configure())
+    history, metrics = run.history(), {line["step"]: line for line in run.metrics()}
+    for step in (4, 8, 12):
+        rows = [row for row in history if row["step"] == step]
+        assert sum(row["tokens_seen"] for row in rows) == metrics[step]["tokens"]
+        assert [row["tokens_seen"] for row in rows] == [row["rows_seen"] * 16 for row in rows]
+    seconds = sum(row["eval_seconds"] for row in history if row["step"] < 12)
+    share = seconds / (seconds + metrics[12]["seconds"])
+    assert metrics[12]["eval_share"] == pytest.approx(share)
+
+
+def test_measured_gaps_are_those_of_the_written_student(configure: Configure, cache: Cache) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = train(configure(eval_rows=10_000, weighting="uniform"))
+    student = AutoModelForCausalLM.from_pretrained(run.student).double()
+    for row in run.history()[-3:]:
+        name = row["domain"]
+        rows = cache.read(name, "validation", cache.row_numbers(name, "validation"))
+        tokens, mask = torch.from_numpy(rows.tokens), torch.from_numpy(rows.loss_mask)
+        with torch.no_grad():
+            q = student(input_ids=tokens[:, :-1]).logits.softmax(-1)
+        ce = -q.gather(-1, tokens[:, 1:, None]).log()[..., 0][mask].mean()
+        t, ids = torch.from_numpy(rows.targets.probs).double(), torch.from_numpy(rows.targets.ids)
+        tail, kept = torch.from_numpy(rows.targets.tail).double(), q.gather(-1, ids)
+        rest = tail * (tail / (1 - kept.sum(-1))).log()
+        kl = ((t * (t / kept).log()).sum(-1) + rest)[mask].mean()
+        assert row["student_loss"] == pytest.approx(float(ce), abs=1e-5)
+        assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
+        assert row["student_perplexity"] == pytest.approx(math.exp(row["student_loss"]))
+        assert row["teacher_perplexity"] == pytest.approx(math.exp(row["teacher_loss"]))
+
+
+def test_a_domain_that_is_forgotten_is_told(
+    configure: Configure, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(configure(steps=20, interval=2, lr=1.0, clip=1e3, forgetting=0.1))
+    told = capsys.readouterr().err.count("the student forgets")
+    lowest: dict[str, float] = {}
+    risen = 0
+    for row in run.history():
+        lowest[row["domain"]] = min(row["student_loss"], lowest.get(row["domain"], math.inf))
+        risen += row["student_loss"] > lowest[row["domain"]] + 0.1
+    assert told == risen > 0
 
 
 def test_teacher_loss_is_that_of_the_measured_rows(configure: Configure, cache: Cache) -> None:
@@ -94,7 +167,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
             file.write('{"step": 7, "lo')  # a line torn by a kill
         resumed = train(configure(path.name))
         assert timeless(resumed.metrics()) == timeless(whole.metrics())
-        assert resumed.history() == whole.history()
+        assert timeless(resumed.history()) == timeless(whole.history())
         assert tree(resumed.student) == tree(whole.student)
         last, again = whole.checkpoints()[-1][1], resumed.checkpoints()[-1][1]
         assert (last / "torch.pt").read_bytes() == (again / "torch.pt").read_bytes()
@@ -229,6 +302,9 @@ def test_a_student_with_too_few_outputs_is_refused(
         ({"lr": math.nan}, "lr has to be above 0"),
         ({"alpha": 1.5}, "alpha has to be between 0 and 1"),
         ({"gamma": -1}, "gamma has to be 0 or more"),
+        ({"weighting": "fixed"}, "belong together"),
+        ({"weights": "code=1"}, "belong together"),
+        ({"weighting": "fixed", "weights": "code"}, "cannot read the weight 'code'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(change: dict[str, Any], said: str) -> None:

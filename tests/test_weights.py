@@ -1,4 +1,4 @@
-"""The rules against values worked out by hand, and the bounds of Eq. 2."""
+"""The rules against values worked out by hand, their bounds, and the guard rails of all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddk_cache import DDKError, InputError
-from ddk_train.weights import RULES, Gaps, ddk, update
+from ddk_train.weights import (
+    FLOOR,
+    FOLLOW_GAPS,
+    RULES,
+    Floats,
+    Gaps,
+    Settings,
+    check_measured,
+    given_weights,
+    parse_weights,
+    update,
+)
+
+HALF = Settings(0.5)
 
 
 def gaps(ratios: list[float], sizes: list[float] | None = None) -> Gaps:
@@ -19,59 +32,151 @@ def gaps(ratios: list[float], sizes: list[float] | None = None) -> Gaps:
     return Gaps(teacher + np.log(ratios), teacher, np.array(sizes or [1.0] * len(ratios)))
 
 
-def test_eq_1_by_hand() -> None:
+def factor(rule: str, some: Gaps, before: object = None, settings: Settings = HALF) -> Floats:
+    """Return r after a measurement; `before` is r before."""
+    log_before = None if before is None else np.log(np.asarray(before, np.float64))
+    return np.exp(update(rule, some, log_before, settings).log_factor)
+
+
+# --- by hand ---
+
+
+@pytest.mark.parametrize("rule", ["ddk", "eq1"])
+def test_eq_1_by_hand(rule: str) -> None:
     # softmax(1, 2, 3) = (1, e, e²) / (1 + e + e²)
     total = 1 + math.e + math.e**2
-    r = np.exp(ddk(gaps([1, 2, 3]), None, 0.5))
-    np.testing.assert_allclose(r, [1 / total, math.e / total, math.e**2 / total], rtol=1e-12)
+    right = [1 / total, math.e / total, math.e**2 / total]
+    np.testing.assert_allclose(factor(rule, gaps([1, 2, 3])), right, rtol=1e-12)
 
 
 def test_eq_2_by_hand() -> None:
     # r = (1/2, 1/4, 1/4), ratios (ln 1, ln 2, ln 4) → ψ = (1/2, 1/2, 1), Σψ = 2,
     # r′ = ½ (1/4, 1/4, 1/2) + ½ · 1/3 = (7/24, 7/24, 10/24); ratios must be ≥ 0, so add 1 to each,
     # which cancels.
-    before = np.log([1 / 2, 1 / 4, 1 / 4])
-    after = ddk(gaps([1.0, 1 + math.log(2), 1 + math.log(4)]), before, 0.5)
-    np.testing.assert_allclose(np.exp(after), [7 / 24, 7 / 24, 10 / 24], rtol=1e-12)
+    some = gaps([1.0, 1 + math.log(2), 1 + math.log(4)])
+    after = factor("ddk", some, [1 / 2, 1 / 4, 1 / 4])
+    np.testing.assert_allclose(after, [7 / 24, 7 / 24, 10 / 24], rtol=1e-12)
+    alone = factor("eq1", some, [0.9, 0.05, 0.05])
+    np.testing.assert_allclose(alone, [1 / 7, 2 / 7, 4 / 7], rtol=1e-12)
+
+
+def test_doremi_by_hand() -> None:
+    # Excess losses (−ln 2 → 0, ln 2, ln 4): r · exp = (1/2, 1/2, 1) of r = (1/2, 1/4, 1/4).
+    some = gaps([0.5, 2.0, 4.0])
+    right = 0.999 * np.array([1 / 4, 1 / 4, 1 / 2]) + 0.001 / 3
+    after = factor("doremi", some, [1 / 2, 1 / 4, 1 / 4])
+    np.testing.assert_allclose(after, right, rtol=1e-12)
+    first = 0.999 * np.array([1 / 7, 2 / 7, 4 / 7]) + 0.001 / 3  # from even weights
+    np.testing.assert_allclose(factor("doremi", some), first, rtol=1e-12)
+
+
+def test_excess_by_hand() -> None:
+    # Excess losses (0, ln 2, ln 4) are as 0 : 1 : 2.
+    some = gaps([0.5, 2.0, 4.0])
+    np.testing.assert_allclose(factor("excess", some), [1 / 6, 2 / 6, 3 / 6], rtol=1e-12)
+    pure = factor("excess", some, settings=Settings(1.0))
+    np.testing.assert_allclose(pure, [0, 1 / 3, 2 / 3], rtol=1e-12)
+    np.testing.assert_allclose(factor("excess", gaps([0.9, 1.0, 0.5])), [1 / 3] * 3, rtol=1e-12)
+
+
+def test_rules_that_follow_nothing() -> None:
+    some = gaps([1, 2, 3], sizes=[10, 30, 60])
+    np.testing.assert_allclose(factor("uniform", some), [1 / 3] * 3)
+    np.testing.assert_allclose(factor("proportional", some), [0.1, 0.3, 0.6])
+    given = given_weights(parse_weights("b=3, a=1,c=4"), ["a", "b", "c"])
+    fixed = update("fixed", some, None, Settings(given=given)).weights
+    np.testing.assert_allclose(fixed, [1 / 8, 3 / 8, 4 / 8])
+
+
+def test_the_first_interval_of_algorithm_1_is_by_size() -> None:
+    some = gaps([1, 2, 3], sizes=[10, 30, 60])
+    for rule, by_size in (("ddk", True), ("eq1", True), ("excess", False), ("doremi", False)):
+        first = update(rule, some, None, HALF)
+        right = [0.1, 0.3, 0.6] if by_size else np.exp(first.log_factor)
+        np.testing.assert_allclose(first.weights, right, rtol=1e-12)
+        again = update(rule, some, first.log_factor, HALF)
+        np.testing.assert_allclose(again.weights, np.exp(again.log_factor), rtol=1e-12)
+
+
+# --- bounds ---
 
 
 def test_ratios_of_a_fresh_student_saturate_without_overflow() -> None:
-    r = ddk(gaps([5000.0, 4000.0, 800.0]), None, 0.5)
-    np.testing.assert_allclose(np.exp(r), [1, 0, 0], atol=1e-300)
-    np.testing.assert_allclose(r, [0, -1000, -4200], rtol=1e-9)
-    r = ddk(gaps([5000.0, 4000.0, 800.0]), np.log(np.full(3, 1 / 3)), 0.5)
-    np.testing.assert_allclose(np.exp(r), [4 / 6, 1 / 6, 1 / 6], rtol=1e-9)
+    fresh = gaps([5000.0, 4000.0, 800.0])
+    first = update("ddk", fresh, None, HALF)
+    np.testing.assert_allclose(first.log_factor, [0, -1000, -4200], rtol=1e-9)
+    second = factor("ddk", fresh, [1 / 3] * 3)
+    np.testing.assert_allclose(second, [4 / 6, 1 / 6, 1 / 6], rtol=1e-9)
     # The first interval's factor is far below the smallest float64, and still comes back.
-    r = ddk(gaps([3.0, 2000.0, 3.0]), np.array([0.0, -1000.0, -4200.0]), 0.5)
-    np.testing.assert_allclose(np.exp(r), [1 / 6, 4 / 6, 1 / 6], rtol=1e-9)
+    back = update("ddk", gaps([3.0, 2000.0, 3.0]), np.array([0.0, -1000.0, -4200.0]), HALF)
+    np.testing.assert_allclose(back.weights, [1 / 6, 4 / 6, 1 / 6], rtol=1e-9)
+    # Our own sees 8.5, 8.3 and 6.7 nats.
+    np.testing.assert_allclose(factor("excess", fresh), [0.348, 0.343, 0.309], atol=1e-3)
 
 
-@given(
-    st.lists(st.lists(st.floats(0.5, 5000), min_size=4, max_size=4), min_size=1, max_size=6),
-    st.floats(0, 1),
+many_ratios = st.lists(
+    st.lists(st.floats(0.5, 5000), min_size=4, max_size=4), min_size=1, max_size=6
 )
-def test_factors_sum_to_one_and_keep_to_their_bounds(
-    ratios: list[list[float]], alpha: float
+
+
+@given(st.sampled_from(sorted(RULES)), many_ratios, st.floats(0, 1))
+def test_weights_of_every_rule_sum_to_one_above_the_floor(
+    rule: str, ratios: list[list[float]], alpha: float
 ) -> None:
-    log_r = ddk(gaps(ratios[0]), None, alpha)
+    log_r, settings = None, Settings(alpha, np.array([0.7, 0.2, 0.1 - 1e-7, 1e-7]))
     for interval in ratios:
-        log_r = ddk(gaps(interval), log_r, alpha)
-        r = np.exp(log_r)
-        assert r.sum() == pytest.approx(1, abs=1e-9)
-        assert (r >= (1 - alpha) / 4 - 1e-12).all()
-        assert (r <= alpha + (1 - alpha) / 4 + 1e-12).all()
+        log_r, weights = update(rule, gaps(interval, [1, 50, 9, 40]), log_r, settings)
+        assert np.exp(log_r).sum() == pytest.approx(1, abs=1e-9)
+        assert weights.sum() == pytest.approx(1, abs=1e-12)
+        assert (weights >= FLOOR / 4 * (1 - FLOOR)).all()
 
 
-def test_uniform_and_proportional() -> None:
-    some = gaps([1, 2, 3], sizes=[10, 30, 60])
-    np.testing.assert_allclose(np.exp(RULES["uniform"](some, None, 0.5)), [1 / 3] * 3)
-    np.testing.assert_allclose(np.exp(RULES["proportional"](some, None, 0.5)), [0.1, 0.3, 0.6])
+@given(st.sampled_from(["ddk", "excess"]), many_ratios, st.floats(0, 1))
+def test_smoothed_factors_keep_to_their_bounds(
+    rule: str, ratios: list[list[float]], alpha: float
+) -> None:
+    log_r = update(rule, gaps(ratios[0]), None, Settings(alpha)).log_factor
+    for interval in ratios:
+        log_r = update(rule, gaps(interval), log_r, Settings(alpha)).log_factor
+        assert (np.exp(log_r) >= (1 - alpha) / 4 - 1e-12).all()
+        assert (np.exp(log_r) <= alpha + (1 - alpha) / 4 + 1e-12).all()
 
 
-def test_a_rule_that_follows_gaps_needs_them() -> None:
+# --- what is refused ---
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_a_domain_without_held_out_rows(rule: str) -> None:
     some = Gaps(np.array([1.0, np.nan]), np.array([1.0, np.nan]), np.array([1.0, 3.0]))
-    with pytest.raises(InputError, match="a domain has none"):
-        update("ddk", some, None, 0.5)
-    np.testing.assert_allclose(np.exp(update("proportional", some, None, 0.5)), [0.25, 0.75])
+    settings = Settings(0.5, np.array([0.5, 0.5]))
+    check_measured(rule, [])
+    if rule in FOLLOW_GAPS:
+        with pytest.raises(InputError, match="these domains have none: code, web"):
+            check_measured(rule, ["code", "web"])
+        with pytest.raises(DDKError, match="not finite"):
+            update(rule, some, None, settings)
+    else:
+        check_measured(rule, ["code", "web"])
+        right = [0.25, 0.75] if rule == "proportional" else [0.5, 0.5]
+        np.testing.assert_allclose(update(rule, some, None, settings).weights, right)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 1e9])
+def test_a_student_that_is_lost_is_an_error_under_every_rule(rule: str, loss: float) -> None:
     with pytest.raises(DDKError, match="not finite"):
-        update("ddk", Gaps(np.array([np.inf]), np.array([1.0]), np.ones(1)), None, 0.5)
+        update(rule, Gaps(np.array([loss, 1.0]), np.ones(2), np.ones(2)), None, HALF)
+
+
+@pytest.mark.parametrize("text", ["a", "a=", "a=x", "=1", "a=0", "a=-1", "a=inf", "a=1,a=2"])
+def test_weights_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="cannot read the weight"):
+        parse_weights(text)
+
+
+def test_weights_for_other_domains_are_refused() -> None:
+    with pytest.raises(InputError, match=r"unknown domain 'cod'\. Did you mean 'code'"):
+        given_weights({"cod": 1.0, "web": 1.0}, ["code", "web"])
+    with pytest.raises(InputError, match="has none for code"):
+        given_weights({"web": 1.0}, ["code", "web"])
+    assert given_weights({}, ["code"]) is None

@@ -33,7 +33,7 @@ OPTIONS = {
     "eval-rows": 5, "lr": 3e-3, "log-every": 1, "device": "cpu",
 }  # fmt: skip
 
-CLOCK = {"seconds", "tokens_per_second", "wait"}
+CLOCK = {"seconds", "tokens_per_second", "wait", "eval_share", "eval_seconds"}
 """Metrics that say how long something took."""
 
 
@@ -65,7 +65,7 @@ def outcome(path: Path) -> dict[str, Any]:
     state = json.loads((last / "state.json").read_text())
     return {
         "metrics": [{k: v for k, v in m.items() if k not in CLOCK} for m in run.metrics()],
-        "history": run.history(),
+        "history": [{k: v for k, v in m.items() if k not in CLOCK} for m in run.history()],
         "student": digest((run.student / "model.safetensors").read_bytes()),
         "optimizer and random states": digest((last / "torch.pt").read_bytes()),
         "checkpoint": step,
