@@ -32,7 +32,7 @@ from ddk_train import TrainConfig, train
 from ddk_train.run import Run, open_run
 
 DEMO = Path(".demo")
-TARGETS = "sampled:16"
+TARGETS = "topk:32"
 STUDENT = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
