@@ -81,13 +81,13 @@ def _stored_as_computed(
     codec: TargetCodec,
 ) -> dict[str, float]:
     """Decode what will be written and compare it; return the largest errors."""
-    codes = stored["target_probs"]
-    wanted = scores["ids"].astype(np.uint64) << np.uint64(8) | codec.prob.encode(probs)
-    found = codec.ids(stored["target_ids"]).astype(np.uint64) << np.uint64(8) | codes
+    codes, eight = codec.prob.encode(probs), np.uint64(8)
+    wanted = scores["ids"].astype(np.uint64) << eight | codes
+    found = codec.ids(stored["target_ids"]).astype(np.uint64) << eight | stored["target_probs"]
     wanted.sort(axis=-1)
     found.sort(axis=-1)
     _require(key, "stored entries differ from the computed", (wanted == found).all(-1))
-    off = np.abs(codec.prob.values[codec.prob.encode(probs)] - probs)
+    off = np.abs(codec.prob.values[codes] - probs)
     good = off <= codec.prob.error(probs) + SLACK
     _require(key, "stored probabilities differ from the computed", good, off)
     error = 0.0

@@ -10,9 +10,6 @@ where the last one stopped.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import platform
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,25 +19,20 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 
 from ddk_cache.audit import audit
 from ddk_cache.claims import Claims
 from ddk_cache.codec import LogprobCodec, TargetCodec
 from ddk_cache.console import Progress
 from ddk_cache.corpus import Source
-from ddk_cache.files import PARTIAL
 from ddk_cache.manifest import (
-    ROOT,
-    TOKENIZER,
     Manifest,
-    Root,
-    create_root,
     plan_name,
     read_plan,
     write_plan,
 )
 from ddk_cache.objects import Objects, open_objects
+from ddk_cache.opening import open_for_building
 from ddk_cache.plan import Advance, grow_domain, mend_tokens, plan_domain
 from ddk_cache.pretrained import identify_tokenizer
 from ddk_cache.records import committed, record_name
@@ -49,16 +41,13 @@ from ddk_cache.schema import (
     CacheSpec,
     DDKError,
     InputError,
-    MismatchError,
-    NotACacheError,
     Shard,
     ShardKey,
     StorageError,
     TargetSpec,
-    digest,
     shard_at,
 )
-from ddk_cache.scoring import Scored, Scorer, first_batch
+from ddk_cache.scoring import Scored, Scorer
 from ddk_cache.store import Store
 from ddk_cache.teacher import Teacher
 
@@ -137,7 +126,7 @@ def build(
     """
     spec = make_spec(teacher, tokenizer, **settings)
     objects = open_objects(cache)
-    _open(objects, spec, sources, teacher, tokenizer, batch_rows, grow)
+    open_for_building(objects, spec, sources, teacher, tokenizer, batch_rows, grow)
     job = Work(objects, Store(objects, spec), Claims(objects), rank, world)
     try:
         manifest = job.plan(sources, tokenizer, grow)
@@ -146,101 +135,6 @@ def build(
         raise DDKError(job.stopped()) from None
     finally:
         job.close()
-
-
-# --- opening --------------------------------------------------------------------------------------
-
-
-def _open(
-    objects: Objects,
-    spec: CacheSpec,
-    sources: Sequence[Source],
-    teacher: Teacher,
-    tokenizer: Any,
-    batch_rows: int | None,
-    grow: bool,
-) -> None:
-    """Create the cache, or check that it is the one asked for; nothing is written before that."""
-    described = {source.name: source.describe() for source in sources}
-    words = tokenizer_files(tokenizer)
-    if not objects.exists(ROOT):
-        _create(objects, spec, described, teacher, tokenizer, words, batch_rows)
-    try:
-        was = Manifest.read(objects).root
-    except NotACacheError as error:
-        raise _not_ours(objects) from error
-    beside = {"batch_rows": was.batch_rows, "format_version": was.spec.format_version}
-    asked = {"batch_rows": batch_rows or was.batch_rows, "format_version": spec.format_version}
-    compare(objects.where(), was.spec.to_json() | beside, spec.to_json() | asked)
-    if not grow:
-        hint = " --grow adds new domains, and documents at the end of old ones."
-        compare(objects.where(), dict(was.sources), described, hint)
-    elif (merged := {**was.sources, **described}) != was.sources:
-        objects.put(ROOT, dataclasses.replace(was, sources=merged).dump())
-    for name, data in words.items():
-        kept = f"{TOKENIZER}/{name}"
-        if name in was.tokenizer_files and objects.read(kept) != data:
-            objects.put(kept, data)
-
-
-def _create(
-    objects: Objects,
-    spec: CacheSpec,
-    described: Mapping[str, Mapping[str, Any]],
-    teacher: Teacher,
-    tokenizer: Any,
-    words: Mapping[str, bytes],
-    batch_rows: int | None,
-) -> None:
-    """Write the root of a new cache, unless another process is first."""
-    there = objects.names("")
-    if ROOT not in there and not all(name.endswith(PARTIAL) for name in there):
-        raise _not_ours(objects)
-    root = Root(
-        spec=spec,
-        batch_rows=batch_rows or first_batch(teacher, spec),
-        sources=described,
-        tokenizer_files={name: (len(data), digest(data)) for name, data in words.items()},
-        provenance={
-            "teacher": teacher.name,
-            "tokenizer": str(tokenizer.name_or_path),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-    )
-    try:
-        create_root(objects, root)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise _not_ours(objects) from error
-
-
-def _not_ours(objects: Objects) -> InputError:
-    return InputError(f"{objects.where()} exists and is not a cache. Give another path.")
-
-
-def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
-    """Return the files of a tokenizer, by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
-
-
-def compare(where: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
-    """Raise MismatchError naming every setting in which a build differs from its cache."""
-    differences = [
-        f"  {name}: the cache has {was.get(name)}, this build asks for {now.get(name)}"
-        for name in sorted({*was, *now})
-        if was.get(name) != now.get(name)
-    ]
-    if differences:
-        raise MismatchError(
-            f"{where} was begun with other settings:\n"
-            + "\n".join(differences)
-            + f"\nUse another path, or the original values.{hint}"
-        )
-
-
-# --- the work -------------------------------------------------------------------------------------
 
 
 @dataclass

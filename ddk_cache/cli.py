@@ -290,7 +290,7 @@ def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any])
     Raises:
         MismatchError: it is another teacher than the cache's.
     """
-    from ddk_cache.build import compare
+    from ddk_cache.opening import compare
     from ddk_cache.scoring import Scorer
     from ddk_cache.teacher import load_teacher
     from ddk_cache.verify import replay

@@ -26,7 +26,10 @@ from ddk_cache.teacher import Teacher
 from ddk_train import TrainConfig
 from tests.s3 import Server
 
-END = "<|endoftext|>"
+sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+
+from byte_tokenizer import byte_tokenizer as byte_tokenizer
+
 VOCAB = 300
 """Width of the teacher's head: 257 tokens, padded."""
 
@@ -54,20 +57,6 @@ RUN: dict[str, Any] = {
 """Settings of a run of a few seconds, with a ragged last micro batch."""
 
 Configure = Callable[..., TrainConfig]
-
-
-def byte_tokenizer() -> Any:
-    """Return a tokenizer whose tokens are the 256 bytes and an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {END: 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([END])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
 
 
 def random_teacher(seed: int = 0, scale: float = 1.0) -> Teacher:

@@ -39,8 +39,9 @@ CACHE = {
     "chunks": {"schema", "objects", "manifest", "records", "kept", "shards", "plain"},
     "reader": {"schema", "objects", "manifest", "records", "chunks", "codec", "copies"},
     "plan": {"schema", "corpus", "rows", "store"},
+    "opening": {"schema", "files", "objects", "corpus", "manifest", "scoring", "teacher"},
     "build": {
-        *("schema", "files", "objects", "console", "corpus", "manifest", "records", "codec"),
+        *("schema", "opening", "objects", "console", "corpus", "manifest", "records", "codec"),
         *("plan", "store", "teacher", "pretrained", "audit", "claims", "scoring"),
     },
     "scoring": {"schema", "console", "targets", "teacher", "codec", "chance", "fidelity"},
@@ -49,7 +50,7 @@ CACHE = {
     "info": {"schema", "reader", "audit"},
     "cli": {
         *("schema", "console", "corpus", "build", "teacher", "pretrained", "reader", "verify"),
-        *("info", "estimate", "scoring", "objects"),
+        *("info", "estimate", "scoring", "objects", "opening"),
     },
 }
 SURFACE = {"ddk_cache"}
@@ -102,7 +103,7 @@ HEAVY = {
     "obstore": {"ddk_cache.bucket"},
     "numcodecs": {"ddk_cache.shards"},
     "torch": {
-        *("ddk_cache.teacher", "ddk_cache.targets", "ddk_cache.build", "ddk_cache.scoring"),
+        *("ddk_cache.teacher", "ddk_cache.targets", "ddk_cache.opening", "ddk_cache.scoring"),
         "ddk_cache.fidelity",
         *("ddk_train.losses", "ddk_train.head", "ddk_train.objective", "ddk_train.optim"),
         *("ddk_train.dequantise", "ddk_train.loader", "ddk_train.gap", "ddk_train.processes"),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from byte_tokenizer import byte_tokenizer
 
 from ddk_cache.build import build
 from ddk_cache.corpus import find_sources
@@ -33,21 +34,6 @@ from ddk_cache.teacher import Teacher
 VOCAB = 2048
 SEQ_LEN = 1024
 DOMAIN = "noise"
-
-
-def tokenizer() -> Any:
-    """Return a tokenizer of bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    end = "<|endoftext|>"
-    vocab = {end: 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([end])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=end, eos_token=end)
 
 
 def teacher() -> Teacher:
@@ -73,7 +59,7 @@ def built(path: Path, targets: str, tokens: int, shard_rows: int) -> Path:
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (corpus / f"{DOMAIN}.jsonl").write_text(lines)
     settings: dict[str, Any] = {"seq_len": SEQ_LEN, "shard_rows": shard_rows, "holdout": 0.0}
-    build(path, find_sources(corpus), teacher(), tokenizer(), target_spec=targets, **settings)
+    build(path, find_sources(corpus), teacher(), byte_tokenizer(), target_spec=targets, **settings)
     shutil.rmtree(corpus)
     return path
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from byte_tokenizer import byte_tokenizer
 
 from ddk_cache.schema import DDKError, digest
 from tortures.report import main
 
 VOCAB = 300
-END = "<|endoftext|>"
 SETTINGS: dict[str, Any] = {
     "seq_len": 16,
     "target_spec": "topk:8",
@@ -46,20 +46,6 @@ def make_corpus(folder: Path, documents: int, seed: int = 0) -> Path:
         lines = [json.dumps({"text": text}) + "\n" for text in texts]
         (folder / f"{name}.jsonl").write_text("".join(lines))
     return folder
-
-
-def byte_tokenizer() -> Any:
-    """Return a tokenizer whose tokens are the 256 bytes and an end-of-text token."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {END: 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
-    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.add_special_tokens([END])
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
 
 
 def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any]) -> None:

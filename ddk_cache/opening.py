@@ -1,0 +1,118 @@
+"""A cache that is to be built: created, or found to be the one that was asked for.
+
+Nothing is written before everything is compared, so that a wrong call leaves a cache as it was.
+Several processes may come at once: the first one's root is the root.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ddk_cache.corpus import Source
+from ddk_cache.files import PARTIAL
+from ddk_cache.manifest import ROOT, TOKENIZER, Manifest, Root, create_root
+from ddk_cache.objects import Objects
+from ddk_cache.schema import CacheSpec, InputError, MismatchError, NotACacheError, digest
+from ddk_cache.scoring import first_batch
+from ddk_cache.teacher import Teacher
+
+
+def open_for_building(
+    objects: Objects,
+    spec: CacheSpec,
+    sources: Sequence[Source],
+    teacher: Teacher,
+    tokenizer: Any,
+    batch_rows: int | None,
+    grow: bool,
+) -> None:
+    """Create the cache, or check that it is the one asked for; nothing is written before that.
+
+    Raises:
+        InputError: the place holds something else.
+        MismatchError: the cache was begun with other settings; each is named.
+    """
+    described = {source.name: source.describe() for source in sources}
+    words = tokenizer_files(tokenizer)
+    if not objects.exists(ROOT):
+        _create(objects, spec, described, teacher, tokenizer, words, batch_rows)
+    try:
+        was = Manifest.read(objects).root
+    except NotACacheError as error:
+        raise _not_ours(objects) from error
+    beside = {"batch_rows": was.batch_rows, "format_version": was.spec.format_version}
+    asked = {"batch_rows": batch_rows or was.batch_rows, "format_version": spec.format_version}
+    compare(objects.where(), was.spec.to_json() | beside, spec.to_json() | asked)
+    if not grow:
+        hint = " --grow adds new domains, and documents at the end of old ones."
+        compare(objects.where(), dict(was.sources), described, hint)
+    elif (merged := {**was.sources, **described}) != was.sources:
+        objects.put(ROOT, dataclasses.replace(was, sources=merged).dump())
+    for name, data in words.items():
+        kept = f"{TOKENIZER}/{name}"
+        if name in was.tokenizer_files and objects.read(kept) != data:
+            objects.put(kept, data)
+
+
+def _create(
+    objects: Objects,
+    spec: CacheSpec,
+    described: Mapping[str, Mapping[str, Any]],
+    teacher: Teacher,
+    tokenizer: Any,
+    words: Mapping[str, bytes],
+    batch_rows: int | None,
+) -> None:
+    """Write the root of a new cache, unless another process is first."""
+    there = objects.names("")
+    if ROOT not in there and not all(name.endswith(PARTIAL) for name in there):
+        raise _not_ours(objects)
+    root = Root(
+        spec=spec,
+        batch_rows=batch_rows or first_batch(teacher, spec),
+        sources=described,
+        tokenizer_files={name: (len(data), digest(data)) for name, data in words.items()},
+        provenance={
+            "teacher": teacher.name,
+            "tokenizer": str(tokenizer.name_or_path),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+    )
+    try:
+        create_root(objects, root)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _not_ours(objects) from error
+
+
+def _not_ours(objects: Objects) -> InputError:
+    return InputError(f"{objects.where()} exists and is not a cache. Give another path.")
+
+
+def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files of a tokenizer, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def compare(where: str, was: Mapping[str, Any], now: Mapping[str, Any], hint: str = "") -> None:
+    """Raise MismatchError naming every setting in which a build differs from its cache."""
+    differences = [
+        f"  {name}: the cache has {was.get(name)}, this build asks for {now.get(name)}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+    if differences:
+        raise MismatchError(
+            f"{where} was begun with other settings:\n"
+            + "\n".join(differences)
+            + f"\nUse another path, or the original values.{hint}"
+        )

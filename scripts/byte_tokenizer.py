@@ -1,0 +1,21 @@
+"""The smallest real tokenizer: 256 bytes and an end-of-text token, for tests and measurements."""
+
+from __future__ import annotations
+
+from typing import Any
+
+END = "<|endoftext|>"
+
+
+def byte_tokenizer() -> Any:
+    """Return a tokenizer whose tokens are the 256 bytes and an end-of-text token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {END: 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=END, eos_token=END)
