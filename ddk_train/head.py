@@ -5,17 +5,19 @@ hidden states and head, all in the forward pass: [positions, V] is never in memo
 matrix products are all there are, as for a plain cross-entropy. The price is that the weight of
 the divergence has to be known beforehand, and that the backward pass can run only once.
 
-Shape letters: P positions, H hidden, V vocabulary, K kept ids, B buckets (K and the rest).
+Shape letters: P positions, H hidden, V vocabulary, W with the spare output of a narrow head, K kept
+ids, B buckets (K and the rest).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from ddk_cache import SparseTargets
 from ddk_train.losses import Divergence, forward_kl
@@ -62,16 +64,19 @@ class Head:
     """The teacher's head is wider: one more output, that no one gives anything to, stands for the
     ids that only the teacher has; see `within`."""
 
-    def logits(self, hidden_PH: torch.Tensor) -> torch.Tensor:
-        """Return a fresh float32 tensor (P, V)."""
+    def logits(self, hidden_PH: torch.Tensor, out_PV: torch.Tensor) -> torch.Tensor:
+        """Write logits to a float32 tensor (P, V), and return it."""
         if self.weight is None:
-            return hidden_PH.to(torch.float32, copy=True)
-        raw_PV = linear(hidden_PH, self.weight, self.bias).float()
+            out_PV.copy_(hidden_PH)
+        elif self.bias is None and self.weight.dtype == out_PV.dtype:
+            torch.mm(hidden_PH, self.weight.T, out=out_PV)
+        else:
+            out_PV.copy_(linear(hidden_PH, self.weight, self.bias))
         if self.scale != 1:
-            raw_PV.mul_(self.scale)
+            out_PV.mul_(self.scale)
         if self.cap:
-            raw_PV.div_(self.cap).tanh_().mul_(self.cap)
-        return raw_PV
+            out_PV.div_(self.cap).tanh_().mul_(self.cap)
+        return out_PV
 
     def slope(self, logits_PV: torch.Tensor) -> torch.Tensor | float:
         """Return the derivative of the logits by h·Wᵀ + bias."""
@@ -143,10 +148,7 @@ def measure(
     sums = hidden_PH.new_zeros(2, dtype=torch.float64)
     with torch.autocast(hidden_PH.device.type, enabled=False):
         head = head.like(hidden_PH.dtype)
-        for part in chunks(hidden_PH, head):
-            logits_PV = head.logits(hidden_PH[part])
-            if head.narrow:
-                logits_PV = pad(logits_PV, (0, 1), value=-torch.inf)
+        for part, logits_PV in in_chunks(hidden_PH, head):
             label_P1 = logits_PV.gather(-1, labels_P[part, None])
             kept = pick(targets, part)
             t_PB = torch.cat([kept.probs, kept.tail[:, None]], -1)
@@ -156,18 +158,32 @@ def measure(
     return sums
 
 
-def chunks(hidden_PH: torch.Tensor, head: Head) -> list[slice]:
-    """Return the positions of each chunk, by the memory at hand."""
-    P, V, device = len(hidden_PH), hidden_PH.shape[-1], hidden_PH.device
-    if head.weight is not None:
-        V = len(head.weight)
+def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the positions of each chunk and their float32 logits; spare outputs have −∞.
+
+    All chunks lie in the same memory. Freed and taken again, chunks of this size had left the heap
+    of a process on a CPU in pieces, a fifth larger than it had to be.
+    """
+    P, H = hidden_PH.shape
+    V = H if head.weight is None else len(head.weight)
+    size = min(P, chunk_positions(hidden_PH.device, V))
+    room_PW = hidden_PH.new_empty((size, V + head.narrow), dtype=torch.float32)
+    for first in range(0, P, size or 1):
+        part = slice(first, min(first + size, P))
+        logits_PW = room_PW[: part.stop - first]
+        head.logits(hidden_PH[part], logits_PW[:, :V])
+        logits_PW[:, V:] = -torch.inf
+        yield part, logits_PW
+
+
+def chunk_positions(device: torch.device, V: int) -> int:
+    """Return the positions of a chunk, by the memory at hand."""
     most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         most = min(most, free // 8)
-    size = max(LEAST_POSITIONS, most // (4 * V))
-    return [slice(first, first + size) for first in range(0, P, size)]
+    return max(LEAST_POSITIONS, most // (4 * V))
 
 
 class _Fused(torch.autograd.Function):
@@ -191,15 +207,12 @@ class _Fused(torch.autograd.Function):
         sums = hidden_PH.new_zeros(2, dtype=torch.float64)
         head = head.like(hidden_PH.dtype)
         turn_into_gradient = compiled_gradient() if terms.compiled else gradient_
-        for part in chunks(hidden_PH, head):
-            logits_PV = head.logits(hidden_PH[part])
+        for part, logits_PW in in_chunks(hidden_PH, head):
+            logits_PV = logits_PW[:, : logits_PW.shape[-1] - head.narrow]
             slope = head.slope(logits_PV)
             kept = targets and pick(targets, part)
-            if head.narrow:
-                logits_PV = pad(logits_PV, (0, 1), value=-torch.inf)
-            ce_P, divergence_P = turn_into_gradient(logits_PV, labels_P[part], kept, terms)
+            ce_P, divergence_P = turn_into_gradient(logits_PW, labels_P[part], kept, terms)
             sums += torch.stack([ce_P.sum(), divergence_P.sum()])
-            logits_PV = logits_PV[:, : logits_PV.shape[-1] - head.narrow]
             if not isinstance(slope, float) or slope != 1:
                 logits_PV.mul_(slope)
             if d_bias is not None:

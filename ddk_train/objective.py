@@ -128,5 +128,5 @@ def difference(model: Any, parts: Parts) -> float:
     expected = model(input_ids=tokens, use_cache=False).logits.float()
     hook.remove()
     model.train(training)
-    got = parts.head(False).logits(hidden * factor)
-    return float((got - expected).abs().max() / expected.abs().max())
+    got = parts.head(False).logits(hidden[0] * factor, torch.empty_like(expected[0]))
+    return float((got - expected[0]).abs().max() / expected.abs().max())

@@ -35,8 +35,8 @@ from ddk_train.head import (
     Head,
     Sums,
     Terms,
-    chunks,
     fused_loss,
+    in_chunks,
     softmax_,
     spread,
 )
@@ -68,8 +68,7 @@ class Dense(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden_PH), torch.zeros_like(weight_VH)
         total = torch.zeros(())
         head = Head(weight_VH).like(hidden_PH.dtype)
-        for part in chunks(hidden_PH, head):
-            logits_PV = head.logits(hidden_PH[part])
+        for part, logits_PV in in_chunks(hidden_PH, head):
             t_PV = teacher_PV[part].softmax(-1).mul_(gamma)
             t_PV.scatter_add_(-1, labels_P[part, None], torch.ones(len(t_PV), 1))
             total -= (t_PV * logits_PV).sum()
@@ -134,11 +133,12 @@ def train_together(
 def held_out(student: Any, rows: Any, teacher: Teacher) -> dict[str, float]:
     """Return the means over domains of the held-out loss and of KL(teacher ‖ student), nats."""
     losses, gaps = [], []
-    head = Head(student.lm_head.weight).like(torch.bfloat16)
+    weight_VH = student.lm_head.weight.bfloat16()
     for part in rows.values():
         loss = gap = count = 0.0
         for tokens in part["validation"].split(2):
-            logq_PV = head.logits(hidden_of(student, tokens)).log_softmax(-1)
+            logits_PV = hidden_of(student, tokens) @ weight_VH.T
+            logq_PV = logits_PV.float().log_softmax(-1)
             logt_PV = teacher(tokens[:, :-1]).flatten(0, 1).log_softmax(-1)
             loss -= logq_PV.gather(-1, tokens[:, 1:].reshape(-1, 1)).sum().item()
             gap += (logt_PV.exp() * (logt_PV - logq_PV)).sum().item()
