@@ -6,25 +6,18 @@ that importing the package (as every `--help` does) stays cheap.
 
 from typing import TYPE_CHECKING, Any
 
-from ddk_cache.schema import (
-    FORMAT_VERSION,
-    SPLITS,
+from ddk_cache.domain import DomainPlan, Extent, rows_at
+from ddk_cache.errors import (
     CacheError,
-    CacheSpec,
     CorruptCacheError,
     DDKError,
-    DomainPlan,
-    Extent,
     FormatVersionError,
     InputError,
     MismatchError,
     NotACacheError,
-    Rows,
-    SparseTargets,
-    TargetSpec,
     UnfinishedCacheError,
-    rows_at,
 )
+from ddk_cache.schema import FORMAT_VERSION, SPLITS, CacheSpec, Rows, SparseTargets, TargetSpec
 
 if TYPE_CHECKING:
     from ddk_cache.reader import Cache, open_cache

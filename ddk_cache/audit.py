@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from ddk_cache.codec import LogprobCodec, TargetCodec
-from ddk_cache.schema import Array, CacheError, ShardKey
+from ddk_cache.domain import ShardKey
+from ddk_cache.errors import CacheError
+from ddk_cache.schema import Array
 
 SLACK = 1e-3
 """Nats by which rounding in the teacher's arithmetic may put a log-probability above 0."""

@@ -24,8 +24,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ddk_cache.errors import CorruptCacheError, InputError, StorageError
 from ddk_cache.objects import Range
-from ddk_cache.schema import CorruptCacheError, InputError, StorageError, digest
+from ddk_cache.schema import digest
 
 T = TypeVar("T")
 

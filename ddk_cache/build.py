@@ -25,6 +25,8 @@ from ddk_cache.claims import Claims
 from ddk_cache.codec import LogprobCodec, TargetCodec
 from ddk_cache.console import Progress
 from ddk_cache.corpus import Source
+from ddk_cache.domain import Shard, ShardKey, shard_at
+from ddk_cache.errors import DDKError, InputError, StorageError
 from ddk_cache.manifest import (
     Manifest,
     plan_name,
@@ -36,17 +38,7 @@ from ddk_cache.opening import open_for_building
 from ddk_cache.plan import Advance, grow_domain, mend_tokens, plan_domain
 from ddk_cache.pretrained import identify_tokenizer
 from ddk_cache.records import committed, record_name
-from ddk_cache.schema import (
-    Array,
-    CacheSpec,
-    DDKError,
-    InputError,
-    Shard,
-    ShardKey,
-    StorageError,
-    TargetSpec,
-    shard_at,
-)
+from ddk_cache.schema import Array, CacheSpec, TargetSpec
 from ddk_cache.scoring import Scored, Scorer
 from ddk_cache.store import Store
 from ddk_cache.teacher import Teacher

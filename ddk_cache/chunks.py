@@ -18,12 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ddk_cache.domain import ShardKey
+from ddk_cache.errors import CorruptCacheError
 from ddk_cache.kept import Kept
 from ddk_cache.manifest import Manifest
 from ddk_cache.objects import Objects, Range
 from ddk_cache.plain import Plain, plain
 from ddk_cache.records import Record, object_name, read_record
-from ddk_cache.schema import Array, ArrayLayout, CorruptCacheError, ShardKey
+from ddk_cache.schema import Array, ArrayLayout
 from ddk_cache.shards import CHECKSUM, Index, check, check_size, decompress, footer_length
 
 CHUNKS_KEPT = 256

@@ -15,14 +15,9 @@ from typing import Any, TypeVar
 import click
 
 from ddk_cache.console import Commands, Known, Progress, say
+from ddk_cache.errors import CacheError, InputError, UnfinishedCacheError
 from ddk_cache.objects import open_objects
-from ddk_cache.schema import (
-    COMPRESSIONS,
-    CacheError,
-    InputError,
-    TargetSpec,
-    UnfinishedCacheError,
-)
+from ddk_cache.schema import COMPRESSIONS, TargetSpec
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -114,8 +109,8 @@ def plan(
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
     from ddk_cache import estimate
     from ddk_cache.build import make_spec
+    from ddk_cache.domain import ShardKey
     from ddk_cache.pretrained import load_tokenizer
-    from ddk_cache.schema import ShardKey
     from ddk_cache.scoring import Scorer, first_batch
     from ddk_cache.teacher import Teacher, load_teacher, no_teacher
 

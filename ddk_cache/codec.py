@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ddk_cache.schema import Array, CacheSpec, CorruptCacheError, SparseTargets
+from ddk_cache.errors import CorruptCacheError
+from ddk_cache.schema import Array, CacheSpec, SparseTargets
 
 ZERO = 2**16 - 1
 """The code of log 0, which is exact: an empty tail must not turn into a small one."""

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from ddk_cache.schema import DDKError, unknown
+from ddk_cache.errors import DDKError, unknown
 
 LINE_SECONDS = 10.0
 """Seconds between progress lines where stderr is no terminal."""

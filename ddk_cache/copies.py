@@ -16,8 +16,9 @@ from threading import Lock
 
 from ddk_cache import files
 from ddk_cache.bucket import Bucket
+from ddk_cache.errors import CorruptCacheError, InputError
 from ddk_cache.objects import Handle, Range
-from ddk_cache.schema import CorruptCacheError, InputError, digest
+from ddk_cache.schema import digest
 
 SUFFIX = ".shard"
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

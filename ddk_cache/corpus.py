@@ -15,11 +15,8 @@ from typing import Any
 
 import yaml
 
-from ddk_cache.schema import (
-    InputError,
-    check_name,
-    unknown,
-)
+from ddk_cache.errors import InputError, unknown
+from ddk_cache.schema import check_name
 
 LOADERS = {
     ".parquet": "parquet",

@@ -20,10 +20,11 @@ import numpy as np
 
 from ddk_cache.codec import TargetCodec
 from ddk_cache.corpus import Source
+from ddk_cache.domain import ShardKey
 from ddk_cache.objects import Folder
 from ddk_cache.plan import FREQUENT
 from ddk_cache.rows import Tally, token_rows
-from ddk_cache.schema import SPLITS, Array, CacheSpec, ShardKey
+from ddk_cache.schema import SPLITS, Array, CacheSpec
 from ddk_cache.store import Store
 
 Score = Callable[[Array], Mapping[str, Array]]

@@ -15,24 +15,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ddk_cache.objects import Objects
-from ddk_cache.schema import (
-    READABLE_VERSIONS,
-    SPLITS,
+from ddk_cache.domain import DomainPlan, Portion, ShardKey, shard_count
+from ddk_cache.errors import (
     CacheError,
-    CacheSpec,
     CorruptCacheError,
     DDKError,
-    DomainPlan,
     FormatVersionError,
     NotACacheError,
-    Portion,
-    ShardKey,
-    canonical,
-    check_name,
-    digest,
-    shard_count,
 )
+from ddk_cache.objects import Objects
+from ddk_cache.schema import READABLE_VERSIONS, SPLITS, CacheSpec, canonical, check_name, digest
 
 ROOT = "zarr.json"
 PLANS = "plans"

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from ddk_cache import files, process
-from ddk_cache.schema import CorruptCacheError
+from ddk_cache.errors import CorruptCacheError
 
 FILES_OPEN = 256
 """Files kept open; the usual limit of a process is 1,024."""

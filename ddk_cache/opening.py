@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from ddk_cache.corpus import Source
+from ddk_cache.errors import InputError, MismatchError, NotACacheError
 from ddk_cache.files import PARTIAL
 from ddk_cache.manifest import ROOT, TOKENIZER, Manifest, Root, create_root
 from ddk_cache.objects import Objects
-from ddk_cache.schema import CacheSpec, InputError, MismatchError, NotACacheError, digest
+from ddk_cache.schema import CacheSpec, digest
 from ddk_cache.scoring import first_batch
 from ddk_cache.teacher import Teacher
 

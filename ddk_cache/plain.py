@@ -11,8 +11,9 @@ import json
 from typing import Any
 
 from ddk_cache.console import say
+from ddk_cache.errors import CorruptCacheError
 from ddk_cache.objects import Folder, Objects
-from ddk_cache.schema import Array, CorruptCacheError
+from ddk_cache.schema import Array
 
 DIRECT = ["bytes", "blosc", "crc32c"]
 """Codecs inside a shard that the direct reader undoes."""

@@ -15,16 +15,10 @@ from typing import Any
 import numpy as np
 
 from ddk_cache.corpus import Source
+from ddk_cache.domain import DomainPlan, Portion, ShardKey, shard_count
+from ddk_cache.errors import MismatchError
 from ddk_cache.rows import Span, Tally, token_rows
-from ddk_cache.schema import (
-    SPLITS,
-    Array,
-    DomainPlan,
-    MismatchError,
-    Portion,
-    ShardKey,
-    shard_count,
-)
+from ddk_cache.schema import SPLITS, Array
 from ddk_cache.store import Store
 
 FREQUENT = 2048

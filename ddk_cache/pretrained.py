@@ -12,7 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ddk_cache.schema import InputError, canonical, digest
+from ddk_cache.errors import InputError
+from ddk_cache.schema import canonical, digest
 
 
 def load(what: str, auto: str, name: str | Path, **options: Any) -> Any:

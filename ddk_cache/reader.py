@@ -19,26 +19,12 @@ import numpy as np
 
 from ddk_cache.chunks import ChunkKey, Chunks
 from ddk_cache.codec import Codec, LogprobCodec, codec_of
+from ddk_cache.domain import DomainPlan, Extent, ShardKey, extents, rows_at, shard_count
+from ddk_cache.errors import CorruptCacheError, InputError, UnfinishedCacheError, unknown
 from ddk_cache.manifest import TOKENIZER, Manifest
 from ddk_cache.objects import Folder, Objects, open_objects
 from ddk_cache.records import Record, committed, read_record
-from ddk_cache.schema import (
-    SPLITS,
-    Array,
-    CacheSpec,
-    CorruptCacheError,
-    DomainPlan,
-    Extent,
-    InputError,
-    Rows,
-    ShardKey,
-    UnfinishedCacheError,
-    digest,
-    extents,
-    rows_at,
-    shard_count,
-    unknown,
-)
+from ddk_cache.schema import SPLITS, Array, CacheSpec, Rows, digest
 
 ROWS_AT_ONCE = 64
 """Rows whose chunks are held at the same time, however many are asked for."""

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ddk_cache.audit import sound
+from ddk_cache.domain import ShardKey, shard_at
+from ddk_cache.errors import CorruptCacheError
 from ddk_cache.manifest import COMMITS, Manifest, dump, parse, read, typed, understand
 from ddk_cache.objects import Objects
-from ddk_cache.schema import CacheSpec, CorruptCacheError, ShardKey, shard_at
+from ddk_cache.schema import CacheSpec
 
 
 @dataclass(frozen=True)

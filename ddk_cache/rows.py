@@ -17,7 +17,8 @@ import numpy as np
 import xxhash
 
 from ddk_cache.corpus import Document, Source, documents
-from ddk_cache.schema import SPLITS, Array, InputError, MismatchError, canonical
+from ddk_cache.errors import InputError, MismatchError
+from ddk_cache.schema import SPLITS, Array, canonical
 
 DOCUMENTS_AT_ONCE = 256
 """Documents tokenised in one call, which the tokenizer spreads over the cores."""

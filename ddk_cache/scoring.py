@@ -19,7 +19,9 @@ from ddk_cache import fidelity, targets
 from ddk_cache.chance import Words, key_of, uniform
 from ddk_cache.codec import TargetCodec
 from ddk_cache.console import say
-from ddk_cache.schema import Array, CacheError, CacheSpec, ShardKey, SparseTargets
+from ddk_cache.domain import ShardKey
+from ddk_cache.errors import CacheError
+from ddk_cache.schema import Array, CacheSpec, SparseTargets
 from ddk_cache.teacher import Teacher
 
 LOGITS_BYTES = 2**28

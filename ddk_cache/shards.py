@@ -16,7 +16,8 @@ import google_crc32c
 import numcodecs.blosc
 import numpy as np
 
-from ddk_cache.schema import Array, CorruptCacheError
+from ddk_cache.errors import CorruptCacheError
+from ddk_cache.schema import Array
 
 CHECKSUM = 4
 """Bytes of a crc32c."""

@@ -21,19 +21,12 @@ import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from ddk_cache.codec import TargetCodec
+from ddk_cache.domain import DomainPlan, ShardKey, shard_count
+from ddk_cache.errors import CorruptCacheError
 from ddk_cache.manifest import COMMITS
 from ddk_cache.objects import Objects
 from ddk_cache.records import Object, Record, object_name
-from ddk_cache.schema import (
-    SPLITS,
-    Array,
-    CacheSpec,
-    CorruptCacheError,
-    DomainPlan,
-    ShardKey,
-    digest,
-    shard_count,
-)
+from ddk_cache.schema import SPLITS, Array, CacheSpec, digest
 from ddk_cache.shards import checksums, decode
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")

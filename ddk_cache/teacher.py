@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import xxhash
 
+from ddk_cache.errors import InputError, unknown
 from ddk_cache.pretrained import load
-from ddk_cache.schema import InputError, canonical, digest, unknown
+from ddk_cache.schema import canonical, digest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

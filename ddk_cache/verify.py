@@ -15,11 +15,13 @@ from functools import partial
 
 import numpy as np
 
+from ddk_cache.domain import ShardKey, rows_at
+from ddk_cache.errors import CorruptCacheError
 from ddk_cache.manifest import TOKENIZER
 from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache
 from ddk_cache.records import object_name, record_name
-from ddk_cache.schema import SPLITS, Array, CorruptCacheError, ShardKey, rows_at
+from ddk_cache.schema import SPLITS, Array
 from ddk_cache.shards import bodies
 from ddk_cache.store import TOKEN_ARRAYS
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddk_cache import DDKError, InputError
-from ddk_cache.schema import unknown
+from ddk_cache.errors import unknown
 
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "wsd")

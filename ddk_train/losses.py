@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from ddk_cache import CacheSpec, InputError
-from ddk_cache.schema import unknown
+from ddk_cache.errors import unknown
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """(P, B) teacher's probabilities t and log-probabilities of the student log q, float32 →

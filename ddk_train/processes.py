@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ddk_cache import InputError
-from ddk_cache.schema import unknown
+from ddk_cache.errors import unknown
 from ddk_cache.teacher import pick_device
 from ddk_train.config import TrainConfig
 

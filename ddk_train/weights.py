@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ddk_cache import DDKError, InputError
-from ddk_cache.schema import unknown
+from ddk_cache.errors import unknown
 
 Floats = npt.NDArray[np.float64]
 

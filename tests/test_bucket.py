@@ -17,9 +17,9 @@ import pytest
 
 from ddk_cache import CorruptCacheError, NotACacheError, open_cache
 from ddk_cache.bucket import Bucket
+from ddk_cache.errors import InputError, StorageError
 from ddk_cache.objects import Folder, Objects, Range
 from ddk_cache.reader import Cache
-from ddk_cache.schema import InputError, StorageError
 from ddk_train import TrainConfig, train
 from tests.conftest import command, finish, tree
 from tests.s3 import Flaky, Server

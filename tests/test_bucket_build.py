@@ -20,8 +20,8 @@ from ddk_cache.bucket import Bucket
 from ddk_cache.build import build
 from ddk_cache.claims import Claims
 from ddk_cache.corpus import find_sources
+from ddk_cache.errors import StorageError
 from ddk_cache.reader import Cache, open_cache
-from ddk_cache.schema import StorageError
 from ddk_cache.teacher import Teacher
 from ddk_cache.verify import drop_bad, verify
 from tests.conftest import BUILD, VOCAB, command, finish, random_teacher, tree

@@ -21,8 +21,8 @@ from ddk_cache import CacheError, InputError, MismatchError
 from ddk_cache.build import build
 from ddk_cache.codec import ProbCodec
 from ddk_cache.corpus import find_sources
+from ddk_cache.domain import ShardKey
 from ddk_cache.reader import Cache, open_cache
-from ddk_cache.schema import ShardKey
 from ddk_cache.teacher import Teacher
 from tests.conftest import BUILD, VOCAB, byte_tokenizer, random_teacher, tree
 

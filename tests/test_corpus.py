@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddk_cache.corpus import documents, find_sources
+from ddk_cache.errors import InputError
 from ddk_cache.rows import Packer, Tally, encode, token_rows
-from ddk_cache.schema import InputError
 
 
 def read(path: Path, tokenizer: Any, **settings: Any) -> dict[Any, Any]:

@@ -7,22 +7,9 @@ import pytest
 
 import ddk_cache
 import ddk_train
-from ddk_cache.schema import (
-    CacheSpec,
-    CorruptCacheError,
-    DomainPlan,
-    Extent,
-    InputError,
-    MismatchError,
-    Portion,
-    TargetSpec,
-    check_name,
-    extents,
-    rows_at,
-    shard_at,
-    shard_count,
-    unknown,
-)
+from ddk_cache.domain import DomainPlan, Extent, Portion, extents, rows_at, shard_at, shard_count
+from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
+from ddk_cache.schema import CacheSpec, TargetSpec, check_name
 
 
 def spec(**changes: object) -> CacheSpec:

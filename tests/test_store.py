@@ -26,11 +26,11 @@ from ddk_cache import (
     UnfinishedCacheError,
     open_cache,
 )
+from ddk_cache.domain import DomainPlan, Portion, ShardKey
 from ddk_cache.manifest import write_plan
 from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache, object_sizes
 from ddk_cache.records import Object, object_name, object_path, record_name
-from ddk_cache.schema import DomainPlan, Portion, ShardKey
 from ddk_cache.shards import checksums
 from ddk_cache.store import Store
 from ddk_cache.verify import verify

@@ -21,11 +21,12 @@ from ddk_cache.claims import Claims
 from ddk_cache.cli import which_process
 from ddk_cache.codec import TargetCodec
 from ddk_cache.corpus import find_sources
+from ddk_cache.domain import ShardKey
 from ddk_cache.manifest import dump, parse
 from ddk_cache.objects import Folder
 from ddk_cache.process import owner
 from ddk_cache.reader import Cache
-from ddk_cache.schema import READABLE_VERSIONS, ShardKey
+from ddk_cache.schema import READABLE_VERSIONS
 from ddk_cache.scoring import Scorer
 from ddk_cache.verify import Problem, drop_bad, replay, verify
 from ddk_train import TrainConfig, train

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from benches.material import DOMAIN
+from ddk_cache.domain import ShardKey
 from ddk_cache.reader import Cache, open_cache
 from ddk_cache.records import object_path
-from ddk_cache.schema import SPLITS, ShardKey
+from ddk_cache.schema import SPLITS
 
 TRAIN = SPLITS[0]
 

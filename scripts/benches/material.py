@@ -23,11 +23,12 @@ from byte_tokenizer import byte_tokenizer
 
 from ddk_cache.build import build
 from ddk_cache.corpus import find_sources
+from ddk_cache.domain import ShardKey
 from ddk_cache.manifest import create_root, write_plan
 from ddk_cache.objects import Folder
 from ddk_cache.reader import Cache, open_cache
 from ddk_cache.records import object_path, record_path
-from ddk_cache.schema import SPLITS, ShardKey
+from ddk_cache.schema import SPLITS
 from ddk_cache.store import Store
 from ddk_cache.teacher import Teacher
 

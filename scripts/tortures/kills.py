@@ -14,9 +14,7 @@ from pathlib import Path
 import click
 
 from ddk_cache.files import PARTIAL
-from ddk_cache.schema import (
-    digest,
-)
+from ddk_cache.schema import digest
 from ddk_cache.store import TOKEN_ARRAYS
 from tortures.material import PATIENCE, Chance, differences, make_cache, start_worker, tree
 from tortures.report import Report, measurement

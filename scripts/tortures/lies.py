@@ -16,10 +16,7 @@ import google_crc32c
 import numpy as np
 
 from ddk_cache.manifest import dump
-from ddk_cache.schema import (
-    canonical,
-    digest,
-)
+from ddk_cache.schema import canonical, digest
 from tortures.look import GROWTH, Look, Pair, apart, files_of, look, truth_of
 from tortures.material import make_cache
 from tortures.report import Report, measurement

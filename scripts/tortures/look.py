@@ -14,13 +14,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ddk_cache.errors import DDKError
 from ddk_cache.info import describe
 from ddk_cache.reader import Cache, open_cache
-from ddk_cache.schema import (
-    SPLITS,
-    DDKError,
-    digest,
-)
+from ddk_cache.schema import SPLITS, digest
 from ddk_cache.verify import verify
 
 MEMORY = 4 * 2**30

@@ -15,7 +15,8 @@ from typing import Any
 import click
 from byte_tokenizer import byte_tokenizer
 
-from ddk_cache.schema import DDKError, digest
+from ddk_cache.errors import DDKError
+from ddk_cache.schema import digest
 from tortures.report import main
 
 VOCAB = 300

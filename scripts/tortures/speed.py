@@ -12,16 +12,11 @@ import numpy as np
 import xxhash
 
 from ddk_cache.audit import MASS_BINS
+from ddk_cache.domain import DomainPlan, Portion, ShardKey
 from ddk_cache.manifest import Root, create_root, write_plan
 from ddk_cache.objects import Folder
 from ddk_cache.reader import open_cache
-from ddk_cache.schema import (
-    CacheSpec,
-    DomainPlan,
-    Portion,
-    ShardKey,
-    TargetSpec,
-)
+from ddk_cache.schema import CacheSpec, TargetSpec
 from ddk_cache.store import Store
 from ddk_cache.verify import THREADS, verify
 from tortures.look import files_of

@@ -15,7 +15,8 @@ from typing import Any
 
 import click
 
-from ddk_cache.schema import DDKError, digest
+from ddk_cache.errors import DDKError
+from ddk_cache.schema import digest
 from ddk_train.run import Run
 from tortures.material import PATIENCE, VOCAB, Chance, make_cache
 from tortures.report import Report, measurement
