@@ -71,21 +71,19 @@ class Found:
 class Bench:
     """Where the runs are, and what is the same in all of them."""
 
-    work: Path
+    cache: Path
+    student: Path
+    """What every seed begins with, before it is warmed."""
+    runs: Path
     settings: dict[str, Any]
     """Of `TrainConfig`."""
     warm: dict[str, Any]
     """What is different while a student is warmed."""
 
-    @property
-    def cache(self) -> Path:
-        """Return the path of the cache."""
-        return self.work / "mix.zarr"
-
     def warmed(self, seed: int) -> Run:
         """Return the plain training that every method of a seed goes on from."""
         changes = {"gamma": 0.0, "weighting": "proportional", **self.warm}
-        return self.run(f"warm-{seed}", self.work / "student.json", seed, changes)
+        return self.run(f"warm-{seed}", self.student, seed, changes)
 
     def method(self, name: str, changes: Mapping[str, Any], seed: int, live: Any = None) -> Found:
         """Return the end of a method's run."""
@@ -96,7 +94,7 @@ class Bench:
         self, name: str, student: Path, seed: int, changes: Mapping[str, Any], live: Any = None
     ) -> Run:
         """Train, or find what an earlier call trained; only the finished student is kept."""
-        run = Run(self.work / "runs" / name)
+        run = Run(self.runs / name)
         paths = {"cache": str(self.cache), "run": str(run.path), "student": str(student)}
         config = TrainConfig(**paths | {"seed": seed} | self.settings | dict(changes))
         if not run.student.exists():
@@ -141,10 +139,23 @@ def make_cache(path: Path, place: Path, tokens: int, holdout: float, kind: str) 
     )  # fmt: skip
 
 
-def write_student(path: Path, vocab_size: int) -> None:
+def fresh_config(path: Path, vocab_size: int) -> None:
     """Write the config of a fresh student."""
     kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     path.write_text(json.dumps(kind | STUDENT | {"vocab_size": vocab_size}))
+
+
+def cut_from(teacher: Path, path: Path, layers: str) -> None:
+    """Write a student that is some layers of the teacher: near to it after little training."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    kept = [model.model.layers[int(number)] for number in layers.split(",")]
+    for place, layer in enumerate(kept):
+        layer.self_attn.layer_idx = place
+    model.model.layers = torch.nn.ModuleList(kept)
+    model.config.num_hidden_layers = len(kept)
+    model.save_pretrained(path)
 
 
 def full_distributions(teacher: Path) -> Callable[[torch.Tensor], SparseTargets[torch.Tensor]]:
@@ -262,6 +273,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 @click.option("--methods", default="", help="Names with ';' between them; all if not given.")
 @click.option("--intervals", default="", help="DDK at these too, for example 10,50,75.")
 @click.option("--alphas", default="", help="DDK at these too, for example 0.25,0.75,1.")
+@click.option("--layers", help="The student is these of the teacher, as 0,2,5.  [default: fresh]")
 @click.option("--live", is_flag=True, help="DDK with the teacher in the loop too.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=150, show_default=True)
@@ -284,11 +296,17 @@ def main(json_path: Path | None, work: Path, **options: Any) -> None:
     shared |= {"steps": options["steps"], "warmup": options["steps"] // 10, "keep": 1}
     steps = options["warm_steps"]
     warm = {"steps": steps, "interval": steps, "warmup": steps // 10, "lr": options["warm_lr"]}
-    bench = Bench(work, shared, warm)
     work.mkdir(parents=True, exist_ok=True)
-    make_cache(bench.cache, data(), *(options[name] for name in ("tokens", "holdout", "targets")))
-    cache = open_cache(bench.cache)
-    write_student(work / "student.json", cache.spec.vocab_size)
+    path = work / "mix.zarr"
+    make_cache(path, data(), *(options[name] for name in ("tokens", "holdout", "targets")))
+    cache = open_cache(path)
+    if layers := options["layers"]:
+        student, runs = work / f"layers-{layers}", work / f"runs-{layers}"
+        cut_from(data() / "teacher", student, layers)
+    else:
+        student, runs = work / "student.json", work / "runs"
+        fresh_config(student, cache.spec.vocab_size)
+    bench = Bench(path, student, runs, shared, warm)
     teacher = full_distributions(data() / "teacher") if options["live"] else None
     found: dict[str, list[Found]] = {}
     for seed in range(options["seeds"]):
