@@ -82,9 +82,10 @@ def duration(seconds: float) -> str:
 class Progress:
     """How far a job is: done, rate and, where the total is known, time to go, on stderr."""
 
-    def __init__(self, label: str, total: float, unit: str) -> None:
+    def __init__(self, label: str, total: float, unit: str, done: float = 0.0) -> None:
+        """Begin; what an earlier process had done does not count in the rate."""
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0.0
+        self.done = self._first = done
         self.note = ""
         self._began = self._said = time.monotonic()
         self._live: Any = None
@@ -116,12 +117,12 @@ class Progress:
     ) -> None:
         if self._live:
             self._live.__exit__(kind, error, trace)
-        elif self.done:
+        elif self.done > self._first:
             say(self._line())
 
     def _line(self) -> str:
         seconds = max(time.monotonic() - self._began, 1e-9)
-        rate = self.done / seconds
+        rate = (self.done - self._first) / seconds
         parts = [self.label, f"{self.done:,.0f} {self.unit}"]
         if self.total:
             parts = [
@@ -129,6 +130,6 @@ class Progress:
                 f"{self.done:,.0f} of {self.total:,.0f} {self.unit}",
             ]
         parts.append(f"{rate:,.{0 if rate >= 10 else 2}f} {self.unit}/s")
-        ahead = (self.total - self.done) / rate if self.done else 0.0
+        ahead = (self.total - self.done) / rate if rate else 0.0
         parts.append(f"{duration(ahead)} left" if ahead > 0.5 else f"in {duration(seconds)}")
         return "  ".join([*parts, self.note] if self.note else parts)

@@ -203,6 +203,12 @@ class Loader(IterableDataset[Batch]):
         self.mixture.load_state_dict(state["mixture"])
         self._weights = np.array([float.fromhex(weight) for weight in state["weights"]])
 
+    def close(self) -> None:
+        """Let the threads go; nothing can be read any more."""
+        self._put_back()
+        if self._pool:
+            self._pool.shutdown()
+
     def epochs(self) -> list[float]:
         """Return how often each domain has been gone through by what was consumed."""
         return self.mixture.epochs(self._state())

@@ -12,7 +12,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,11 @@ def train(config: TrainConfig, *, live: LiveTargets | None = None) -> Run:
         DDKError: see its kinds; the message says what to do.
     """
     trainer = Trainer(config, live)
-    with stop_requests() as stop, Progress("training", config.steps, "steps") as progress:
-        progress.advance(trainer.state.step, "resumed" if trainer.state.step else "")
+    with (
+        closing(trainer.loader),
+        stop_requests() as stop,
+        Progress("training", config.steps, "steps", trainer.state.step) as progress,
+    ):
         while trainer.at_boundary():
             for batch in trainer.until_boundary():
                 metrics = trainer.step(batch)

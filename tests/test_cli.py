@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from ddk_cache.cli import main as cache_main
+from ddk_cache.console import Progress
 from ddk_cache.reader import Cache
 from ddk_train.cli import main as train_main
 from ddk_train.config import TrainConfig
@@ -56,6 +58,17 @@ def test_run_has_an_option_for_every_setting_with_its_default() -> None:
     for name, field in TrainConfig.__dataclass_fields__.items():
         if isinstance(run[name], click.Option) and name != "student":
             assert run[name].default == field.default
+
+
+def test_the_rate_of_a_resumed_job_is_that_of_this_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress("counting", 1000, "steps", done=900) as progress:
+        time.sleep(0.1)
+        progress.advance(1)
+    line = capsys.readouterr().err
+    assert "901 of 1,000 steps" in line
+    assert 0 < float(line.split("steps  ")[1].split()[0]) <= 10
 
 
 @pytest.mark.parametrize("package", ["ddk_cache", "ddk_train"])

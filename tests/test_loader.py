@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,13 @@ def test_what_cannot_be_read_is_said_by_the_step_that_needs_it(
     with pytest.raises(CorruptCacheError, match="letters/train/target_ids"):
         states.extend(batch.state for batch in batches)
     assert batches.state_dict()["mixture"] == states[-1]
+
+
+def test_a_closed_loader_leaves_no_thread(cache: Cache) -> None:
+    batches = loader(cache)
+    next(batches)
+    batches.close()
+    assert not [t for t in threading.enumerate() if t.name.startswith("reader")]
 
 
 # --- other people's checkpoints -------------------------------------------------------------------
