@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -104,8 +105,15 @@ def particulars(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
     for name in dict.fromkeys(name for report in reports for name in report.settings):
         values = [str(report.settings.get(name, "–")) for report in reports]
         if len(set(values)) > 1 and name not in ("run", "steps"):
-            rows.append((name, values))
+            rows.append((name, _apart(values)))
     return rows
+
+
+def _apart(values: Sequence[str]) -> list[str]:
+    """Return paths without the folders that all of them begin with; other words as they are."""
+    parts = [value.split("/") for value in values]
+    shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
+    return ["/".join(["…", *names[shared:]]) if shared > 1 else "/".join(names) for names in parts]
 
 
 def same_measure(reports: Sequence[RunReport]) -> bool:

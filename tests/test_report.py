@@ -20,6 +20,7 @@ import pytest
 
 from ddk_cache import DDKError, InputError
 from ddk_train import plot
+from ddk_train.comparison import particulars
 from ddk_train.config import TrainConfig
 from ddk_train.facts import load, to_json
 from ddk_train.page import write_page
@@ -210,6 +211,16 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
     assert page.row("books") == ["1.500", "1.250", "−0.250"]
     assert page.row("alpha") == ["0.5", "0.9", ""]
     assert not [row for row in page.rows if row and row[0] in ("gamma", "run")]
+
+
+def test_paths_are_told_apart_by_their_ends(tmp_path: Path) -> None:
+    caches = ["/data/mix/one.zarr", "/data/mix/sub/one.zarr", "/data/mix/two.zarr"]
+    runs = [load(write_run(tmp_path / str(n))) for n in range(3)]
+    for run, cache in zip(runs, caches, strict=True):
+        run.settings.update(cache=cache, weighting="ddk" if run is runs[0] else "eq1")
+    rows = dict(particulars(runs))
+    assert rows["cache"] == ["…/one.zarr", "…/sub/one.zarr", "…/two.zarr"]
+    assert rows["weighting"] == ["ddk", "eq1", "eq1"]
 
 
 def test_seeds_are_taken_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
