@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 
@@ -112,7 +112,8 @@ def particulars(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
 def _apart(values: Sequence[str]) -> list[str]:
     """Return paths without the folders that all of them begin with; other words as they are."""
     parts = [value.split("/") for value in values]
-    shared = len(os.path.commonprefix([folders[:-1] for folders in parts]))
+    levels = zip(*(folders[:-1] for folders in parts), strict=False)
+    shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
     return ["/".join(["…", *names[shared:]]) if shared > 1 else "/".join(names) for names in parts]
 
 

@@ -215,7 +215,7 @@ def test_runs_are_compared_with_the_first(tmp_path: Path) -> None:
 
 def test_paths_are_told_apart_by_their_ends(tmp_path: Path) -> None:
     caches = ["/data/mix/one.zarr", "/data/mix/sub/one.zarr", "/data/mix/two.zarr"]
-    runs = [load(write_run(tmp_path / str(n))) for n in range(3)]
+    runs = load([write_run(tmp_path / str(n)) for n in range(3)])
     for run, cache in zip(runs, caches, strict=True):
         run.settings.update(cache=cache, weighting="ddk" if run is runs[0] else "eq1")
     rows = dict(particulars(runs))
