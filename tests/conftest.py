@@ -28,20 +28,9 @@ from tests.s3 import Server
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts"))
 
-from byte_tokenizer import byte_tokenizer as byte_tokenizer
-
-VOCAB = 300
-"""Width of the teacher's head: 257 tokens, padded."""
-
-BUILD: dict[str, Any] = {
-    "seq_len": 16,
-    "target_spec": "topk:8",
-    "holdout": 0.3,
-    "batch_rows": 4,
-    "chunk_rows": 2,
-    "shard_rows": 8,
-}
-"""Settings that give several shards and a ragged last one from a few kilobytes."""
+from tiny import BUILD as BUILD
+from tiny import VOCAB as VOCAB
+from tiny import byte_tokenizer as byte_tokenizer
 
 RUN: dict[str, Any] = {
     "steps": 12,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from byte_tokenizer import byte_tokenizer
+from tiny import byte_tokenizer
 
 from ddk_cache.build import build
 from ddk_cache.corpus import find_sources

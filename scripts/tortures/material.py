@@ -13,22 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-from byte_tokenizer import byte_tokenizer
+from tiny import BUILD, VOCAB, byte_tokenizer
 
 from ddk_cache.errors import DDKError
 from ddk_cache.schema import digest
 from tortures.report import main
-
-VOCAB = 300
-SETTINGS: dict[str, Any] = {
-    "seq_len": 16,
-    "target_spec": "topk:8",
-    "holdout": 0.3,
-    "batch_rows": 4,
-    "chunk_rows": 2,
-    "shard_rows": 8,
-}
-"""Several shards and a ragged last one from a few kilobytes."""
 
 PATIENCE = 120.0
 """Seconds after which a builder counts as stuck."""
@@ -67,7 +56,7 @@ def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any
 
     tokenizer, teacher = byte_tokenizer(), Teacher(logits, VOCAB, {"class": "matrices"})
     ready()
-    build(cache, find_sources(corpus), teacher, tokenizer, **SETTINGS)
+    build(cache, find_sources(corpus), teacher, tokenizer, **BUILD)
 
 
 @main.command(hidden=True)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+from tiny import VOCAB
 
 from ddk_cache.errors import DDKError
 from ddk_cache.schema import digest
 from ddk_train.run import Run
-from tortures.material import PATIENCE, VOCAB, Chance, make_cache
+from tortures.material import PATIENCE, Chance, make_cache
 from tortures.report import Report, measurement
 
 STUDENT = {

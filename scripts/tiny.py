@@ -1,10 +1,23 @@
-"""The smallest real tokenizer: 256 bytes and an end-of-text token, for tests and measurements."""
+"""The smallest real tokenizer, and a cache to go with it, for tests, tortures and measurements."""
 
 from __future__ import annotations
 
 from typing import Any
 
 END = "<|endoftext|>"
+
+VOCAB = 300
+"""Width of the head of a tiny teacher: 257 tokens, padded."""
+
+BUILD: dict[str, Any] = {
+    "seq_len": 16,
+    "target_spec": "topk:8",
+    "holdout": 0.3,
+    "batch_rows": 4,
+    "chunk_rows": 2,
+    "shard_rows": 8,
+}
+"""Settings that give several shards and a ragged last one from a few kilobytes."""
 
 
 def byte_tokenizer() -> Any:
