@@ -32,7 +32,7 @@ from ddk_train import TrainConfig, train
 from ddk_train.run import Run, open_run
 
 DEMO = Path(".demo")
-TARGETS = "topk:32"
+TARGETS = "sampled:16"
 STUDENT = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
