@@ -121,7 +121,7 @@ class Mixture:
         self.rows = rows
         self.cursor = [0] * len(self.orders)
         self.owed: Floats = np.zeros(len(self.orders))
-        """(D) rows that the weights gave a domain so far, less the rows it had; within ±1."""
+        """(D) rows that the weights gave a domain so far, less the rows it had."""
 
     def next(self, weights: Floats) -> Draw:
         """Return the next step's rows under `weights` (D, summing to one)."""
