@@ -27,7 +27,8 @@ from ddk_cache.verify import drop_bad, verify
 from tests.conftest import BUILD, VOCAB, command, finish, random_teacher, tree
 from tests.s3 import Flaky, Server
 from tests.test_build import BUILDER
-from tests.test_trust import VICTIMS, grow, lines, quiet
+from tests.test_growth import grow, lines
+from tests.test_verify import VICTIMS, quiet
 
 Make = Callable[..., Cache]
 URL = "s3://bucket/mix.zarr"
