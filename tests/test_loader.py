@@ -147,10 +147,12 @@ def test_what_cannot_be_read_is_said_by_the_step_that_needs_it(
 
 
 def test_a_closed_loader_leaves_no_thread(cache: Cache) -> None:
+    before = set(threading.enumerate())
     batches = loader(cache)
     next(batches)
+    assert set(threading.enumerate()) > before
     batches.close()
-    assert not [t for t in threading.enumerate() if t.name.startswith("reader")]
+    assert set(threading.enumerate()) <= before
 
 
 # --- other people's checkpoints -------------------------------------------------------------------
