@@ -20,7 +20,7 @@ def compare(reports: Sequence[RunReport]) -> list[tuple[str, list[tuple[str, str
     held-out losses; the worst gap is of such a loss to the teacher's. The mean is over the
     domains that every run has measured, so that it compares like with like.
     """
-    found = [{d.name: d.last_loss for d in report.domains} for report in reports]
+    found = [report.last_losses for report in reports]
     names = dict.fromkeys(name for losses in found for name in losses)
     rows = [(name, [losses.get(name) for losses in found]) for name in names]
     shared = np.array([losses for _, losses in rows if None not in losses], np.float64)
@@ -54,9 +54,7 @@ class Seeds:
     def loss(self, domain: str | None = None) -> str:
         """Return mean ± standard deviation of a final held-out loss; None is the mean's."""
         ends = [
-            report.mean.last_loss
-            if domain is None
-            else {d.name: d.last_loss for d in report.domains}.get(domain)
+            report.mean.last_loss if domain is None else report.last_losses.get(domain)
             for report in self.reports
         ]
         known = np.array([loss for loss in ends if loss is not None])

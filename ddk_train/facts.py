@@ -86,6 +86,11 @@ class RunReport:
             for name, rows in by_name.items()
         ]
 
+    @property
+    def last_losses(self) -> dict[str, float | None]:
+        """Return the final held-out loss of each domain."""
+        return {domain.name: domain.last_loss for domain in self.domains}
+
     @cached_property
     def mean(self) -> Domain:
         """Return the mean loss over domains, each counting once, with the sum of what was seen."""

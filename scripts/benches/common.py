@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
 from ddk_cache import InputError
+
+Floats = npt.NDArray[np.float64]
 
 json_option = click.option(
     "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write figures."
@@ -45,6 +49,16 @@ def timed(work: Callable[[], object], repeats: int) -> list[float]:
 def middle(values: Sequence[float]) -> float:
     """Return the median."""
     return statistics.median(values)
+
+
+def spread_of(values: Sequence[float] | Floats) -> float:
+    """Return the standard deviation over seeds; of one seed it is not known."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
+
+
+def plus_minus(values: Sequence[float] | Floats, spec: str = ".4f") -> str:
+    """Return mean ± standard deviation over seeds."""
+    return f"{np.mean(values):{spec}} ± {spread_of(values):{spec.lstrip('+')}}"
 
 
 class Record:

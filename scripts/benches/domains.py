@@ -17,12 +17,11 @@ from typing import Any
 
 import click
 import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 import yaml
 
-from benches.common import Record, data, json_option
+from benches.common import Floats, Record, data, json_option, plus_minus, spread_of
 from benches.shared import SEQ_LEN, STUDENT
 from ddk_cache import InputError, MismatchError, SparseTargets, open_cache
 from ddk_cache.build import build
@@ -31,9 +30,8 @@ from ddk_cache.corpus import find_sources
 from ddk_cache.pretrained import load_tokenizer
 from ddk_cache.teacher import load_teacher
 from ddk_train import TrainConfig, train
+from ddk_train.facts import load
 from ddk_train.run import Run
-
-Floats = npt.NDArray[np.float64]
 
 METHODS: dict[str, dict[str, Any]] = {
     "CPT": {"gamma": 0.0, "weighting": "proportional"},
@@ -108,16 +106,11 @@ class Bench:
 
 def outcome(run: Run) -> Found:
     """Read the end of a run from its directory."""
-    history, last = run.history(), run.metrics()[-1]
-    end = [row for row in history if row["step"] == history[-1]["step"]]
-    loss, teacher, kl, rows = (
-        np.array([row[column] for row in end], np.float64)
-        for column in ("student_loss", "teacher_loss", "kl", "rows_seen")
-    )
-    spent = sum(row["eval_seconds"] for row in history)
-    return Found(
-        loss, loss - teacher, kl, rows / rows.sum(), spent / (spent + float(last["seconds"]))
-    )
+    (report,) = load([run.path])
+    loss, gap, kl, rows = np.array(
+        [(one.last_loss, one.gap, one.kl, one.rows) for one in report.domains], np.float64
+    ).T
+    return Found(loss, gap, kl, rows / rows.sum(), report.eval_share or 0.0)
 
 
 # --- what is trained on ---
@@ -174,12 +167,6 @@ def full_distributions(teacher: Path) -> Callable[[torch.Tensor], SparseTargets[
 # --- figures ---
 
 
-def plus_minus(values: Sequence[float] | Floats, spec: str = ".4f") -> str:
-    """Return mean ± standard deviation over seeds."""
-    spread = np.std(values, ddof=1) if len(values) > 1 else np.nan
-    return f"{np.mean(values):{spec}} ± {spread:{spec.lstrip('+')}}"
-
-
 def summary(found: Mapping[str, Sequence[Found]]) -> list[dict[str, Any]]:
     """Return a row for each method: means over domains, and the paired difference to `BASE`.
 
@@ -231,7 +218,7 @@ def side_by_side(
         one, other = ([run.loss[n] for run in runs] for runs in (cached, live))
         change = np.subtract(one, other)
         row = {"domain": domain, "cache": plus_minus(one), "live teacher": plus_minus(other)}
-        spread = max(np.std(one, ddof=1), np.std(other, ddof=1)) if len(one) > 1 else np.nan
+        spread = max(spread_of(one), spread_of(other))
         row |= {"cache − live, paired": plus_minus(change, "+.4f")}
         rows.append(row | {"within the seeds' spread": str(bool(abs(change.mean()) <= spread))})
     return rows

@@ -19,7 +19,7 @@ import click
 import numpy as np
 import torch
 
-from benches.common import Record, data, json_option
+from benches.common import Record, data, json_option, plus_minus, spread_of
 from benches.kinds import kinds
 from benches.shared import (
     Teacher,
@@ -166,14 +166,9 @@ def summary(found: Found) -> Iterator[dict[str, str]]:
             )
             way = (ce - values).mean() / (ce - full).mean()
             error = spread_of((ce - values) - way * (ce - full)) / len(values) ** 0.5
-            row[figure] = f"{values.mean():.4f} ± {spread_of(values):.4f}"
+            row[figure] = plus_minus(values)
             row[f"share of {figure}"] = f"{way:.1%} ± {abs(error / (ce - full).mean()):.1%}"
         yield row
-
-
-def spread_of(values: Any) -> float:
-    """Return the standard deviation over seeds."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
 
 
 @click.command()
