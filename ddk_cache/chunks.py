@@ -23,7 +23,6 @@ from ddk_cache.errors import CorruptCacheError
 from ddk_cache.kept import Kept
 from ddk_cache.manifest import Manifest
 from ddk_cache.objects import Objects, Range
-from ddk_cache.plain import Plain, plain
 from ddk_cache.records import Record, object_name, read_record
 from ddk_cache.schema import Array, ArrayLayout
 from ddk_cache.shards import CHECKSUM, Index, check, check_size, decompress, footer_length
@@ -52,8 +51,6 @@ class Part(NamedTuple):
     name: str
     checksums: str
     """The committed crc32c of each chunk, eight hex digits each."""
-    plain: Plain | None = None
-    """The slow way, for an array that was not stored with our codecs."""
 
     def range(self, place: int) -> Range:
         """Return where a chunk of the shard lies, without the checksum behind it."""
@@ -63,15 +60,11 @@ class Part(NamedTuple):
     def check(self, place: int, body: bytes, size: int) -> None:
         """Raise CorruptCacheError unless a chunk is the committed one and claims `size` bytes."""
         check(body, self.checksums[8 * place : 8 * place + 8], self.shard.where)
-        if self.plain is None:
-            check_size(body, self.shard.where, size)
+        check_size(body, self.shard.where, size)
 
-    def decode(self, number: int, body: bytes, out: Array) -> None:
-        """Write the values of a chunk that was checked, the array's `number`-th, to `out`."""
-        if self.plain is None:
-            decompress(body, self.shard.where, out)
-        else:
-            self.plain.read(number, out)
+    def decode(self, body: bytes, out: Array) -> None:
+        """Write the values of a chunk that was checked to `out`."""
+        decompress(body, self.shard.where, out)
 
 
 class Chunk:
@@ -126,7 +119,6 @@ class Chunks:
         self._shards = Kept(SHARDS_KEPT, self._read_shards)
         self._chunks = Kept(CHUNKS_KEPT, self._read_chunks)
         self._room = lru_cache(self._make_room)
-        self._plain = lru_cache(self._find_plain)
 
     def __call__(self, keys: Sequence[ChunkKey]) -> list[Chunk]:
         """Return chunks, which nobody may change, nor keep their arrays without them.
@@ -139,11 +131,6 @@ class Chunks:
     def _make_room(self, arrays: tuple[str, ...]) -> Room:
         layouts = self.spec.arrays
         return Room(self.spec.chunk_rows, [layouts[name] for name in arrays])
-
-    def _find_plain(self, domain: str, split: str, array: str) -> Plain | None:
-        name = f"domains/{domain}/{split}/{array}"
-        document = self.manifest.plans[domain].metadata.get(f"{name}/zarr.json")
-        return plain(self.objects, name, document)
 
     def _read_records(self, keys: Sequence[ShardKey]) -> Iterator[Record]:
         for key in keys:
@@ -162,11 +149,11 @@ class Chunks:
                     raise CorruptCacheError(f"{self.objects.where(name)} cannot be so short.")
                 self.objects.check(name, entry.bytes)
                 wanted.append(Range(name, entry.bytes - length, length))
-                found.append((name, entry, self._plain(key.domain, key.split, array)))
+                found.append((name, entry))
         footers = self.objects.ranges(wanted)
         parts = (
-            Part(Index.parse(where(name), entry.bytes, footer), name, entry.chunks, plain)
-            for (name, entry, plain), footer in zip(found, footers, strict=True)
+            Part(Index.parse(where(name), entry.bytes, footer), name, entry.chunks)
+            for (name, entry), footer in zip(found, footers, strict=True)
         )
         for _, arrays in keys:
             yield list(islice(parts, len(arrays)))
@@ -186,13 +173,13 @@ class Chunks:
         bodies = self.objects.ranges(
             part.range(place) for parts, place, _ in found for part in parts
         )
-        for key, (parts, place, room) in zip(keys, found, strict=True):
+        for parts, place, room in found:
             taken = list(islice(bodies, len(parts)))
             for part, body, size in zip(parts, taken, room.sizes, strict=True):
                 part.check(place, body, size)
             chunk = room()
             for part, body, out in zip(parts, taken, chunk.arrays, strict=True):
-                part.decode(key.number, body, out)
+                part.decode(body, out)
             yield chunk
 
     @property

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -128,18 +128,8 @@ class Numbering:
         return cls(ids, numbers)
 
 
-class Codec(Protocol):
-    """What reads the stored arrays of a cache."""
-
-    def targets(
-        self, stored: Mapping[str, Array], temperature: float = 1.0
-    ) -> SparseTargets[Array]:
-        """Return (…, S, K) targets of stored rows, summing to one."""
-        ...
-
-
 class TargetCodec:
-    """Targets of one domain in format version 2."""
+    """The targets of one domain."""
 
     def __init__(self, spec: CacheSpec, frequent_ids: Sequence[int] = ()) -> None:
         self.spec = spec
@@ -227,25 +217,3 @@ class TargetCodec:
                 "numbers": "the frequent_ids of the domain's group, then all other ids in order",
             }
         return {}
-
-
-class TopkCodec:
-    """Top-k targets in format version 1: ids in order of value, 16-bit log-probabilities."""
-
-    def __init__(self, spec: CacheSpec) -> None:
-        self.logprob = LogprobCodec(spec.logprob_step)
-
-    def targets(
-        self, stored: Mapping[str, Array], temperature: float = 1.0
-    ) -> SparseTargets[Array]:
-        """Return targets, scaled so that kept entries and tail sum to one."""
-        probs = self.logprob.probs(stored["target_logprobs"])
-        rest = self.logprob.probs(stored["tail_logprob"])
-        scale = (1 / (probs.sum(-1, dtype=np.float64) + rest)).astype(np.float32)
-        ids = stored["target_ids"].astype(np.int64)
-        return SparseTargets(ids, probs * scale[..., None], rest * scale)
-
-
-def codec_of(spec: CacheSpec, frequent_ids: Sequence[int]) -> Codec:
-    """Return the codec of a domain."""
-    return TopkCodec(spec) if spec.format_version == 1 else TargetCodec(spec, frequent_ids)

@@ -10,7 +10,7 @@ byte what writing them again would give: a changed digit is an error, not a numb
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from ddk_cache.errors import (
     NotACacheError,
 )
 from ddk_cache.objects import Objects
-from ddk_cache.schema import READABLE_VERSIONS, SPLITS, CacheSpec, canonical, check_name, digest
+from ddk_cache.schema import FORMAT_VERSION, SPLITS, CacheSpec, canonical, check_name, digest
 
 ROOT = "zarr.json"
 PLANS = "plans"
@@ -37,33 +37,32 @@ T = TypeVar("T")
 # --- documents ------------------------------------------------------------------------------------
 
 
-def dump(body: Mapping[str, Any], version: int) -> bytes:
+def dump(body: Mapping[str, Any]) -> bytes:
     """Return the bytes of a sealed document."""
-    sealed = {"format_version": version, **body}
+    sealed = {"format_version": FORMAT_VERSION, **body}
     sealed["seal"] = digest(canonical(sealed))
     return json.dumps(sealed, indent=1, allow_nan=False).encode()
 
 
-def parse(data: bytes, where: str, versions: Sequence[int]) -> tuple[dict[str, Any], int]:
-    """Return the body of a sealed document and its format version.
+def parse(data: bytes, where: str) -> dict[str, Any]:
+    """Return the body of a sealed document.
 
     Raises:
-        FormatVersionError: it is of none of these versions.
+        FormatVersionError: it is of another format version.
         CorruptCacheError: it is not what was written.
     """
     try:
         body = json.loads(data)
         version = body.pop("format_version")
         body.pop("seal", None)
-        if type(version) is int and version in versions and dump(body, version) == data:
-            return dict(body), version
+        if version == FORMAT_VERSION and dump(body) == data:
+            return dict(body)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptCacheError(f"{where} is damaged: {error!r}.") from error
-    if version not in versions:
-        known = " and ".join(map(str, versions))
+    if version != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{where} has format version {version}; version {known} is read here. Use the ddk "
-            "that built it, or build it again."
+            f"{where} has format version {version}; this ddk reads version {FORMAT_VERSION}. Use "
+            "the ddk that built the cache, or build it again."
         )
     raise CorruptCacheError(f"{where} is damaged: its content does not match its seal.")
 
@@ -118,7 +117,7 @@ class Root:
             "tokenizer_files": {name: list(entry) for name, entry in self.tokenizer_files.items()},
             "provenance": dict(self.provenance),
         }
-        attributes = {"ddk": json.loads(dump(body, self.spec.format_version))}
+        attributes = {"ddk": json.loads(dump(body))}
         group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
         return json.dumps(group, indent=1).encode()
 
@@ -135,16 +134,16 @@ class Root:
                 "'ddk-cache build' writes."
             ) from None
         where = objects.where(ROOT)
-        body, version = parse(document, where, READABLE_VERSIONS)
-        root: Root = understand(where, lambda: cls._of(body, version))
+        body = parse(document, where)
+        root: Root = understand(where, lambda: cls._of(body))
         if root.dump() != data:
             raise CorruptCacheError(f"{where} is damaged: it is not what was written.")
         return root
 
     @classmethod
-    def _of(cls, body: Mapping[str, Any], version: int) -> Root:
+    def _of(cls, body: Mapping[str, Any]) -> Root:
         return cls(
-            spec=CacheSpec.from_json(body["spec"], version),
+            spec=CacheSpec.from_json(body["spec"]),
             batch_rows=typed(body["batch_rows"], int, 1),
             sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
             tokenizer_files={
@@ -229,14 +228,14 @@ def write_plan(objects: Objects, spec: CacheSpec, domain: str, plan: DomainPlan)
         "frequent_ids": list(plan.frequent_ids),
         "metadata": dict(plan.metadata),
     }
-    objects.put(plan_name(domain), dump(body, spec.format_version))
+    objects.put(plan_name(domain), dump(body))
 
 
 def read_plan(objects: Objects, spec: CacheSpec, domain: str) -> DomainPlan:
     """Read the plan of a domain. Raises CorruptCacheError where it is damaged or another's."""
     where = objects.where(plan_name(domain))
     try:
-        body, _ = parse(read(objects, plan_name(domain)), where, [spec.format_version])
+        body = parse(read(objects, plan_name(domain)), where)
     except CorruptCacheError as error:
         again = "If it is removed, 'ddk-cache build' makes the whole domain again."
         raise CorruptCacheError(f"{error} {again}") from error

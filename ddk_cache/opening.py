@@ -48,8 +48,8 @@ def open_for_building(
         was = Manifest.read(objects).root
     except NotACacheError as error:
         raise _not_ours(objects) from error
-    beside = {"batch_rows": was.batch_rows, "format_version": was.spec.format_version}
-    asked = {"batch_rows": batch_rows or was.batch_rows, "format_version": spec.format_version}
+    beside = {"batch_rows": was.batch_rows}
+    asked = {"batch_rows": batch_rows or was.batch_rows}
     compare(objects.where(), was.spec.to_json() | beside, spec.to_json() | asked)
     if not grow:
         hint = " --grow adds new domains, and documents at the end of old ones."

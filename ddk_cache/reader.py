@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ddk_cache.chunks import ChunkKey, Chunks
-from ddk_cache.codec import Codec, LogprobCodec, codec_of
+from ddk_cache.codec import LogprobCodec, TargetCodec
 from ddk_cache.domain import DomainPlan, Extent, ShardKey, extents, rows_at, shard_count
 from ddk_cache.errors import CorruptCacheError, InputError, UnfinishedCacheError, unknown
 from ddk_cache.manifest import TOKENIZER, Manifest
@@ -68,7 +68,7 @@ class Cache:
         pairs = [(domain, split) for domain in self.domains for split in SPLITS]
         self._extents = {pair: self.extents(*pair) for pair in pairs}
         self._committed = {pair: self._find_committed(*pair) for pair in pairs}
-        self._codecs: dict[str, Codec] = {}
+        self._codecs: dict[str, TargetCodec] = {}
         self._chunks = Chunks(objects, manifest, self._require_committed)
 
     @property
@@ -205,10 +205,10 @@ class Cache:
         """Return the commit record of a shard. Raises CorruptCacheError where it is damaged."""
         return read_record(self.objects, self.manifest, key)
 
-    def codec(self, domain: str) -> Codec:
+    def codec(self, domain: str) -> TargetCodec:
         """Return what decodes the targets of a domain."""
         if domain not in self._codecs:
-            self._codecs[domain] = codec_of(self.spec, self.plan(domain).frequent_ids)
+            self._codecs[domain] = TargetCodec(self.spec, self.plan(domain).frequent_ids)
         return self._codecs[domain]
 
     def read(

@@ -54,8 +54,8 @@ class Record:
     objects: Mapping[str, Object]
     """By array."""
 
-    def dump(self, version: int) -> bytes:
-        """Return the bytes of the record in a format version."""
+    def dump(self) -> bytes:
+        """Return the bytes of the record."""
         body = {
             "shard": list(self.key),
             "fingerprint": self.fingerprint,
@@ -67,14 +67,14 @@ class Record:
             "audit": dict(self.audit),
             "objects": {name: vars(entry) for name, entry in self.objects.items()},
         }
-        return dump(body, version)
+        return dump(body)
 
-    def write(self, objects: Objects, version: int) -> None:
+    def write(self, objects: Objects) -> None:
         """Write the record; from here on the shard is committed.
 
         One that is there already stays: another process made the same shard, and the same record.
         """
-        objects.create(record_name(self.key), self.dump(version))
+        objects.create(record_name(self.key), self.dump())
 
 
 def read_record(objects: Objects, manifest: Manifest, key: ShardKey) -> Record:
@@ -85,7 +85,7 @@ def read_record(objects: Objects, manifest: Manifest, key: ShardKey) -> Record:
     """
     name, spec = record_name(key), manifest.spec
     where = objects.where(name)
-    body, _ = parse(read(objects, name), where, [spec.format_version])
+    body = parse(read(objects, name), where)
 
     def build() -> Record:
         return Record(

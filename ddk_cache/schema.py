@@ -23,11 +23,7 @@ import xxhash
 from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
 
 FORMAT_VERSION = 2
-"""The layout described in docs/format.md: what is written."""
-
-READABLE_VERSIONS = (1, 2)
-"""What is read; any other is named and refused. Version 1 kept whole ids in order of value, and
-16-bit log-probabilities."""
+"""The layout described in docs/format.md; any other version is refused by name."""
 
 SPLITS = ("train", "validation")
 """Rows to learn from, and held-out rows on which the gap is measured."""
@@ -133,9 +129,6 @@ LARGEST = {
 }
 """Bounds that no real cache meets: a damaged number must not turn into an allocation."""
 
-SINCE_VERSION_2 = ("prob_levels", "temperatures", "seed", "compression")
-"""Settings that a spec of version 1 does not have."""
-
 LARGEST_CHUNK = 2**28
 """Entries in a chunk, at most; a chunk is decoded in memory as a whole."""
 
@@ -186,8 +179,6 @@ class CacheSpec:
     """Of the draws of sampled targets."""
     compression: str = "small"
     """One of `COMPRESSIONS`."""
-    format_version: int = FORMAT_VERSION
-    """Stands in the documents beside the spec, not in it."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -202,7 +193,7 @@ class CacheSpec:
             facts = getattr(self, name)
             if not isinstance(facts, Mapping) or {type(fact) for fact in facts.values()} - {str}:
                 raise InputError(f"{name} has to map names to text, not {facts!r}.")
-        self._check_version_2()
+        self._check_targets()
         if self.targets.size > self.vocab_size:
             raise InputError(
                 f"targets {self.targets} ask for more entries than the teacher's vocabulary has "
@@ -221,8 +212,8 @@ class CacheSpec:
                 f"{self.targets.size} entries is too large; give fewer --chunk-rows."
             )
 
-    def _check_version_2(self) -> None:
-        """Check the settings that version 1 did not have."""
+    def _check_targets(self) -> None:
+        """Check the settings that decide how targets are drawn and stored."""
         if type(self.prob_levels) is not int or not 16 <= self.prob_levels <= 255:
             raise InputError(f"prob_levels has to be from 16 to 255, not {self.prob_levels}.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
@@ -257,16 +248,11 @@ class CacheSpec:
         layouts = {
             "tokens": ArrayLayout(ids, (S + 1,), impossible),
             "loss_mask": ArrayLayout(byte, (S,), 0),
+            "target_ids": ArrayLayout(byte, (self.id_bytes, S, K), 255, ("byte", *entry)),
+            "target_probs": ArrayLayout(byte, (S, K), 0, entry),
+            "tail_logprob": ArrayLayout(logprob, (S,), 0),
+            "label_logprob": ArrayLayout(logprob, (S,), 0),
         }
-        if self.format_version == 1:
-            layouts["target_ids"] = ArrayLayout(ids, (S, K), impossible, entry)
-            layouts["target_logprobs"] = ArrayLayout(logprob, (S, K), 0, entry)
-        else:
-            inner = (self.id_bytes, S, K)
-            layouts["target_ids"] = ArrayLayout(byte, inner, 255, ("byte", *entry))
-            layouts["target_probs"] = ArrayLayout(byte, (S, K), 0, entry)
-        layouts["tail_logprob"] = ArrayLayout(logprob, (S,), 0)
-        layouts["label_logprob"] = ArrayLayout(logprob, (S,), 0)
         if T:
             layouts["tempered_tail_logprob"] = ArrayLayout(
                 logprob, (T, S), 0, ("temperature", "position")
@@ -296,29 +282,22 @@ class CacheSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `from_json` reads them back."""
-        fields = [field.name for field in dataclasses.fields(self)][:-1]
-        if self.format_version == 1:
-            fields = [name for name in fields if name not in SINCE_VERSION_2]
-        return (
-            {name: getattr(self, name) for name in fields}
-            | {
-                "targets": str(self.targets),
-                "teacher": dict(self.teacher),
-                "tokenizer": dict(self.tokenizer),
-            }
-            | ({"temperatures": list(self.temperatures)} if self.format_version > 1 else {})
-        )
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "targets": str(self.targets),
+            "teacher": dict(self.teacher),
+            "tokenizer": dict(self.tokenizer),
+            "temperatures": list(self.temperatures),
+        }
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], version: int = FORMAT_VERSION) -> CacheSpec:
+    def from_json(cls, values: Mapping[str, Any]) -> CacheSpec:
         """Read what `to_json` wrote. Raises CorruptCacheError on anything else."""
         try:
             return cls(
                 **{
                     **values,
                     "targets": TargetSpec.parse(values["targets"]),
-                    "temperatures": tuple(values.get("temperatures", ())),
-                    "format_version": version,
+                    "temperatures": tuple(values["temperatures"]),
                 }
             )
         except (InputError, TypeError, KeyError, AttributeError, ValueError) as error:

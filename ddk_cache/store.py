@@ -116,7 +116,7 @@ class Store:
             chunks = checksums(data, where, self.spec.chunks_per_shard)
             objects[name] = Object(len(data), digest(data), chunks)
         record = Record(key=key, fingerprint=self.spec.fingerprint, objects=objects, **facts)
-        record.write(self.objects, self.spec.format_version)
+        record.write(self.objects)
         return record
 
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:

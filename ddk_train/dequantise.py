@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from ddk_cache import Cache, SparseTargets
-from ddk_cache.codec import LogprobCodec, TargetCodec
 
 Stored = Mapping[str, torch.Tensor]
 Targets = SparseTargets[torch.Tensor]
@@ -36,10 +35,8 @@ class Dequantiser:
         self.place = None if temperature == 1 else spec.temperature_place(temperature)
         self.arrays = [name for name in spec.arrays if not name.endswith("_logprob")]
         self.arrays.append("tail_logprob" if self.place is None else "tempered_tail_logprob")
-        self.probs = _all_codes(cache.logprob).to(device)
-        codecs = [codec for name in domains if isinstance(codec := cache.codec(name), TargetCodec)]
-        if not codecs:  # format version 1: whole ids, and log-probabilities of each entry
-            return
+        self.probs = torch.from_numpy(cache.logprob.probs(np.arange(2**16))).to(device)
+        codecs = [cache.codec(name) for name in domains]
         ids = np.concatenate([codec.numbering.ids for codec in codecs]).astype(np.int32)
         self.ids = torch.from_numpy(ids).to(device)
         values = codecs[0].prob.values ** (1 / temperature)
@@ -50,8 +47,6 @@ class Dequantiser:
 
         Kept entries and tail sum to one.
         """
-        if "target_logprobs" in stored:
-            return self._version_1(stored)
         ids_BSK = self._ids(stored["target_ids"], domain_B)
         codes_BSK = stored["target_probs"]
         probs_BSK = look_up(self.values, codes_BSK)
@@ -81,20 +76,8 @@ class Dequantiser:
         numbers_BSK += (domain_B * self.vocab_size)[:, None, None]
         return look_up(self.ids, numbers_BSK).long()
 
-    def _version_1(self, stored: Stored) -> Targets:
-        probs = look_up(self.probs, stored["target_logprobs"])
-        tail = look_up(self.probs, stored["tail_logprob"])
-        scale = (1 / (probs.sum(-1, dtype=torch.float64) + tail)).float()
-        ids = stored["target_ids"].to(torch.int64, copy=True)
-        return SparseTargets(ids, probs.mul_(scale[..., None]), tail.mul_(scale))
-
 
 def look_up(table: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     """Return the entries of a table at integers of any type, in their shape."""
     index = codes if codes.dtype == torch.int64 else codes.to(torch.int32)
     return table.index_select(0, index.flatten()).view(codes.shape)
-
-
-def _all_codes(codec: LogprobCodec) -> torch.Tensor:
-    """Return the probability of every code of log-probabilities."""
-    return torch.from_numpy(codec.probs(np.arange(2**16, dtype=np.uint16)))

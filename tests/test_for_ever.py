@@ -20,18 +20,6 @@ def opened(name: str, fingerprint: str) -> Cache:
     return cache
 
 
-def test_version_1() -> None:
-    cache = opened("v1.zarr", "28a1089e19f380722f4152b321d154bf")
-    rows = cache.read("some", "train", cache.row_numbers("some", "train"))
-    tokens = [68, 79, 67, 85, 77, 69, 78, 84, 221, 16, 221, 79, 70, 221, 83, 79, 77]
-    probs = [0.9080772399902344, 0.03962631896138191, 0.012003012001514435, 0.008265669457614422]
-    np.testing.assert_array_equal(rows.tokens[0], tokens)
-    np.testing.assert_array_equal(rows.targets.ids[0, 0], [61, 25, 95, 217])
-    np.testing.assert_allclose(rows.targets.probs[0, 0], probs, rtol=1e-6)
-    np.testing.assert_allclose(rows.targets.tail[0, 0], 0.03202775493264198, rtol=1e-6)
-    assert rows.label_logprob.sum(dtype=np.float64) == pytest.approx(-4598.30859375, rel=1e-9)
-
-
 TOKENS_2 = [87, 77, 79, 221, 83, 79, 68, 79, 87, 83, 83, 68, 69, 83, 79, 79, 79]
 LABELS_2 = -1909.5068359375
 

@@ -26,7 +26,6 @@ CACHE = {
     "bucket": {"errors", "schema", "objects"},
     "kept": set(),
     "copies": {"errors", "schema", "files", "objects", "bucket"},
-    "plain": {"errors", "schema", "objects", "console"},
     "shards": {"errors", "schema"},
     "audit": {*WORDS, "codec"},
     "console": {"errors"},
@@ -39,7 +38,7 @@ CACHE = {
     "manifest": {*WORDS, "objects"},
     "records": {*WORDS, "objects", "manifest", "audit"},
     "store": {*WORDS, "objects", "manifest", "records", "codec", "shards"},
-    "chunks": {*WORDS, "objects", "manifest", "records", "kept", "shards", "plain"},
+    "chunks": {*WORDS, "objects", "manifest", "records", "kept", "shards"},
     "reader": {*WORDS, "objects", "manifest", "records", "chunks", "codec", "copies"},
     "plan": {*WORDS, "corpus", "rows", "store"},
     "opening": {"errors", "schema", "files", "objects", "corpus", "manifest", "scoring", "teacher"},
@@ -104,7 +103,7 @@ TRAIN = {
 
 # Heavy libraries and the only files that may load them.
 HEAVY = {
-    "zarr": {"ddk_cache.store", "ddk_cache.plain"},
+    "zarr": {"ddk_cache.store"},
     "obstore": {"ddk_cache.bucket"},
     "numcodecs": {"ddk_cache.shards"},
     "torch": {

@@ -83,16 +83,12 @@ def test_weights_hold_from_the_very_next_batch(cache: Cache) -> None:
         ({"target_spec": "topk:8", "temperatures": (2.0,)}, 2.0),
         ({"target_spec": "sampled:6", "compression": "fast"}, 1.0),
         ({"target_spec": "sampled:300"}, 1.0),
-        ("v1.zarr", 1.0),
     ],
 )
 def test_batches_are_the_rows_of_the_cache_decoded(
     settings: Any, temperature: float, make_cache: Any, tmp_path: Path
 ) -> None:
-    if isinstance(settings, str):
-        cache = open_cache(Path(__file__).parent / "data" / settings)
-    else:
-        cache = make_cache(tmp_path / "mix.zarr", **settings)
+    cache = make_cache(tmp_path / "mix.zarr", **settings)
     extents = {name: cache.extents(name, "train") for name in cache.domains}
     mixture = Mixture(extents, chunk_rows=cache.spec.chunk_rows, rows=5, seed=3)
     even = np.full(len(cache.domains), 1 / len(cache.domains))

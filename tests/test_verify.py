@@ -14,7 +14,6 @@ from ddk_cache.build import build
 from ddk_cache.corpus import find_sources
 from ddk_cache.manifest import dump, parse
 from ddk_cache.reader import Cache
-from ddk_cache.schema import READABLE_VERSIONS
 from ddk_cache.scoring import Scorer
 from ddk_cache.verify import Problem, drop_bad, replay, verify
 from tests.conftest import BUILD, random_teacher, tree
@@ -104,21 +103,21 @@ def test_token_rows_are_made_again_only_from_the_same_documents(
 @pytest.mark.parametrize("name", ["../evil/zarr.json", "domains/../../zarr.json", "domains/x"])
 def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) -> None:
     path = copy / "plans" / "notes.json"
-    body, version = parse(path.read_bytes(), str(path), READABLE_VERSIONS)
+    body = parse(path.read_bytes(), str(path))
     body["metadata"][name] = "{}"
-    path.write_bytes(dump(body, version))
+    path.write_bytes(dump(body))
     with pytest.raises(CorruptCacheError, match="no Zarr document of a domain"):
         open_cache(copy)
 
 
 def reseal(path: Path, keys: list[Any], value: Any) -> None:
     """Change one value of a document and give it a correct seal."""
-    body, version = parse(path.read_bytes(), str(path), READABLE_VERSIONS)
+    body = parse(path.read_bytes(), str(path))
     inner = body
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    path.write_bytes(dump(body, version))
+    path.write_bytes(dump(body))
 
 
 @pytest.mark.parametrize("rows", [2**40, 2**62, -1, 0, 1.5, "many", None])

@@ -99,7 +99,7 @@ class Multiplied:
             path = record_path(self.out, key)
             path.parent.mkdir(parents=True, exist_ok=True)
             record = dataclasses.replace(records[number % len(records)], key=key)
-            path.write_bytes(record.dump(self.spec.format_version))
+            path.write_bytes(record.dump())
             object_path(self.out, self.spec, key, "tokens").parent.mkdir(parents=True)
 
     def place(self, numbers: Iterable[int], *, link: bool) -> None:

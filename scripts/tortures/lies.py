@@ -39,10 +39,10 @@ def edit(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Change a sealed document, and give it the seal that it then has to have."""
     whole = json.loads(path.read_bytes())
     body = whole["attributes"]["ddk"] if "attributes" in whole else whole
-    version = body.pop("format_version")
+    body.pop("format_version")
     body.pop("seal", None)
     change(body)
-    data = dump(body, version)
+    data = dump(body)
     if body is not whole:
         whole["attributes"]["ddk"] = json.loads(data)
         data = json.dumps(whole, indent=1).encode()
