@@ -6,7 +6,6 @@ that importing the package (as every `--help` does) stays cheap.
 
 from typing import TYPE_CHECKING, Any
 
-from ddk_cache.domain import DomainPlan, Extent, rows_at
 from ddk_cache.errors import (
     CacheError,
     CorruptCacheError,
@@ -17,10 +16,12 @@ from ddk_cache.errors import (
     NotACacheError,
     UnfinishedCacheError,
 )
-from ddk_cache.schema import FORMAT_VERSION, SPLITS, CacheSpec, Rows, SparseTargets, TargetSpec
+from ddk_cache.format.plan import DomainPlan, Extent, rows_at
+from ddk_cache.format.spec import FORMAT_VERSION, CacheSpec, TargetSpec
+from ddk_cache.types import SPLITS, Rows, SparseTargets
 
 if TYPE_CHECKING:
-    from ddk_cache.reader import Cache, open_cache
+    from ddk_cache.read.cache import Cache, open_cache
 
 __all__ = [
     "FORMAT_VERSION",
@@ -47,7 +48,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in {"Cache", "open_cache"}:
-        from ddk_cache import reader
+        from ddk_cache.read import cache as reader
 
         return getattr(reader, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,8 +16,8 @@ import click
 
 from ddk_cache.console import Commands, Known, Progress, say
 from ddk_cache.errors import CacheError, InputError, UnfinishedCacheError
-from ddk_cache.objects import open_objects
-from ddk_cache.schema import COMPRESSIONS, TargetSpec
+from ddk_cache.format.spec import COMPRESSIONS, TargetSpec
+from ddk_cache.storage.open import open_storage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -101,18 +101,18 @@ def plan(
     **settings: Any,
 ) -> None:
     """Say what building CACHE from CORPUS will cost. Nothing is written."""
-    from ddk_cache.corpus import find_sources
+    from ddk_cache.corpus.sources import find_sources
 
     TargetSpec.parse(targets)
     sources = find_sources(corpus, say)
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
-    from ddk_cache import estimate
-    from ddk_cache.build import make_spec
-    from ddk_cache.domain import ShardKey
-    from ddk_cache.pretrained import load_tokenizer
-    from ddk_cache.scoring import Scorer, first_batch
-    from ddk_cache.teacher import Teacher, load_teacher, no_teacher
+    from ddk_cache.build import estimate
+    from ddk_cache.build.job import make_spec
+    from ddk_cache.build.scoring import Scorer, first_batch
+    from ddk_cache.build.teacher import Teacher, load_teacher, no_teacher
+    from ddk_cache.format.plan import ShardKey
+    from ddk_cache.hf import load_tokenizer
 
     words = load_tokenizer(tokenizer or str(teacher))
     model: Teacher = no_teacher(len(words))
@@ -178,16 +178,16 @@ def build(
     build that was stopped goes on by the same command. Any number of processes may be given the
     same command: they share the work.
     """
-    from ddk_cache.corpus import find_sources
+    from ddk_cache.corpus.sources import find_sources
 
     TargetSpec.parse(targets)
-    open_objects(cache)
+    open_storage(cache)
     place = which_process(rank, world)
     sources = find_sources(corpus, say)
 
-    from ddk_cache.build import build
-    from ddk_cache.pretrained import load_tokenizer
-    from ddk_cache.teacher import load_teacher
+    from ddk_cache.build.job import build
+    from ddk_cache.build.teacher import load_teacher
+    from ddk_cache.hf import load_tokenizer
 
     words = load_tokenizer(tokenizer or teacher)
     model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -221,8 +221,8 @@ def which_process(rank: int | None, world: int | None) -> tuple[int, int]:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: str, as_json: bool) -> None:
     """Show what CACHE holds: domains, rows, what was seen of the teacher, bytes a token."""
-    from ddk_cache.info import describe, show
-    from ddk_cache.reader import open_cache
+    from ddk_cache.describe import describe, show
+    from ddk_cache.read.cache import open_cache
 
     facts = describe(open_cache(cache, unfinished=True))
     if as_json:
@@ -252,7 +252,7 @@ def verify(
 ) -> None:
     """Hash every committed byte of CACHE and compare it with what was committed."""
     from ddk_cache import verify as audit
-    from ddk_cache.reader import open_cache
+    from ddk_cache.read.cache import open_cache
 
     opened = open_cache(cache, unfinished=True)
     with Progress("verifying", audit.bytes_below(opened), "bytes") as progress:
@@ -285,9 +285,9 @@ def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any])
     Raises:
         MismatchError: it is another teacher than the cache's.
     """
-    from ddk_cache.opening import compare
-    from ddk_cache.scoring import Scorer
-    from ddk_cache.teacher import load_teacher
+    from ddk_cache.build.create import compare
+    from ddk_cache.build.scoring import Scorer
+    from ddk_cache.build.teacher import load_teacher
     from ddk_cache.verify import replay
 
     model = load_teacher(teacher, **how)

@@ -15,18 +15,17 @@ from functools import partial
 
 import numpy as np
 
-from ddk_cache.domain import ShardKey, rows_at
+from ddk_cache.build.writer import TOKEN_ARRAYS
 from ddk_cache.errors import CorruptCacheError
-from ddk_cache.manifest import TOKENIZER
-from ddk_cache.objects import Folder
-from ddk_cache.reader import Cache
-from ddk_cache.records import object_name, record_name
-from ddk_cache.schema import SPLITS, Array
-from ddk_cache.shards import bodies
-from ddk_cache.store import TOKEN_ARRAYS
+from ddk_cache.format.layout import TOKENIZER, object_name, record_name
+from ddk_cache.format.plan import ShardKey, rows_at
+from ddk_cache.format.zarr_shard import bodies
+from ddk_cache.read.cache import Cache
+from ddk_cache.storage.local import LocalStorage
+from ddk_cache.types import SPLITS, Array
 
 THREADS = 8
-"""Objects hashed at the same time; hashing and reading both let the interpreter go."""
+"""Storage hashed at the same time; hashing and reading both let the interpreter go."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
 
 def bytes_below(cache: Cache) -> int:
     """Return the bytes of all files below the domains of a cache; 0 where counting costs much."""
-    if not isinstance(cache.objects, Folder):
+    if not isinstance(cache.storage, LocalStorage):
         return 0
     files_below = (cache.root / "domains").rglob("*")
     return sum(path.stat().st_size for path in files_below if path.is_file())
@@ -66,8 +65,8 @@ def _tokenizer(cache: Cache) -> Iterator[Problem]:
 def _metadata(cache: Cache) -> Iterator[Problem]:
     documents = [cache.plan(domain).metadata for domain in cache.domains]
     for name, text in {n: t for metadata in documents for n, t in metadata.items()}.items():
-        if cache.objects.read(name) != text.encode():
-            yield Problem(name, f"{cache.objects.where(name)} is missing or has changed")
+        if cache.storage.get(name) != text.encode():
+            yield Problem(name, f"{cache.storage.uri(name)} is missing or has changed")
 
 
 def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
@@ -89,7 +88,7 @@ def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
     """Check the chunks of the token rows of a shard that no record vouches for yet."""
     for array in TOKEN_ARRAYS:
         name = object_name(cache.spec, key, array)
-        data, where = cache.objects.read(name), cache.objects.where(name)
+        data, where = cache.storage.get(name), cache.storage.uri(name)
         if data is None:
             yield Problem(name, f"{where} is missing", key)
             continue
@@ -102,9 +101,9 @@ def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
 def _differs(
     cache: Cache, name: str, size: int, hashed: str, key: ShardKey | None = None
 ) -> Iterator[Problem]:
-    where = cache.objects.where(name)
+    where = cache.storage.uri(name)
     try:
-        found = cache.objects.hash(name)
+        found = cache.storage.hash(name)
     except CorruptCacheError as error:
         yield Problem(name, str(error), key)
         return
@@ -133,8 +132,8 @@ def drop_bad(cache: Cache, problems: list[Problem]) -> list[str]:
             removed.append(problem.name)
     removed = list(dict.fromkeys(removed))
     for name in removed:
-        cache.objects.delete(name)
-    return [cache.objects.where(name) for name in removed]
+        cache.storage.delete(name)
+    return [cache.storage.uri(name) for name in removed]
 
 
 # --- the teacher on a sample ----------------------------------------------------------------------

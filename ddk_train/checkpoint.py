@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from ddk_cache.console import say
-from ddk_train.identity import IDENTITY
-from ddk_train.mixture import Floats
-from ddk_train.processes import Processes
+from ddk_train.data.mixture import Floats
+from ddk_train.distributed import Processes
+from ddk_train.provenance import IDENTITY
 from ddk_train.student import load_weights
 
 

@@ -85,8 +85,8 @@ def run(**settings: Any) -> None:
 
     open_cache(config.cache)
 
-    from ddk_train.facts import load
-    from ddk_train.table import show
+    from ddk_train.report.run_report import load
+    from ddk_train.report.table import show
     from ddk_train.trainer import train
 
     finished = train(config)
@@ -103,9 +103,9 @@ def run(**settings: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine instead.")
 def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Show runs as a table, and draw them on one page, side by side."""
-    from ddk_train.facts import load, to_json
-    from ddk_train.page import write_page
-    from ddk_train.table import show
+    from ddk_train.report.page import write_page
+    from ddk_train.report.run_report import load, to_json
+    from ddk_train.report.table import show
 
     reports = load(list(runs))
     if as_json:

@@ -53,7 +53,7 @@ class TrainConfig:
     gamma: float = 0.2
     """Weight of the divergence from the teacher beside the cross-entropy; the paper's best."""
     loss: str = "forward_kl"
-    """The divergence: a name in `ddk_train.losses.LOSSES`."""
+    """The divergence: a name in `ddk_train.loss.divergences.LOSSES`."""
     temperature: float = 1.0
     """Of teacher and student in the divergence, which gets T² times the weight; the cache has to
     declare one that is not 1."""

@@ -25,7 +25,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddk_cache import DDKError, InputError, MismatchError, files
+from ddk_cache import DDKError, InputError, MismatchError
+from ddk_cache import atomic as files
 from ddk_train.config import TrainConfig
 
 HISTORY = pa.schema(

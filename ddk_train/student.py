@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from ddk_cache import Cache, InputError, MismatchError, files
-from ddk_cache.pretrained import identify_tokenizer, load, load_tokenizer
-from ddk_train.adapter import is_adapted, load_adapter
-from ddk_train.identity import IDENTITY
+from ddk_cache import Cache, InputError, MismatchError
+from ddk_cache import atomic as files
+from ddk_cache.hf import identify_tokenizer, load, load_tokenizer
+from ddk_train.lora import is_adapted, load_adapter
+from ddk_train.provenance import IDENTITY
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 

@@ -22,20 +22,20 @@ import torch
 from ddk_cache import SPLITS, DDKError, InputError, SparseTargets, open_cache
 from ddk_cache.console import Progress, say
 from ddk_train import checkpoint
-from ddk_train.adapter import add_adapter, is_adapted
 from ddk_train.checkpoint import State, exact, floats, get_random
 from ddk_train.config import TrainConfig
-from ddk_train.gap import GapMeter, Measured
-from ddk_train.head import Terms
-from ddk_train.identity import check_identity, identity, known_rows, provenance
-from ddk_train.loader import Batch, Loader
-from ddk_train.losses import check_targets, divergence
-from ddk_train.mixture import Floats, Mixture
-from ddk_train.objective import Objective
+from ddk_train.data.loader import Batch, Loader
+from ddk_train.data.mixture import Floats, Mixture
+from ddk_train.distributed import Processes
+from ddk_train.evaluate import GapMeter, Measured
+from ddk_train.lora import add_adapter, is_adapted
+from ddk_train.loss.divergences import check_targets, divergence
+from ddk_train.loss.fused import Terms
+from ddk_train.loss.objective import Objective
 from ddk_train.optim import learning_rate, optimizer
-from ddk_train.processes import Processes
+from ddk_train.provenance import check_identity, identity, known_rows, provenance
 from ddk_train.run import Run
-from ddk_train.stop import stop_requests
+from ddk_train.signals import stop_requests
 from ddk_train.student import load_student, load_weights, save_student
 from ddk_train.weights import Settings, check_measured, given_weights, parse_weights, update
 

@@ -23,11 +23,12 @@ from demo_material import SEQ_LEN, make_material
 from rich.console import Console
 from rich.table import Table
 
-from ddk_cache import SparseTargets, open_cache, targets
+from ddk_cache import SparseTargets, open_cache
+from ddk_cache.build import targets
+from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import duration, say
-from ddk_cache.info import describe
-from ddk_cache.schema import TargetSpec
-from ddk_cache.teacher import load_teacher
+from ddk_cache.describe import describe
+from ddk_cache.format.spec import TargetSpec
 from ddk_train import TrainConfig, train
 from ddk_train.run import Run, open_run
 

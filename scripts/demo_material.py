@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_cache import files
+from ddk_cache import atomic as files
 from ddk_cache.console import Progress, say
-from ddk_cache.corpus import documents, find_sources
-from ddk_cache.rows import Tally, token_rows
-from ddk_cache.schema import SPLITS, Array, digest
+from ddk_cache.corpus.rows import Tally, token_rows
+from ddk_cache.corpus.sources import documents, find_sources
+from ddk_cache.hashing import digest
+from ddk_cache.types import SPLITS, Array
 
 SEED = 0
 

@@ -19,18 +19,15 @@ from typing import Any
 import pytest
 import torch
 
-from ddk_cache.build import build
-from ddk_cache.corpus import find_sources
-from ddk_cache.reader import Cache, open_cache
-from ddk_cache.teacher import Teacher
+from ddk_cache.build.job import build
+from ddk_cache.build.teacher import Teacher
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.read.cache import Cache, open_cache
+from ddk_cache.testing import BUILD as BUILD
+from ddk_cache.testing import VOCAB as VOCAB
+from ddk_cache.testing import byte_tokenizer as byte_tokenizer
 from ddk_train import TrainConfig
 from tests.s3 import Server
-
-sys.path.append(str(Path(__file__).parents[1] / "scripts"))
-
-from tiny import BUILD as BUILD
-from tiny import VOCAB as VOCAB
-from tiny import byte_tokenizer as byte_tokenizer
 
 RUN: dict[str, Any] = {
     "steps": 12,

@@ -21,13 +21,14 @@ import torch
 from pyarrow import parquet
 
 from benches.common import Record, data, json_option, middle
-from ddk_cache import TargetSpec, targets
-from ddk_cache.build import build
-from ddk_cache.corpus import find_sources
-from ddk_cache.manifest import COMMITS
-from ddk_cache.pretrained import load_tokenizer
-from ddk_cache.reader import open_cache
-from ddk_cache.teacher import Teacher, load_teacher
+from ddk_cache import TargetSpec
+from ddk_cache.build import targets
+from ddk_cache.build.job import build
+from ddk_cache.build.teacher import Teacher, load_teacher
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.format.layout import COMMITS
+from ddk_cache.hf import load_tokenizer
+from ddk_cache.read.cache import open_cache
 
 SEQ_LEN = 256
 BATCH_ROWS = 16

@@ -24,13 +24,13 @@ import yaml
 from benches.common import Floats, Record, data, json_option, plus_minus, spread_of
 from benches.shared import SEQ_LEN, STUDENT
 from ddk_cache import InputError, MismatchError, SparseTargets, open_cache
-from ddk_cache.build import build
+from ddk_cache.build.job import build
+from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
-from ddk_cache.corpus import find_sources
-from ddk_cache.pretrained import load_tokenizer
-from ddk_cache.teacher import load_teacher
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, train
-from ddk_train.facts import load
+from ddk_train.report.run_report import load
 from ddk_train.run import Run
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -256,7 +256,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Kept between calls.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="LRU between calls.")
 @click.option("--methods", default="", help="Names with ';' between them; all if not given.")
 @click.option("--intervals", default="", help="DDK at these too, for example 10,50,75.")
 @click.option("--alphas", default="", help="DDK at these too, for example 0.25,0.75,1.")

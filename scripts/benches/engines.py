@@ -16,10 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from benches.material import DOMAIN
-from ddk_cache.domain import ShardKey
-from ddk_cache.reader import Cache, open_cache
-from ddk_cache.records import object_path
-from ddk_cache.schema import SPLITS
+from ddk_cache.format.layout import object_name
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.read.cache import Cache, open_cache
+from ddk_cache.types import SPLITS
 
 TRAIN = SPLITS[0]
 
@@ -67,14 +67,14 @@ class Bare(ZarrFiles):
     """`pread` from files that are open, at offsets that are known, and the decompressor."""
 
     def __init__(self, cache: Path, copy: Path) -> None:
-        from ddk_cache.shards import index_of
+        from ddk_cache.format.zarr_shard import index_of
 
         opened = open_cache(cache)
         self.spec, self.places = opened.spec, {}
         for number in range(opened.shard_count(DOMAIN, TRAIN)):
             key = ShardKey(DOMAIN, TRAIN, number)
             for name in self.spec.arrays:
-                path = object_path(cache, self.spec, key, name)
+                path = cache / object_name(self.spec, key, name)
                 index = index_of(path.read_bytes(), str(path), self.spec.chunks_per_shard)
                 handle = os.open(path, os.O_RDONLY)
                 lengths = [length - 4 for length in index.lengths]

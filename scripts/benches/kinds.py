@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from ddk_cache import SparseTargets, TargetSpec, targets
+from ddk_cache import SparseTargets, TargetSpec
+from ddk_cache.build import targets
 
 Targets = SparseTargets[torch.Tensor]
 Make = Callable[[torch.Tensor, torch.Tensor], Targets]

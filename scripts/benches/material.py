@@ -19,18 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import byte_tokenizer
 
-from ddk_cache.build import build
-from ddk_cache.corpus import find_sources
-from ddk_cache.domain import ShardKey
-from ddk_cache.manifest import create_root, write_plan
-from ddk_cache.objects import Folder
-from ddk_cache.reader import Cache, open_cache
-from ddk_cache.records import object_path, record_path
-from ddk_cache.schema import SPLITS
-from ddk_cache.store import Store
-from ddk_cache.teacher import Teacher
+from ddk_cache.build.job import build
+from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.writer import ShardWriter
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.format.layout import object_name, record_name
+from ddk_cache.format.manifest import create_root, write_plan
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.read.cache import Cache, open_cache
+from ddk_cache.storage.local import LocalStorage
+from ddk_cache.testing import byte_tokenizer
+from ddk_cache.types import SPLITS
 
 VOCAB = 2048
 SEQ_LEN = 1024
@@ -79,28 +79,28 @@ class Multiplied:
 
     def _begin(self, cache: Cache) -> None:
         """Write root, tokenizer, Zarr's documents and the plan."""
-        objects = Folder(self.out)
-        store = Store(objects, self.spec)
-        create_root(objects, cache.manifest.root)
+        storage = LocalStorage(self.out)
+        store = ShardWriter(storage, self.spec)
+        create_root(storage, cache.manifest.root)
         shutil.copytree(cache.tokenizer_path, self.out / "tokenizer")
         rows = {SPLITS[0]: self.count * self.spec.shard_rows, SPLITS[1]: 0}
         portion = dataclasses.replace(cache.plan(DOMAIN).portions[0], rows=rows)
         plan = dataclasses.replace(cache.plan(DOMAIN), portions=(portion,))
         plan = dataclasses.replace(plan, metadata=store.metadata(DOMAIN, plan))
         store.restore_metadata(plan)
-        write_plan(objects, self.spec, DOMAIN, plan)
-        objects.tidy()
+        write_plan(storage, self.spec, DOMAIN, plan)
+        storage.clean_up()
 
     def _write_records(self, cache: Cache) -> None:
         """Write all records, without a flush for each, and the folders that show the rows."""
         records = [cache.record(key) for key in self.keys]
         for number in range(self.count):
             key = ShardKey(DOMAIN, SPLITS[0], number)
-            path = record_path(self.out, key)
+            path = self.out / record_name(key)
             path.parent.mkdir(parents=True, exist_ok=True)
             record = dataclasses.replace(records[number % len(records)], key=key)
             path.write_bytes(record.dump())
-            object_path(self.out, self.spec, key, "tokens").parent.mkdir(parents=True)
+            (self.out / object_name(self.spec, key, "tokens")).parent.mkdir(parents=True)
 
     def place(self, numbers: Iterable[int], *, link: bool) -> None:
         """Give shards their objects: links to those they repeat, or copies."""
@@ -108,6 +108,6 @@ class Multiplied:
         for number in numbers:
             old, new = self.keys[number % len(self.keys)], ShardKey(DOMAIN, SPLITS[0], number)
             for array in self.spec.arrays:
-                path = object_path(self.out, self.spec, new, array)
+                path = self.out / object_name(self.spec, new, array)
                 path.parent.mkdir(parents=True, exist_ok=True)
-                carry(object_path(self.source, self.spec, old, array), path)
+                carry(self.source / object_name(self.spec, old, array), path)

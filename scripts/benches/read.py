@@ -24,7 +24,7 @@ import click
 
 from benches.common import Record, json_option, middle
 from ddk_cache.console import say
-from ddk_cache.schema import TARGET_KINDS
+from ddk_cache.format.spec import TARGET_KINDS
 
 BATCH = 32
 """Rows asked for at once."""
@@ -45,7 +45,7 @@ def measure(engine: str, cache: str, copy: str, mode: str, seed: str) -> None:
     import resource
 
     from benches.engines import ENGINES, FIRST_EPOCH, forget, remember
-    from ddk_cache.reader import open_cache
+    from ddk_cache.read.cache import open_cache
 
     opened = open_cache(cache)
     rows, size = opened.plan(opened.domains[0]).rows("train"), opened.spec.chunk_rows

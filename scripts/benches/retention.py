@@ -31,15 +31,7 @@ from benches.shared import (
     warmed_student,
 )
 from ddk_cache.console import say
-from ddk_train.head import (
-    Head,
-    Sums,
-    Terms,
-    fused_loss,
-    in_chunks,
-    softmax_,
-    spread,
-)
+from ddk_train.loss.fused import Head, Sums, Terms, fused_loss, in_chunks, softmax_, spread
 
 CE, FULL = "cross-entropy", "full distributions"
 

@@ -29,7 +29,7 @@ ROWS = 32
 OPEN = """
 import json, sys, time
 from benches.scale import resident
-from ddk_cache.reader import open_cache
+from ddk_cache.read.cache import open_cache
 before, began = resident(), time.perf_counter()
 cache = open_cache(sys.argv[1])
 seconds = time.perf_counter() - began
@@ -39,7 +39,7 @@ print(json.dumps({"seconds": seconds, "MB before": before, "MB open": resident()
 STREAM = """
 import json, sys, time
 from benches.scale import ROWS, mixture, resident
-from ddk_cache.reader import open_cache
+from ddk_cache.read.cache import open_cache
 cache, steps = open_cache(sys.argv[1]), int(sys.argv[2])
 order, out = mixture(cache), cache.buffers(ROWS)
 for step in range(steps):
@@ -64,7 +64,7 @@ def resident() -> float:
 
 def mixture(cache: Any) -> Any:
     """Return the training order of a cache."""
-    from ddk_train.mixture import Mixture
+    from ddk_train.data.mixture import Mixture
 
     extents = {name: cache.extents(name, "train") for name in cache.domains}
     return Mixture(extents, chunk_rows=cache.spec.chunk_rows, rows=ROWS, seed=0)
@@ -72,7 +72,7 @@ def mixture(cache: Any) -> Any:
 
 def touched(path: Path, steps: int) -> set[int]:
     """Return the shards that the first steps of training read."""
-    from ddk_cache.reader import open_cache
+    from ddk_cache.read.cache import open_cache
 
     cache = open_cache(path)
     order = mixture(cache)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
-from ddk_cache.corpus import find_sources
-from ddk_cache.pretrained import load_tokenizer
-from ddk_cache.rows import Tally, token_rows
-from ddk_cache.teacher import load_teacher
+from ddk_cache.corpus.rows import Tally, token_rows
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.hf import load_tokenizer
 
 SEQ_LEN = 256
 
@@ -87,7 +87,7 @@ def hidden_of(student: Any, tokens_BS1: torch.Tensor) -> torch.Tensor:
 
 def warmed_student(rows: Any, vocab_size: int, steps: int, lr: float, seed: int) -> Any:
     """Return a student after plain training of so many steps of 16 rows."""
-    from ddk_train.head import Head, Terms, fused_loss
+    from ddk_train.loss.fused import Head, Terms, fused_loss
 
     student = fresh_student(vocab_size, seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)

@@ -23,8 +23,8 @@ from torch.nn.functional import kl_div
 
 from benches.common import Record, json_option, middle
 from ddk_cache import SparseTargets
-from ddk_train.head import Head, Targets, Terms, fused_loss
-from ddk_train.objective import Objective
+from ddk_train.loss.fused import Head, Targets, Terms, fused_loss
+from ddk_train.loss.objective import Objective
 
 SIZES = {
     "tiny": ((128, 4, 4, 352), (448, 6, 7, 1216)),

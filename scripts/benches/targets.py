@@ -20,13 +20,15 @@ import torch
 from benches.common import Record, data, json_option
 from benches.kinds import Targets, kinds
 from benches.shared import SEQ_LEN, rows_of, teacher_of
-from ddk_cache import CacheSpec, SparseTargets, TargetSpec, targets
-from ddk_cache.codec import TargetCodec
+from ddk_cache import CacheSpec, SparseTargets, TargetSpec
+from ddk_cache.build import targets
+from ddk_cache.build.scoring import as_arrays
+from ddk_cache.build.tokenize import FREQUENT
+from ddk_cache.build.writer import COMPRESSORS, shuffle_of
 from ddk_cache.console import say
-from ddk_cache.plan import FREQUENT
-from ddk_cache.schema import TARGET_KINDS, Array
-from ddk_cache.scoring import as_arrays
-from ddk_cache.store import COMPRESSORS, shuffle_of
+from ddk_cache.format.codec import TargetCodec
+from ddk_cache.format.spec import TARGET_KINDS
+from ddk_cache.types import Array
 
 CHUNK_ROWS = 16
 """Rows of a chunk: 4,096 tokens, as in a cache."""
@@ -91,7 +93,7 @@ class Errors:
         """Compare targets of some positions with teacher and student distributions."""
         P, V = t_PV.shape
         s_PV = torch.zeros_like(t_PV).scatter_(-1, made.ids, made.probs.to(t_PV.dtype))
-        # The tail bucket pulls every id outside by the same factor; see ddk_train.losses.
+        # The tail bucket pulls every id outside by the same factor; see ddk_train.loss.divergences.
         kept = torch.zeros_like(t_PV, dtype=torch.bool).scatter_(-1, made.ids, True)
         outside_P1 = q_PV.where(~kept, 0.0).sum(-1, keepdim=True).clamp(min=1e-30)
         s_PV = s_PV.where(kept, q_PV * (made.tail[:, None] / outside_P1).to(q_PV.dtype))

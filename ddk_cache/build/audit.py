@@ -1,0 +1,118 @@
+"""The write-time audit: a distribution, stored as it was computed, and what was seen of it.
+
+It runs on each shard before it is committed. A breach stops the build; what was seen goes into
+the shard's record as counts and sums, which add up over shards without opening an array. The
+entropy is that of the kept entries with the tail as one more: a lower bound of the teacher's own,
+which would cost another pass over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ddk_cache.errors import CacheError
+from ddk_cache.format.audit_summary import MASS_BINS
+from ddk_cache.format.codec import LogprobCodec, TargetCodec
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.types import Array
+
+SLACK = 1e-3
+"""Nats by which rounding in the teacher's arithmetic may put a log-probability above 0."""
+
+
+def audit(
+    key: ShardKey,
+    scores: Mapping[str, Array],
+    stored: Mapping[str, Array],
+    labels: Array,
+    codec: TargetCodec,
+    vocab_size: int,
+) -> dict[str, Any]:
+    """Check the scores of a shard and return what was seen.
+
+    `scores` are as `Scorer.score` gives them, `stored` what will be written of them; `labels` is
+    (R, S).
+
+    Raises:
+        CacheError: with shard, rows and figure.
+    """
+    ids, logprobs = scores["ids"], scores["logprobs"]
+    tail, label = scores["tail_logprob"], scores["label_logprob"]
+    numbers = ~np.isnan(logprobs).any(-1) & np.isfinite(label) & ~np.isnan(tail)
+    _require(key, "log-probabilities are not finite", numbers)
+    probs = np.exp(logprobs)
+    kept, rest = probs.sum(-1, dtype=np.float64), np.exp(tail.astype(np.float64))
+    top = np.maximum(np.maximum(logprobs[..., 0], label), tail)
+    _require(key, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
+    sums = np.asarray(np.abs(kept + rest - 1) < 5 * SLACK)
+    _require(key, "kept entries and tail do not sum to one", sums, kept)
+    in_range = (ids.min(-1) >= 0) & (ids.max(-1) < vocab_size)
+    _require(key, "an id is outside of the vocabulary", in_range, ids.max(-1))
+    ranked = np.sort(ids.astype(np.uint32), -1)
+    _require(key, "an id is kept twice", (ranked[..., 1:] != ranked[..., :-1]).all(-1))
+    falling = np.asarray(probs[..., 1:] <= probs[..., :-1])
+    _require(key, "entries are not in order", np.asarray(falling.all(-1)))
+    errors = _stored_as_computed(key, scores, stored, probs, codec)
+    mass = np.clip(kept, 0, 1)
+    with np.errstate(invalid="ignore"):
+        nats = np.where(probs > 0, probs * logprobs, 0.0)
+    entropy = -nats.sum(-1, dtype=np.float64) - rest * np.where(rest > 0, tail, 0.0)
+    return {
+        "positions": int(label.size),
+        "correct": int((ids[..., 0] == labels).sum()),
+        "entropy": float(entropy.sum()),
+        "kept_mass": float(mass.sum()),
+        "kept_mass_bins": np.histogram(mass, MASS_BINS, (0, 1))[0].tolist(),
+        **errors,
+    }
+
+
+def _stored_as_computed(
+    key: ShardKey,
+    scores: Mapping[str, Array],
+    stored: Mapping[str, Array],
+    probs: Array,
+    codec: TargetCodec,
+) -> dict[str, float]:
+    """Decode what will be written and compare it; return the largest errors."""
+    codes, eight = codec.prob.encode(probs), np.uint64(8)
+    wanted = scores["ids"].astype(np.uint64) << eight | codes
+    found = codec.ids(stored["target_ids"]).astype(np.uint64) << eight | stored["target_probs"]
+    wanted.sort(axis=-1)
+    found.sort(axis=-1)
+    _require(key, "stored entries differ from the computed", (wanted == found).all(-1))
+    off = np.abs(codec.prob.values[codes] - probs)
+    good = off <= codec.prob.error(probs) + SLACK
+    _require(key, "stored probabilities differ from the computed", good, off)
+    error = 0.0
+    for name in scores.keys() & stored.keys():
+        nats = _error(scores[name], stored[name], codec.logprob)
+        error = max(error, float(nats.max(initial=0)))
+        good = nats <= codec.logprob.error + SLACK
+        _require(key, f"stored {name} differ from the computed", good, nats)
+    return {"largest_error": error, "largest_prob_error": float(off.max())}
+
+
+def _require(key: ShardKey, what: str, good: Array, figure: Array | None = None) -> None:
+    if good.all():
+        return
+    bad = ~good.reshape(len(good), -1).all(-1)
+    rows = np.flatnonzero(bad)
+    worst = "" if figure is None else f", for example {figure[~good].flat[0]:.6g}"
+    raise CacheError(
+        f"{what} at {int((~good).sum()):,} places of {key} (rows {rows[0]}–{rows[-1]} of the "
+        f"shard{worst}). Nothing of the shard was committed. If the teacher overflows, a wider "
+        "dtype (--dtype float32) helps."
+    )
+
+
+def _error(computed: Array, stored: Array, codec: LogprobCodec) -> Array:
+    """Return |stored − computed| in nats; what lies below the codec's floor may go to the floor."""
+    decoded = codec.decode(stored)
+    with np.errstate(invalid="ignore"):
+        off = np.abs(decoded - np.clip(computed, codec.floor, 0))
+    off[np.isneginf(computed) & np.isneginf(decoded)] = 0.0
+    return np.asarray(off)

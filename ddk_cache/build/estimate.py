@@ -1,0 +1,189 @@
+"""What a cache will cost, before it is paid for: rows, bytes, hours, and the reading rate it asks.
+
+Counting means tokenising the whole corpus, which is exact and takes minutes where the teacher
+takes days. Bytes and hours are measured on a probe of real rows when there is a teacher; without
+one the bytes are those of the arrays before compression, an upper bound, and no hours are given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddk_cache.build.tokenize import FREQUENT
+from ddk_cache.build.writer import ShardWriter
+from ddk_cache.corpus.rows import Tally, token_rows
+from ddk_cache.corpus.sources import Source
+from ddk_cache.format.codec import TargetCodec
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.format.spec import CacheSpec
+from ddk_cache.storage.local import LocalStorage
+from ddk_cache.types import SPLITS, Array
+
+Score = Callable[[Array], Mapping[str, Array]]
+"""(R, S+1) tokens → the arrays that `Scorer.score` gives."""
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a corpus comes to."""
+
+    domains: dict[str, dict[str, Any]]
+    """Documents, tokens, and rows by split."""
+    sample: tuple[Array, Array]
+    """(N, S+1) tokens and (N, S) loss mask of a few rows of every domain."""
+
+    @property
+    def rows(self) -> int:
+        """Return the rows of all domains and splits."""
+        return sum(sum(domain["rows"].values()) for domain in self.domains.values())
+
+
+def count(
+    sources: Sequence[Source],
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    holdout: float,
+    probe_rows: int,
+    advance: Callable[[int, str], None],
+) -> Counted:
+    """Read the whole corpus and count it; keep `probe_rows` rows, spread over the domains.
+
+    Raises:
+        InputError: a source cannot be read or is too short.
+    """
+    domains, sample = {}, []
+    each = -(-probe_rows // len(sources))
+    for source in sources:
+        tally, rows = Tally(), dict.fromkeys(SPLITS, 0)
+        kept: list[tuple[Array, Array]] = []
+        for split, tokens, mask in token_rows(
+            source, tokenizer, seq_len=seq_len, holdout=holdout, block=256, tally=tally
+        ):
+            rows[split] += len(tokens)
+            kept = kept or [(tokens[:each], mask[:each])]
+            advance(tokens[:, 1:].size, source.name)
+        domains[source.name] = {"documents": tally.documents, "tokens": tally.tokens, "rows": rows}
+        sample += kept
+    tokens, mask = (np.concatenate(part)[:probe_rows] for part in zip(*sample, strict=True))
+    return Counted(domains, (tokens, mask))
+
+
+def raw_bytes(spec: CacheSpec) -> dict[str, float]:
+    """Return the bytes a token of every array before compression."""
+    return {
+        name: layout.dtype.itemsize * int(np.prod(layout.inner)) / spec.seq_len
+        for name, layout in spec.arrays.items()
+    }
+
+
+def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[str, Any]:
+    """Score and store a few rows; return `bytes_per_token` by array and `tokens_per_second`."""
+    tokens, mask = sample
+    score(tokens[:1])  # the first call loads and compiles
+    began = time.perf_counter()
+    scores = score(tokens)
+    seconds = time.perf_counter() - began
+    chunks = -(-len(tokens) // spec.chunk_rows)
+    small = dataclasses.replace(spec, shard_rows=chunks * spec.chunk_rows)
+    with tempfile.TemporaryDirectory() as folder:
+        store, key = ShardWriter(LocalStorage(Path(folder)), small), ShardKey("probe", "train", 0)
+        counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
+        codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
+        store.write(key, codec.encode(scores) | {"tokens": tokens, "loss_mask": mask})
+        sizes = {
+            name: sum(p.stat().st_size for p in (Path(folder) / "domains").rglob(f"{name}/c/**/*")
+                      if p.is_file())
+            for name in spec.arrays
+        }  # fmt: skip
+    positions = len(tokens) * spec.seq_len
+    return {
+        "bytes_per_token": {name: size / positions for name, size in sizes.items()},
+        "tokens_per_second": positions / seconds,
+    }
+
+
+def estimate(
+    spec: CacheSpec, counted: Counted, probed: Mapping[str, Any] | None, place: str, speed: float
+) -> dict[str, Any]:
+    """Return the facts of a cache to be, plain JSON values.
+
+    `place` is where it would be written, `speed` the tokens a second of a student.
+    """
+    per_token = dict(probed["bytes_per_token"]) if probed else raw_bytes(spec)
+    size, tokens = sum(per_token.values()), counted.rows * spec.seq_len
+    shards = sum(
+        -(-rows // spec.shard_rows)
+        for domain in counted.domains.values()
+        for rows in domain["rows"].values()
+    )
+    return {
+        "spec": spec.to_json(),
+        "domains": counted.domains,
+        "rows": counted.rows,
+        "tokens": tokens,
+        "shards": shards,
+        "measured": probed is not None,
+        "bytes_per_token": per_token | {"all": size},
+        "bytes": round(size * tokens),
+        "free_bytes": free_bytes(place),
+        "tokens_per_second": probed["tokens_per_second"] if probed else None,
+        "hours": tokens / probed["tokens_per_second"] / 3600 if probed else None,
+        "student_tokens_per_second": speed,
+        "read_bytes_per_second": speed * size,
+    }
+
+
+def free_bytes(place: str) -> int | None:
+    """Return the room at a path, or above it if it is not there yet; None at a URL."""
+    if "://" in place:
+        return None
+    path = Path(place).absolute()
+    return shutil.disk_usage(next(p for p in [path, *path.parents] if p.exists())).free
+
+
+def show(facts: Mapping[str, Any]) -> None:
+    """Print an estimate as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, spec = Console(), facts["spec"]
+    table = Table("domain", box=None, pad_edge=False)
+    for column in ("documents", "tokens", "train rows", "held-out rows"):
+        table.add_column(column, justify="right")
+    for name, domain in facts["domains"].items():
+        rows = domain["rows"]
+        numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    console.print(table)
+    size, free = facts["bytes"] / 1e9, facts["free_bytes"]
+    bound = "" if facts["measured"] else "at most "
+    room = "" if free is None else f"; {free / 1e9:,.2f} GB are free"
+    if free is not None and size > free / 1e9:
+        room += "  NOT ENOUGH ROOM"
+    lines = [
+        f"{facts['rows']:,} rows of {spec['seq_len']:,} tokens in {facts['shards']:,} shards",
+        f"{bound}{facts['bytes_per_token']['all']:.1f} bytes a token, {bound}{size:,.2f} GB in "
+        f"all{room}",
+    ]
+    if facts["hours"] is not None:
+        lines.append(
+            f"{facts['hours']:.2f} hours at {facts['tokens_per_second']:,.0f} tokens/s on this "
+            "machine, for one process"
+        )
+    else:
+        lines.append("with --teacher, bytes are measured and hours are told")
+    lines.append(
+        f"a student at {facts['student_tokens_per_second']:,.0f} tokens/s reads "
+        f"{facts['read_bytes_per_second'] / 1e6:,.1f} MB/s"
+    )
+    console.print("\n".join(lines), highlight=False)

@@ -1,0 +1,155 @@
+"""The teacher over the rows of a shard, in batches that fit its memory.
+
+The size of a batch decides the last bits of a matrix product, so it is chosen once, tried on the
+teacher before the cache begins, and kept with the cache. Should memory run out later all the
+same, the batch is halved and said so: a shard in slightly other bits is better than none.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ddk_cache.build import fidelity, targets
+from ddk_cache.build.teacher import Teacher
+from ddk_cache.console import say
+from ddk_cache.errors import CacheError
+from ddk_cache.format.codec import TargetCodec
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.format.spec import CacheSpec
+from ddk_cache.rng import Words, key_of, uniform
+from ddk_cache.types import Array, SparseTargets
+
+LOGITS_BYTES = 2**28
+"""Logits of one call to the teacher on a CPU; on CUDA a quarter of the free memory."""
+
+
+class Scored(NamedTuple):
+    """The teacher's word on some rows."""
+
+    arrays: dict[str, Array]
+    """`ids` (R, S, K) and log-probabilities, nats: `logprobs` (R, S, K), and each array of the
+    cache whose name ends with `_logprob`."""
+    fidelity: dict[str, float]
+    """What storing them loses, summed over one position of each row; see `fidelity.compare`."""
+
+
+@dataclass
+class Scorer:
+    """A teacher at work on a cache."""
+
+    teacher: Teacher
+    spec: CacheSpec
+    batch_rows: int
+    codec: TargetCodec = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.codec = TargetCodec(self.spec)
+
+    def score(self, key: ShardKey, tokens: Array, advance: Callable[[int], None]) -> Scored:
+        """Return the scores of the (R, S+1) tokens of a shard.
+
+        Raises:
+            CacheError: the teacher raised, whatever it was; named with shard and rows.
+        """
+        parts: list[targets.Scores] = []
+        lost: Counter[str] = Counter()
+        done = 0
+        while done < len(tokens):
+            batch = torch.from_numpy(tokens[done : done + self.batch_rows])
+            try:
+                scores, seen = self._call(batch.to(self.teacher.device), key, done)
+            except Exception as error:
+                if self._halved(error):
+                    continue
+                rows = f"rows {done}–{done + len(batch) - 1} of {key}"
+                raise CacheError(f"the teacher failed on {rows}: {error}") from error
+            parts.append(scores)
+            lost.update(seen)
+            done += len(batch)
+            advance(batch[:, 1:].numel())
+        return Scored(as_arrays(parts), dict(lost))
+
+    @torch.inference_mode()
+    def _call(
+        self, batch: torch.Tensor, key: ShardKey, first: int
+    ) -> tuple[targets.Scores, dict[str, float]]:
+        """Score rows first … of a shard, and compare one position of each with what is kept."""
+        offsets, chosen = chances(self.spec, key, first, len(batch))
+        logits = self.teacher.logits(batch[:, :-1])
+        scores = targets.extract(
+            logits,
+            batch[:, 1:],
+            self.spec.targets,
+            temperatures=self.spec.temperatures,
+            offsets_BS=torch.from_numpy(offsets).to(logits.device),
+        )
+        scores = targets.Scores(*(field.cpu() for field in scores))
+        rows = torch.arange(len(batch))
+        at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
+        kept = self.codec.targets(self.codec.encode(as_arrays([at])))
+        stored = SparseTargets(
+            *(torch.from_numpy(part[:, 0]).to(logits.device) for part in vars(kept).values())
+        )
+        sampled = self.spec.targets.kind == "sampled"
+        return scores, fidelity.compare(logits[rows, chosen], stored, sampled=sampled)
+
+    def _halved(self, error: Exception) -> bool:
+        """Halve the batch if memory ran out and there is something to halve."""
+        full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not full or self.batch_rows == 1:
+            return False
+        self.batch_rows //= 2
+        say(f"out of memory: going on with {self.batch_rows} rows in a batch")
+        if self.teacher.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return True
+
+
+def as_arrays(parts: list[targets.Scores]) -> dict[str, Array]:
+    """Return scores of several batches of rows by name."""
+    ids, logprobs, tail, label, tempered = (
+        torch.cat(part).numpy() for part in zip(*parts, strict=True)
+    )
+    return {
+        "ids": ids,
+        "logprobs": logprobs,
+        "tail_logprob": tail,
+        "label_logprob": label,
+        "tempered_tail_logprob": np.moveaxis(tempered, -1, 1),
+    }
+
+
+def chances(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array, torch.Tensor]:
+    """Return (R, S) numbers in [0, 1) that decide draws, and the (R) positions to be compared.
+
+    Both are of rows first … of a shard, and functions of seed, domain, split, row and position.
+    """
+    S = spec.seq_len
+    start = key.number * spec.shard_rows + first
+    numbers: Words = np.arange(start, start + rows, dtype=np.uint64)
+    places = numbers[:, None] * np.uint64(S) + np.arange(S, dtype=np.uint64)
+    offsets = uniform(places.astype(np.uint64), key_of("draw", spec.seed, key.domain, key.split))
+    chosen = uniform(numbers, key_of("compare", key.domain, key.split))
+    return offsets, torch.from_numpy((chosen * S).astype(np.int64))
+
+
+def first_batch(teacher: Teacher, spec: CacheSpec) -> int:
+    """Return how many rows to score in one call: by the memory of their logits, and as tried.
+
+    Raises:
+        CacheError: the teacher fails on a single row.
+    """
+    room = LOGITS_BYTES
+    if teacher.device.type == "cuda":
+        room = torch.cuda.mem_get_info(teacher.device)[0] // 4
+    rows = max(1, min(spec.shard_rows, room // (4 * spec.seq_len * spec.vocab_size)))
+    scorer = Scorer(teacher, spec, rows)
+    tokens = torch.zeros(rows, spec.seq_len + 1, dtype=torch.long).numpy()
+    scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None)
+    return scorer.batch_rows

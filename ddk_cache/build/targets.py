@@ -1,0 +1,200 @@
+"""Next-token logits → sparse targets, on the teacher's device and in bounded memory.
+
+Positions are taken in chunks, so that no float32 copy of all logits ever exists: beside the
+teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. What is
+kept are log-probabilities of the full vocabulary, never renormalised.
+
+Two kinds. `topk` keeps the k likeliest ids: cheap to understand and biased, since what is outside
+is known only as one mass. `sampled` keeps B ids that are right on average: the ids above a
+threshold c exactly, and of all others a systematic sample, each drawn with probability t/c and
+counted as c. Of all unbiased choices of B entries this has the least variance ("threshold" or
+"priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ddk_cache.format.spec import TargetSpec
+from ddk_cache.types import SparseTargets
+
+CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
+"""Size of the float32 working copy of one chunk of positions: on a CPU it has to stay in cache
+(2 MiB gave twice the speed of 64 MiB), on a GPU it has to fill the device."""
+
+GROUP = 128
+"""Neighbouring ids whose mass is added up before a draw looks for its id among them."""
+
+
+class Scores(NamedTuple):
+    """The teacher's word on P positions, log-probabilities in nats."""
+
+    ids: torch.Tensor
+    """(P, K) int64, the likeliest first; drawn ones last, in order of id."""
+    logprobs: torch.Tensor
+    """(P, K) float32; −inf where an entry was drawn: those share the tail equally."""
+    tail: torch.Tensor
+    """(P) float32 log-mass of all ids that are not kept as they are; −inf where there are none."""
+    label: torch.Tensor
+    """(P) float32 log-probability of the true next token, kept or not."""
+    tempered: torch.Tensor
+    """(P, T) float32 log-mass of all ids that are not kept, at each declared temperature."""
+
+    def targets(self, kind: str) -> SparseTargets[torch.Tensor]:
+        """Return the targets as a reader of the cache gets them, but for the rounding."""
+        probs, tail = self.logprobs.exp(), self.tail.exp()
+        if kind == "sampled":
+            drawn = torch.isneginf(self.logprobs)
+            share = tail / drawn.sum(-1).clamp(min=1)
+            probs, tail = probs.where(~drawn, share[..., None]), torch.zeros_like(tail)
+        return SparseTargets(self.ids, probs, tail)
+
+
+def extract(
+    logits_BSV: torch.Tensor,
+    labels_BS: torch.Tensor,
+    targets: TargetSpec,
+    *,
+    temperatures: tuple[float, ...] = (),
+    offsets_BS: torch.Tensor | None = None,
+) -> Scores:
+    """Return the scores of all positions, each field with leading axes (B, S).
+
+    `temperatures` are those at which top-k targets get the mass outside too. `offsets_BS` are
+    the uniform numbers in [0, 1) that decide what is drawn; without them it is drawn anew each
+    time.
+    """
+    B, S, V = logits_BSV.shape
+    chunk_bytes = CHUNK_BYTES.get(logits_BSV.device.type, CHUNK_BYTES["cuda"])
+    positions = max(1, chunk_bytes // (4 * V))
+    if offsets_BS is None:
+        offsets_BS = torch.rand(B, S, dtype=torch.float64, device=logits_BSV.device)
+    flat = (logits_BSV.reshape(-1, V), labels_BS.reshape(-1), offsets_BS.reshape(-1))
+    chunks = []
+    for logits, labels, offsets in zip(*(part.split(positions) for part in flat), strict=True):
+        if targets.kind == "sampled":
+            chunks.append(sampled(logits.float(), labels, offsets, targets.size))
+        else:
+            chunks.append(topk(logits.float(), labels, targets.size, temperatures))
+    return Scores(*(torch.cat(part).unflatten(0, (B, S)) for part in zip(*chunks, strict=True)))
+
+
+def topk(
+    logits_PV: torch.Tensor,
+    labels_P: torch.Tensor,
+    k: int,
+    temperatures: tuple[float, ...] = (),
+) -> Scores:
+    """Keep the k likeliest ids.
+
+    The mass outside is summed directly over the ids outside instead of taken as 1 − Σ, which
+    would lose it to cancellation just where the teacher is sure.
+    """
+    kept_PK, ids_PK = largest(logits_PV, k)
+    logprobs_PK, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PK, ids_PK)
+    tail_P = probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()
+    tempered = [_outside(logits_PV, ids_PK, temperature) for temperature in temperatures]
+    tempered_PT = torch.stack(tempered, -1) if tempered else tail_P.new_empty(len(tail_P), 0)
+    return Scores(ids_PK, logprobs_PK, tail_P, label_P, tempered_PT)
+
+
+def sampled(
+    logits_PV: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor, size: int
+) -> Scores:
+    """Keep `size` ids whose values are right on average: the head as it is, the rest drawn.
+
+    With the h likeliest in the head, c = (1 − Σ head) / (size − h); h is the least number for
+    which the next id is below c. The likeliest is in the head in any case.
+    """
+    kept_PB, ids_PB = largest(logits_PV, size)
+    logprobs_PB, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PB, ids_PB)
+    order_B = torch.arange(size, device=ids_PB.device)
+    probs_PB = probs_PV.gather(-1, ids_PB).double()
+    outside_P = probs_PV.scatter_(-1, ids_PB, 0.0).sum(-1, dtype=torch.float64)
+    # Mass of everything from the b-th likeliest on, added up from its small end.
+    rest_PB = probs_PB.flip(-1).cumsum(-1).flip(-1) + outside_P[:, None]
+    below_PB = probs_PB * (size - order_B) < rest_PB * (1 - 1e-9)
+    head_P = torch.where(below_PB.any(-1), below_PB.int().argmax(-1), size).clamp(min=1)
+    head_PB = order_B < head_P[:, None]
+    probs_PV.scatter_(-1, ids_PB, probs_PB.where(~head_PB, 0.0).float())
+    drawn_PB, tail_P = draw(probs_PV, size - head_P, size, offsets_P)
+    # The first of the drawn go where the head ends.
+    place_PB = (order_B - head_P[:, None]).clamp(min=0)
+    ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB))
+    logprobs_PB = logprobs_PB.where(head_PB, -torch.inf)
+    tail_P = tail_P.where(head_P < size, 0.0).log().float()
+    return Scores(ids_PB, logprobs_PB, tail_P, label_P, tail_P.new_empty(len(tail_P), 0))
+
+
+def draw(
+    mass_PV: torch.Tensor, count_P: torch.Tensor, most: int, offsets_P: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `count_P` ids a position, each with probability mass / (total / count).
+
+    Systematic sampling: count points at equal distances on the cumulative mass. No id is drawn
+    twice where none has more than a count-th of the mass. The points are looked for among sums of
+    `GROUP` ids first, so the mass is read once.
+
+    Returns:
+        (P, most) ids in order, of which the first `count_P` count, and (P) float64 total mass.
+    """
+    P, V = mass_PV.shape
+    groups = -(-V // GROUP)
+    if V % GROUP:
+        mass_PV = torch.nn.functional.pad(mass_PV, (0, groups * GROUP - V))
+    mass_PGN = mass_PV.view(P, groups, GROUP)
+    # In float64: by the rounding of float32 sums a point could meet an id that it had met before.
+    sums_PG = mass_PGN.sum(-1, dtype=torch.float64)
+    ends_PG = sums_PG.cumsum(-1)
+    total_P = ends_PG[:, -1]
+    step_P = total_P / count_P.clamp(min=1)
+    points_PB = (offsets_P[:, None].double() + torch.arange(most, device=mass_PV.device)) * (
+        step_P[:, None]
+    )
+    group_PB = torch.searchsorted(ends_PG, points_PB, right=True).clamp(max=groups - 1)
+    before_PB = ends_PG.gather(-1, group_PB) - sums_PG.gather(-1, group_PB)
+    inside_PBN = mass_PGN.gather(1, group_PB[..., None].expand(-1, -1, GROUP)).double().cumsum(-1)
+    within_PB = torch.searchsorted(inside_PBN, (points_PB - before_PB)[..., None], right=True)
+    # A point that rounding put behind the last mass of its group belongs to that last mass.
+    last_PB = (inside_PBN < inside_PBN[..., -1:]).sum(-1)
+    return group_PB * GROUP + torch.minimum(within_PB[..., 0], last_PB), total_P
+
+
+def largest(logits_PV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the k largest logits and their ids, descending.
+
+    The k largest lie in the k groups with the largest maxima, and those are looked through
+    alone: about half the time of a plain top-k over all ids.
+    """
+    P, V = logits_PV.shape
+    size = max(1, round(math.sqrt(V / k) / 2))  # ids in a group
+    groups = V // size
+    if groups <= k:
+        found = logits_PV.topk(k, -1)
+        return found.values, found.indices
+    maxima_PG = logits_PV[:, : size * groups].unflatten(1, (size, groups)).amax(1)
+    chosen_PK = maxima_PG.topk(k, -1, sorted=False).indices
+    places = torch.arange(0, size * groups, groups, device=logits_PV.device)
+    rest = torch.arange(size * groups, V, device=logits_PV.device)
+    ids = torch.cat([(chosen_PK[:, None] + places[:, None]).flatten(1), rest.expand(P, -1)], 1)
+    found = logits_PV.gather(-1, ids).topk(k, -1)
+    return found.values, ids.gather(-1, found.indices)
+
+
+def _normalised(
+    logits_PV: torch.Tensor, labels_P: torch.Tensor, kept_PK: torch.Tensor, ids_PK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log-probabilities of what is kept and of the labels, and all probabilities."""
+    probs_PV = logits_PV.softmax(-1)
+    first_P1 = kept_PK[:, :1] - probs_PV.gather(-1, ids_PK[:, :1]).log()
+    label_P = logits_PV.gather(-1, labels_P[:, None]) - first_P1
+    return kept_PK - first_P1, label_P[:, 0], probs_PV
+
+
+def _outside(logits_PV: torch.Tensor, ids_PK: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return (P) log-mass of all ids but those, at a temperature."""
+    probs_PV = (logits_PV / temperature).softmax(-1)
+    return probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()

@@ -1,0 +1,1 @@
+"""What the bytes of a cache mean; docs/format.md is the same in words."""

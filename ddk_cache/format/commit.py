@@ -1,0 +1,126 @@
+"""The commit record of a shard: that it is there, whole, and what it has to be.
+
+A record is written after everything it speaks of and is the only sign that a shard exists. It is
+a document of its own for each shard, so that a cache grows without anyone rewriting a list; the
+price is a file more for each shard, read when the shard is first touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ddk_cache.errors import CorruptCacheError
+from ddk_cache.format.audit_summary import sound
+from ddk_cache.format.documents import dump, parse, read, typed, understand
+from ddk_cache.format.layout import COMMITS, record_name
+from ddk_cache.format.manifest import Manifest
+from ddk_cache.format.plan import ShardKey, shard_at
+from ddk_cache.storage.base import Storage
+
+
+@dataclass(frozen=True)
+class Object:
+    """One committed file: a shard of one array."""
+
+    bytes: int
+    hash: str
+    """xxh3-128 of the file."""
+    chunks: str
+    """The crc32c of each chunk, eight hex digits each: a chunk is read only if it has it, so that
+    a good shard in the wrong place is noticed without reading it as a whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """That one shard is there, whole: written last, and only then is the shard read."""
+
+    key: ShardKey
+    fingerprint: str
+    """Of the spec that the shard was built under."""
+    content: str
+    """Of the portion that its rows come from."""
+    rows: int
+    """Valid rows; the rest of the shard is padding."""
+    positions: int
+    """Positions where the loss counts."""
+    teacher_loss: float
+    """Sum over those positions of the teacher's −log p(true token), nats, before rounding."""
+    batch_rows: int
+    """Rows that the teacher scored in one call."""
+    audit: Mapping[str, Any]
+    """What was seen while it was written; see `ddk_cache.audit`."""
+    objects: Mapping[str, Object]
+    """By array."""
+
+    def dump(self) -> bytes:
+        """Return the bytes of the record."""
+        body = {
+            "shard": list(self.key),
+            "fingerprint": self.fingerprint,
+            "content": self.content,
+            "rows": self.rows,
+            "positions": self.positions,
+            "teacher_loss": self.teacher_loss,
+            "batch_rows": self.batch_rows,
+            "audit": dict(self.audit),
+            "objects": {name: vars(entry) for name, entry in self.objects.items()},
+        }
+        return dump(body)
+
+    def write(self, storage: Storage) -> None:
+        """Write the record; from here on the shard is committed.
+
+        One that is there already stays: another process made the same shard, and the same record.
+        """
+        storage.put_if_absent(record_name(self.key), self.dump())
+
+
+def read_record(storage: Storage, manifest: Manifest, key: ShardKey) -> Record:
+    """Read the record of a planned shard.
+
+    Raises:
+        CorruptCacheError: it is damaged, or of another shard, plan or cache.
+    """
+    name, spec = record_name(key), manifest.spec
+    where = storage.uri(name)
+    body = parse(read(storage, name), where)
+
+    def build() -> Record:
+        return Record(
+            key=ShardKey(*body["shard"]),
+            fingerprint=typed(body["fingerprint"], str),
+            content=typed(body["content"], str),
+            rows=typed(body["rows"], int, 1),
+            positions=typed(body["positions"], int, 0, planned.rows * spec.seq_len),
+            teacher_loss=typed(body["teacher_loss"], float, -1, 1e6 * body["positions"]),
+            batch_rows=typed(body["batch_rows"], int, 1),
+            audit=sound(body["audit"], planned.rows * spec.seq_len),
+            objects={
+                name: Object(
+                    bytes=typed(body["objects"][name]["bytes"], int, 0),
+                    hash=typed(body["objects"][name]["hash"], str),
+                    chunks=typed(body["objects"][name]["chunks"], str),
+                )
+                for name in spec.arrays
+            },
+        )
+
+    planned = shard_at(manifest.plans[key.domain], key.split, spec.shard_rows, key.number)
+    record: Record = understand(where, build)
+    if (record.key, record.fingerprint, record.rows, record.content) != (
+        *(key, spec.fingerprint),
+        *planned,
+    ):
+        raise CorruptCacheError(f"{where} is the record of another shard or cache ({record.key}).")
+    if {len(entry.chunks) for entry in record.objects.values()} != {8 * spec.chunks_per_shard}:
+        raise CorruptCacheError(f"{where} is damaged: checksums are missing.")
+    return record
+
+
+def committed(storage: Storage, domain: str, split: str) -> set[int]:
+    """Return the numbers of the committed shards of a split, by their records' names."""
+    names = storage.list_dir(f"{COMMITS}/{domain}/{split}")
+    numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
+    return {int(number) for number in numbers if number.isascii() and number.isdecimal()}

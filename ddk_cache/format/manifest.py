@@ -1,0 +1,217 @@
+"""The JSON documents of a cache: what all have in common, the root, the plan of each domain.
+
+Each changes at another time and is its own file: the root says what the cache is and is written
+once; a plan fixes the rows of a domain; a record (in `ddk_cache.records`) says that one shard is
+there, whole. So any number of processes can work on one cache without ever writing the same
+document. All carry a seal, the hash of their own content, and are read only if they are byte for
+byte what writing them again would give: a changed digit is an error, not a number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ddk_cache.errors import (
+    CorruptCacheError,
+    NotACacheError,
+)
+from ddk_cache.format.documents import dump, file_name, parse, read, typed, understand
+from ddk_cache.format.layout import PLANS, ROOT, plan_name
+from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
+from ddk_cache.format.spec import CacheSpec, check_name
+from ddk_cache.storage.base import Storage
+from ddk_cache.types import SPLITS
+
+# --- documents ------------------------------------------------------------------------------------
+
+
+# --- the root and the plans -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Root:
+    """What a cache is."""
+
+    spec: CacheSpec
+    batch_rows: int
+    """Rows that the teacher scores in one call: they too decide the last bits of its word."""
+    sources: Mapping[str, Mapping[str, Any]]
+    """Every domain that the cache shall have, and where its documents come from."""
+    tokenizer_files: Mapping[str, tuple[int, str]]
+    """Name → size and hash."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """Names and versions, for people; nothing depends on them."""
+
+    def dump(self) -> bytes:
+        """Return the root's group document."""
+        body = {
+            "spec": self.spec.to_json(),
+            "fingerprint": self.spec.fingerprint,
+            "batch_rows": self.batch_rows,
+            "sources": {name: dict(source) for name, source in self.sources.items()},
+            "tokenizer_files": {name: list(entry) for name, entry in self.tokenizer_files.items()},
+            "provenance": dict(self.provenance),
+        }
+        attributes = {"ddk": json.loads(dump(body))}
+        group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
+        return json.dumps(group, indent=1).encode()
+
+    @classmethod
+    def parse(cls, data: bytes, storage: Storage) -> Root:
+        """Read what `dump` wrote; see `Manifest.read` for the errors."""
+        try:
+            inner = json.loads(data)["attributes"]["ddk"]
+            inner = {"format_version": inner["format_version"], **inner}
+            document = json.dumps(inner, indent=1, allow_nan=False).encode()
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise NotACacheError(
+                f"{storage.uri()} is not a cache: it has no {ROOT} with the attributes that "
+                "'ddk-cache build' writes."
+            ) from None
+        where = storage.uri(ROOT)
+        body = parse(document, where)
+        root: Root = understand(where, lambda: cls._of(body))
+        if root.dump() != data:
+            raise CorruptCacheError(f"{where} is damaged: it is not what was written.")
+        return root
+
+    @classmethod
+    def _of(cls, body: Mapping[str, Any]) -> Root:
+        return cls(
+            spec=CacheSpec.from_json(body["spec"]),
+            batch_rows=typed(body["batch_rows"], int, 1),
+            sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
+            tokenizer_files={
+                file_name(name): (typed(size, int, 0), typed(hashed, str))
+                for name, (size, hashed) in body["tokenizer_files"].items()
+            },
+            provenance={name: typed(v, str) for name, v in body["provenance"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A cache's root, and the plans that are fixed so far."""
+
+    root: Root
+    plans: Mapping[str, DomainPlan]
+
+    @property
+    def spec(self) -> CacheSpec:
+        """Return what the cache is."""
+        return self.root.spec
+
+    def shards(self) -> list[ShardKey]:
+        """Return every planned shard, in the order of building."""
+        return [
+            ShardKey(domain, split, number)
+            for domain, plan in self.plans.items()
+            for split in SPLITS
+            for number in range(shard_count(plan, split, self.spec.shard_rows))
+        ]
+
+    @classmethod
+    def read(cls, storage: Storage) -> Manifest:
+        """Read the documents of a cache.
+
+        Raises:
+            NotACacheError: there is none.
+            FormatVersionError: it is of another format version.
+            CorruptCacheError: a document is not what was written.
+        """
+        root = Root.parse(storage.get(ROOT) or b"", storage)
+        there = set(storage.list_dir(PLANS))
+        planned = [name for name in sorted(root.sources) if f"{name}.json" in there]
+        return cls(root, {name: read_plan(storage, root.spec, name) for name in planned})
+
+
+def create_root(storage: Storage, root: Root) -> bool:
+    """Write the root of a new cache; False where another process was first."""
+    return storage.put_if_absent(ROOT, root.dump())
+
+
+def write_plan(storage: Storage, spec: CacheSpec, domain: str, plan: DomainPlan) -> None:
+    """Fix the rows of a domain."""
+    portions = [
+        {
+            "documents": portion.documents,
+            "tokens": portion.tokens,
+            "content": portion.content,
+            "rows": {split: portion.rows[split] for split in SPLITS},
+        }
+        for portion in plan.portions
+    ]
+    body = {
+        "domain": domain,
+        "fingerprint": spec.fingerprint,
+        "portions": portions,
+        "frequent_ids": list(plan.frequent_ids),
+        "metadata": dict(plan.metadata),
+    }
+    storage.put(plan_name(domain), dump(body))
+
+
+def read_plan(storage: Storage, spec: CacheSpec, domain: str) -> DomainPlan:
+    """Read the plan of a domain. Raises CorruptCacheError where it is damaged or another's."""
+    where = storage.uri(plan_name(domain))
+    try:
+        body = parse(read(storage, plan_name(domain)), where)
+    except CorruptCacheError as error:
+        again = "If it is removed, 'ddk-cache build' makes the whole domain again."
+        raise CorruptCacheError(f"{error} {again}") from error
+    if (body.get("domain"), body.get("fingerprint")) != (domain, spec.fingerprint):
+        raise CorruptCacheError(f"{where} belongs to another domain or cache.")
+
+    def build() -> DomainPlan:
+        portions = tuple(
+            Portion(
+                documents=typed(portion["documents"], int, 1),
+                tokens=typed(portion["tokens"], int, 1),
+                content=typed(portion["content"], str),
+                rows={split: typed(portion["rows"][split], int, 0) for split in SPLITS},
+            )
+            for portion in body["portions"]
+        )
+        if not portions:
+            raise ValueError("a plan without a portion")
+        metadata = {typed(name, str): typed(text, str) for name, text in body["metadata"].items()}
+        for name, text in metadata.items():
+            text.encode()
+            if ".." in name or not (name.startswith("domains/") and name.endswith("/zarr.json")):
+                raise ValueError(f"{name!r} is no Zarr document of a domain")
+        known = body.get("frequent_ids", ())
+        frequent = tuple(typed(number, int, 0, spec.vocab_size - 1) for number in known)
+        if len(set(frequent)) != len(frequent):
+            raise ValueError("frequent ids that stand there twice")
+        return DomainPlan(portions, metadata, frequent)
+
+    plan: DomainPlan = understand(where, build)
+    for split in SPLITS:
+        check_shown(storage, spec, domain, split, plan)
+    return plan
+
+
+def check_shown(
+    storage: Storage, spec: CacheSpec, domain: str, split: str, plan: DomainPlan
+) -> None:
+    """Believe a plan only as far as there are files to show for it.
+
+    Token rows are written before their plan. Some may have been lost since; most cannot, and a
+    number of rows that nothing bears out must not decide how long a list becomes.
+
+    Raises:
+        CorruptCacheError: it names many more shards than there are.
+    """
+    planned = shard_count(plan, split, spec.shard_rows)
+    if planned <= 1024:
+        return
+    there = len(storage.list_dir(f"domains/{domain}/{split}/tokens/c"))
+    if planned > 4 * there + 1024:
+        raise CorruptCacheError(
+            f"{storage.uri(plan_name(domain))} plans {planned:,} shards of {split} rows, and "
+            f"{there:,} are there. If it is removed, 'ddk-cache build' makes the whole domain "
+            "again."
+        )

@@ -1,0 +1,276 @@
+"""The shared vocabulary of a cache: format version, arrays, spec, and the targets of a position.
+
+Everything that two rooms of the project must agree on stands here once, in the standard library
+and NumPy, so that any file may import it and none pays for it. The trade-off: the file knows the
+shape of everything and the meaning of little; what a number means is said where it is computed.
+
+Shape letters: R rows, S positions in a row, K kept entries of a position, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
+from ddk_cache.hashing import canonical, digest
+
+FORMAT_VERSION = 2
+"""The layout described in docs/format.md; any other version is refused by name."""
+
+
+# --- names ------------------------------------------------------------------------------------
+
+_SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+
+
+def check_name(name: str) -> str:
+    """Return a domain name that is safe as one part of a path and of a key.
+
+    Raises:
+        InputError: the name is empty, too long, or holds anything but letters, digits, - and _.
+    """
+    if not _SAFE_NAME.fullmatch(name):
+        raise InputError(
+            f"domain name {name!r} is not usable as a path part. Use up to 64 letters, digits, "
+            "'-' and '_', beginning with a letter or digit."
+        )
+    return name
+
+
+# --- what is stored at a position ---------------------------------------------------------------
+
+TARGET_KINDS = {"topk": 1, "sampled": 2}
+"""Kind → the least size that it can have."""
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """Which entries of the teacher's distribution are kept.
+
+    `topk:64` keeps the 64 likeliest. `sampled:12` keeps 12: the likeliest as they are, and a draw
+    of the others that is right on average.
+    """
+
+    kind: str
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> TargetSpec:
+        """Read `kind:size`. Raises InputError on an unknown kind or a size that is too small."""
+        kind, _, size = text.partition(":")
+        if kind not in TARGET_KINDS:
+            raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
+        least = TARGET_KINDS[kind]
+        if not size.isdecimal() or int(size) < least:
+            raise InputError(
+                f"targets {text!r} need a size of at least {least}, for example '{kind}:12'."
+            )
+        return cls(kind, int(size))
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.size}"
+
+
+# --- what a cache is ----------------------------------------------------------------------------
+
+
+LARGEST = {
+    "seq_len": 2**24,
+    "vocab_size": 2**31 - 1,
+    "chunk_rows": 2**20,
+    "shard_rows": 2**24,
+}
+"""Bounds that no real cache meets: a damaged number must not turn into an allocation."""
+
+LARGEST_CHUNK = 2**28
+"""Entries in a chunk, at most; a chunk is decoded in memory as a whole."""
+
+
+MOST_TEMPERATURES = 16
+
+COMPRESSIONS = ("small", "fast")
+"""zstd for fewer bytes, lz4 for less work at every reading."""
+
+
+class ArrayLayout(NamedTuple):
+    """One array of a split: its first axis is rows, `inner` are the others."""
+
+    dtype: np.dtype[Any]
+    inner: tuple[int, ...]
+    fill: int
+    axes: tuple[str, ...] = ("position",)
+    """Names of the inner axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """Everything that decides the bytes of a cache, except the documents themselves."""
+
+    seq_len: int
+    """S: positions in a row. A row holds S+1 tokens."""
+    vocab_size: int
+    """V: width of the teacher's head. It may be padded beyond the tokenizer."""
+    targets: TargetSpec
+    """Which entries are kept."""
+    holdout: float
+    """Share of documents, chosen by content, that go to the validation split."""
+    chunk_rows: int
+    """Rows in a chunk: the unit of reading."""
+    shard_rows: int
+    """Rows in a shard: the unit of work, of writing and of commitment."""
+    logprob_step: float
+    """Nats between two neighbouring stored log-probabilities."""
+    teacher: Mapping[str, str]
+    """Name, class, dtype and content hash of the teacher."""
+    tokenizer: Mapping[str, str]
+    """Name and content hashes of the tokenizer."""
+    prob_levels: int = 128
+    """Steps between probability 0 and 1 on the scale on which kept probabilities are stored."""
+    temperatures: tuple[float, ...] = ()
+    """Temperatures beside 1 at which the mass outside of the top k is stored too."""
+    seed: int = 0
+    """Of the draws of sampled targets."""
+    compression: str = "small"
+    """One of `COMPRESSIONS`."""
+
+    def __post_init__(self) -> None:
+        for name, most in LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(
+                    f"{name} has to be a whole number from 1 to {most:,}, not {value}."
+                )
+        if type(self.logprob_step) is not float or not 0 < self.logprob_step < 1:
+            raise InputError(f"logprob_step has to be in (0, 1), not {self.logprob_step}.")
+        for name in ("teacher", "tokenizer"):
+            facts = getattr(self, name)
+            if not isinstance(facts, Mapping) or {type(fact) for fact in facts.values()} - {str}:
+                raise InputError(f"{name} has to map names to text, not {facts!r}.")
+        self._check_targets()
+        if self.targets.size > self.vocab_size:
+            raise InputError(
+                f"targets {self.targets} ask for more entries than the teacher's vocabulary has "
+                f"({self.vocab_size:,})."
+            )
+        if type(self.holdout) not in (int, float) or not 0 <= self.holdout < 1:
+            raise InputError(f"holdout has to be in [0, 1), not {self.holdout}.")
+        if self.shard_rows % self.chunk_rows:
+            raise InputError(
+                f"a shard of {self.shard_rows} rows is no whole number of chunks of "
+                f"{self.chunk_rows} rows."
+            )
+        if self.chunk_rows * self.seq_len * self.targets.size > LARGEST_CHUNK:
+            raise InputError(
+                f"a chunk of {self.chunk_rows} rows of {self.seq_len:,} positions with "
+                f"{self.targets.size} entries is too large; give fewer --chunk-rows."
+            )
+
+    def _check_targets(self) -> None:
+        """Check the settings that decide how targets are drawn and stored."""
+        if type(self.prob_levels) is not int or not 16 <= self.prob_levels <= 255:
+            raise InputError(f"prob_levels has to be from 16 to 255, not {self.prob_levels}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**63:
+            raise InputError(f"seed has to be a whole number of 0 or more, not {self.seed}.")
+        if self.compression not in COMPRESSIONS:
+            raise InputError(unknown("compression", str(self.compression), COMPRESSIONS))
+        declared = self.temperatures
+        if (
+            type(declared) is not tuple
+            or len(declared) > MOST_TEMPERATURES
+            or any(type(t) is not float or not 0.01 <= t <= 100 or t == 1 for t in declared)
+            or list(declared) != sorted(set(declared))
+        ):
+            raise InputError(
+                f"temperatures have to be different numbers from 0.01 to 100 beside 1, which is "
+                f"always there, not {declared}."
+            )
+        if declared and self.targets.kind != "topk":
+            raise InputError(
+                f"targets {self.targets} are drawn at temperature 1 and are right on average only "
+                "there; temperatures can be declared for topk."
+            )
+
+    @property
+    def arrays(self) -> dict[str, ArrayLayout]:
+        """The arrays of every split, by name. Their order is the order of writing."""
+        S, K, T = self.seq_len, self.targets.size, len(self.temperatures)
+        ids = np.dtype("<u2" if self.vocab_size < 2**16 else "<u4")
+        byte, logprob = np.dtype("u1"), np.dtype("<u2")
+        impossible = int(np.iinfo(ids).max)
+        entry = ("position", "entry")
+        layouts = {
+            "tokens": ArrayLayout(ids, (S + 1,), impossible),
+            "loss_mask": ArrayLayout(byte, (S,), 0),
+            "target_ids": ArrayLayout(byte, (self.id_bytes, S, K), 255, ("byte", *entry)),
+            "target_probs": ArrayLayout(byte, (S, K), 0, entry),
+            "tail_logprob": ArrayLayout(logprob, (S,), 0),
+            "label_logprob": ArrayLayout(logprob, (S,), 0),
+        }
+        if T:
+            layouts["tempered_tail_logprob"] = ArrayLayout(
+                logprob, (T, S), 0, ("temperature", "position")
+            )
+        return layouts
+
+    def temperature_place(self, temperature: float) -> int:
+        """Return the place of a declared temperature. Raises MismatchError, with the reason."""
+        if temperature in self.temperatures:
+            return self.temperatures.index(temperature)
+        if self.targets.kind != "topk":
+            reason = (
+                f"targets {self.targets} are drawn at temperature 1 and are biased at any other"
+            )
+        else:
+            reason = "the mass outside of the top k at it was not stored"
+        known = ", ".join(f"{t:g}" for t in sorted([1.0, *self.temperatures]))
+        raise MismatchError(
+            f"this cache cannot be read at temperature {temperature:g}: {reason}. It can at "
+            f"{known}; others are declared when a cache is built (--temperature, for topk)."
+        )
+
+    @property
+    def id_bytes(self) -> int:
+        """Return how many bytes an id needs."""
+        return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` reads them back."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "targets": str(self.targets),
+            "teacher": dict(self.teacher),
+            "tokenizer": dict(self.tokenizer),
+            "temperatures": list(self.temperatures),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CacheSpec:
+        """Read what `to_json` wrote. Raises CorruptCacheError on anything else."""
+        try:
+            return cls(
+                **{
+                    **values,
+                    "targets": TargetSpec.parse(values["targets"]),
+                    "temperatures": tuple(values["temperatures"]),
+                }
+            )
+        except (InputError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise CorruptCacheError(f"the spec of this cache is unreadable: {error}") from error
+
+    @property
+    def chunks_per_shard(self) -> int:
+        """Return how many chunks a shard has."""
+        return self.shard_rows // self.chunk_rows
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the spec. Every record carries it, so records of two caches never mix."""
+        return digest(canonical(self.to_json()))
+
+
+# --- hashing ------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The reader's side: a cache → rows."""

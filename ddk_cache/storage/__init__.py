@@ -1,0 +1,1 @@
+"""Where the bytes of a cache lie: a directory, or an object store."""

@@ -1,0 +1,181 @@
+"""Named bytes below one root: all that a cache asks of the place where it lies.
+
+Names are relative and use slashes. Storage are small and read whole, or large and read in
+ranges; they appear whole or not at all. What a build makes, it makes as a local file in `scratch`
+and hands over. A directory is the first such place and stays as direct as it was: a range is one
+`pread`, and to hand over is to flush and rename. The files read last stay open, few enough for
+any limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+from ddk_cache import atomic as files
+from ddk_cache import owner as process
+from ddk_cache.errors import CorruptCacheError
+from ddk_cache.storage.base import LEASES, SCRATCH, ByteRange
+
+FILES_OPEN = 256
+"""Files kept open; the usual limit of a process is 1,024."""
+
+FOLDERS_KEPT = 4096
+"""Folders that are known to lie within the root."""
+
+
+class LocalStorage:
+    """A directory of a local or mounted file system."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._prefix = root, f"{root}/"
+        self._real = root.resolve()
+        self._open = lru_cache(FILES_OPEN)(Handle)
+        self._holds = lru_cache(FOLDERS_KEPT)(self.holds)
+
+    @property
+    def scratch(self) -> Path:
+        """Return a folder beside the objects, so that a file becomes one by its new name."""
+        return self.root / SCRATCH / process.owner()
+
+    def uri(self, name: str = "") -> str:
+        """Return the path."""
+        return self._prefix + name if name else str(self.root)
+
+    def get(self, name: str) -> bytes | None:
+        """Return the bytes of a file."""
+        try:
+            return (self.root / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise CorruptCacheError(
+                f"{self.uri(name)} cannot be read: {error.strerror}."
+            ) from error
+
+    def get_with_age(self, name: str) -> tuple[bytes, float] | None:
+        """Return the bytes of a file and the age by its time."""
+        data = self.get(name)
+        return None if data is None else (data, process.age(self.root / name))
+
+    def exists(self, name: str) -> bool:
+        """Return whether a path leads to something."""
+        return (self.root / name).exists()
+
+    def list_dir(self, folder: str) -> list[str]:
+        """Return what `ls` would show."""
+        try:
+            return [entry.name for entry in os.scandir(self.root / folder)]
+        except OSError:
+            return []
+
+    def list_prefix(self, folder: str) -> Iterator[str]:
+        """Walk."""
+        for at, _, names in os.walk(self.root / folder):
+            yield from (os.path.relpath(f"{at}/{name}", self.root) for name in names)
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Hash a file in pieces."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        if path.is_symlink() or not path.is_file():
+            raise CorruptCacheError(f"{path} is missing, or not a plain file.")
+        return files.hash_file(path)
+
+    def check_size(self, name: str, size: int) -> None:
+        """Raise CorruptCacheError for a link, a missing file or one of another size."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        try:
+            found = path.lstat().st_size
+        except OSError as error:
+            raise CorruptCacheError(f"{path} is missing: {error.strerror}.") from error
+        if found != size:
+            raise CorruptCacheError(f"{path} has {found:,} bytes, {size:,} were committed.")
+
+    def holds(self, path: Path) -> bool:
+        """Return whether a path, its links followed, lies within the directory."""
+        if path == self.root:
+            return True
+        if path.is_symlink():
+            return path.resolve().is_relative_to(self._real)
+        return self._holds(path.parent)
+
+    def get_ranges(self, wanted: Iterable[ByteRange]) -> Iterator[bytes]:
+        """Read one range after another: a file system gains nothing from several at once."""
+        for name, offset, length in wanted:
+            yield self._open(self._prefix + name).read(offset, length)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write to a temporary file, flush and rename."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.replace(path, data)
+
+    def put_if_absent(self, name: str, data: bytes, *, flush: bool = True) -> bool:
+        """Write to a temporary file, flush and link, which fails where the name is taken."""
+        path = self.root / name
+        while True:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process tidied the folder away
+                return files.create(path, data, flush=flush)
+
+    def put_file(self, made: Path, name: str) -> None:
+        """Flush and rename."""
+        final = self.root / name
+        files.sync(made)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        made.replace(final)
+        files.sync(final.parent)
+
+    def delete(self, name: str) -> None:
+        """Unlink a file."""
+        (self.root / name).unlink(missing_ok=True)
+
+    def delete_dir(self, folder: str) -> None:
+        """Remove a folder."""
+        shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def clean_up(self) -> None:
+        """Remove scratch folders and temporary files whose owners are gone, and empty folders."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for name in self.list_dir(SCRATCH):
+            if not process.alive(name, process.age(self.root / SCRATCH / name)):
+                self.delete_dir(f"{SCRATCH}/{name}")
+        files.sweep(self.root)
+        for folder in (LEASES, SCRATCH):
+            with contextlib.suppress(OSError):  # another process is still at work in it
+                (self.root / folder).rmdir()
+
+
+class Handle:
+    """An open file, closed when nobody holds it any more: no reader loses it to another."""
+
+    __slots__ = ("number", "path")
+
+    def __init__(self, path: str) -> None:
+        self.path, self.number = path, -1
+        try:
+            self.number = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError as error:
+            raise CorruptCacheError(f"{path} cannot be read: {error.strerror}.") from error
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Return a range; CorruptCacheError where it is not all there."""
+        try:
+            data = os.pread(self.number, length, offset)
+        except OSError as error:
+            raise CorruptCacheError(f"{self.path} cannot be read: {error.strerror}.") from error
+        if len(data) != length:
+            raise CorruptCacheError(f"{self.path} is cut short: {len(data):,} of {length:,} bytes.")
+        return data
+
+    def __del__(self) -> None:
+        if self.number >= 0:
+            os.close(self.number)

@@ -1,0 +1,248 @@
+"""Storage of an S3-like store, by way of `obstore`: s3://, gs://, az://, file:// and memory://.
+
+A request costs tens of milliseconds, so all that is asked for together is under way together, and
+ranges of one object that lie near each other are one request, at the price of the bytes between
+them. What fails in passing is tried again by obstore with growing pauses, within a bound of time;
+after that a person is told once. An object is put whole, in one request, so that nothing half
+uploaded is left to pay for. Credentials and endpoints come from the environment, as obstore
+documents them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
+"""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ddk_cache.errors import CorruptCacheError, InputError, StorageError
+from ddk_cache.hashing import digest
+from ddk_cache.storage.base import ByteRange
+
+T = TypeVar("T")
+
+IN_FLIGHT = 32
+"""Requests under way at the same time, at most."""
+
+NEAR = 2**18
+"""Bytes between two ranges of an object below which both are one request."""
+
+PATIENCE = 60.0
+"""Seconds from the first try of a request after which it is not tried again."""
+
+PAUSE = 0.5
+"""Seconds between two tries of a request that obstore does not try again by itself."""
+
+
+class RemoteStorage:
+    """What lies below a URL."""
+
+    def __init__(self, url: str, patience: float | None = None) -> None:
+        """Open a URL; the environment's DDK_PATIENCE, in seconds, stands in for `PATIENCE`."""
+        self.url = url.rstrip("/")
+        self.patience = patience or float(os.environ.get("DDK_PATIENCE", PATIENCE))
+        try:
+            import obstore
+        except ImportError as error:
+            raise InputError(
+                f"{url} needs the package obstore: pip install 'ddk[cloud]'."
+            ) from error
+        self._obstore = obstore
+        self._store = self._open(obstore)
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, "request")
+
+    def _open(self, obstore: Any) -> Any:
+        retry = {"max_retries": 10, "retry_timeout": timedelta(seconds=self.patience)}
+        client: dict[str, Any] = {
+            "timeout": timedelta(seconds=self.patience),
+            "connect_timeout": "5 seconds",
+        }
+        endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+        client["allow_http"] = endpoint.startswith("http:")  # which only a person can have meant
+        remote = not self.url.startswith(("file:", "memory:"))
+        options: Any = {"retry_config": retry, "client_options": client} if remote else {}
+        try:
+            return obstore.store.from_url(self.url, **options)
+        except (obstore.exceptions.BaseError, ValueError, OSError) as error:
+            raise InputError(f"{self.url} cannot be opened: {_first_line(error)}") from error
+
+    @cached_property
+    def scratch(self) -> Path:
+        """Return a temporary folder; one that a killed process leaves is the system's to clear."""
+        return Path(tempfile.mkdtemp(prefix="ddk-"))
+
+    def uri(self, name: str = "") -> str:
+        """Return the URL."""
+        return f"{self.url}/{name}" if name else self.url
+
+    def get(self, name: str) -> bytes | None:
+        """Get an object."""
+        found = self.get_with_age(name)
+        return None if found is None else found[0]
+
+    def get_with_age(self, name: str) -> tuple[bytes, float] | None:
+        """Get an object, and by the store's word when it was put."""
+
+        def ask() -> tuple[bytes, datetime]:
+            answer = self._obstore.get(self._store, name)
+            return bytes(answer.bytes()), answer.meta["last_modified"]
+
+        try:
+            data, written = self._ask(name, ask)
+        except FileNotFoundError:
+            return None
+        return data, (datetime.now(UTC) - written).total_seconds()
+
+    def exists(self, name: str) -> bool:
+        """Ask for the size."""
+        try:
+            self._ask(name, lambda: self._obstore.head(self._store, name))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list_dir(self, folder: str) -> list[str]:
+        """List, page by page."""
+
+        def ask() -> list[str]:
+            found = self._obstore.list_with_delimiter(self._store, folder)
+            paths = [entry["path"] for entry in found["objects"]] + list(found["common_prefixes"])
+            return [posixpath.basename(path.rstrip("/")) for path in paths]
+
+        try:
+            return self._ask(folder, ask)
+        except FileNotFoundError:
+            return []
+
+    def list_prefix(self, folder: str) -> Iterator[str]:
+        """List, page by page."""
+
+        def ask() -> list[str]:
+            pages = self._obstore.list(self._store, folder)
+            return [entry["path"] for page in pages for entry in page]
+
+        with suppress(FileNotFoundError):
+            yield from self._ask(folder, ask)
+
+    def hash(self, name: str) -> tuple[int, str]:
+        """Get an object and hash it."""
+        data = self.get(name)
+        if data is None:
+            raise CorruptCacheError(f"{self.uri(name)} is missing.")
+        return len(data), digest(data)
+
+    def check_size(self, name: str, size: int) -> None:
+        """Trust the ranges to tell: a store has no links, and asking for a size costs as much."""
+
+    def get_ranges(self, wanted: Iterable[ByteRange]) -> Iterator[bytes]:
+        """Get all ranges, those of one object together and all objects at the same time."""
+        groups = [list(group) for _, group in groupby(wanted, key=lambda part: part.name)]
+        for parts in self._pool.map(self._ranges, groups):
+            yield from parts
+
+    def _ranges(self, group: Sequence[ByteRange]) -> list[bytes]:
+        name = group[0].name
+        starts, lengths = [part.offset for part in group], [part.length for part in group]
+
+        def ask() -> list[bytes]:
+            found = self._obstore.get_ranges(
+                self._store, name, starts=starts, lengths=lengths, coalesce=NEAR
+            )
+            return [bytes(part) for part in found]
+
+        with suppress(FileNotFoundError):
+            parts = self._ask(name, ask)
+            if [len(part) for part in parts] == lengths:
+                return parts
+        raise CorruptCacheError(f"{self.uri(name)} is missing or cut short.")
+
+    def put(self, name: str, data: bytes) -> None:
+        """Put an object."""
+        self._put(name, data, "overwrite")
+
+    def put_if_absent(self, name: str, data: bytes, *, flush: bool = True) -> bool:
+        """Put an object on the condition that there is none.
+
+        obstore does not repeat that where an answer was lost, for it cannot know who then made
+        the object. Here its content tells: what is there as it was asked for is ours, or as good.
+        """
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                self._put(name, data, "create")
+            except FileExistsError:
+                return self.get(name) == data
+            except StorageError as error:
+                refused = not isinstance(error.__cause__, self._obstore.exceptions.GenericError)
+                if refused or time.monotonic() + PAUSE > deadline:
+                    raise
+                time.sleep(PAUSE)
+            else:
+                return True
+
+    def _put(self, name: str, data: bytes, mode: str) -> None:
+        def ask() -> None:
+            self._obstore.put(self._store, name, data, mode=mode, use_multipart=False)
+
+        try:
+            self._ask(name, ask)
+        except FileNotFoundError as error:
+            raise InputError(
+                f"{self.uri(name)} cannot be written: there is no such bucket. Make it first."
+            ) from error
+
+    def put_file(self, made: Path, name: str) -> None:
+        """Put a file and remove it."""
+        self.put(name, made.read_bytes())
+        made.unlink()
+
+    def delete(self, name: str) -> None:
+        """Delete an object."""
+        with suppress(FileNotFoundError):
+            self._ask(name, lambda: self._obstore.delete(self._store, name))
+
+    def delete_dir(self, folder: str) -> None:
+        """Delete all objects that are listed, in requests of many."""
+        if names := list(self.list_prefix(folder)):
+            self._ask(folder, lambda: self._obstore.delete(self._store, names))
+
+    def clean_up(self) -> None:
+        """Remove the temporary folder: on the store there is never anything half done."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def _ask(self, name: str, request: Callable[[], T]) -> T:
+        """Return the answer to a request.
+
+        Raises:
+            StorageError: no answer came, or it was a refusal.
+            FileNotFoundError: there is no such object.
+            FileExistsError: the object was to be created and is there.
+        """
+        errors = self._obstore.exceptions
+        try:
+            return request()
+        except (errors.NotFoundError, FileNotFoundError) as error:
+            raise FileNotFoundError(self.uri(name)) from error
+        except (errors.AlreadyExistsError, FileExistsError) as error:
+            raise FileExistsError(self.uri(name)) from error
+        except (errors.BaseError, OSError) as error:
+            raise StorageError(
+                f"{self.uri(name)} cannot be reached (tried for up to {self.patience:.0f} s): "
+                f"{_first_line(error)}. What was finished is safe; the same command goes on when "
+                "the store answers."
+            ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    """Return what a person needs of an error of obstore, which goes on with its internals."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")

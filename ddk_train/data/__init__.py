@@ -1,0 +1,1 @@
+"""Rows of a cache → batches on the device."""

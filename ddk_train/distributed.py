@@ -1,0 +1,94 @@
+"""Where a run computes: one process, or as many as `accelerate launch` started, and its trackers.
+
+Accelerate brings up the processes, wraps the module and speaks to the trackers. Device and
+precision of a single process are ours: accelerate keeps them for the whole life of a process, and
+a second run in it could have no others.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+from ddk_cache import InputError
+from ddk_cache.errors import unknown
+from ddk_cache.hf import pick_device
+from ddk_train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Processes:
+    """The processes of a run; each takes its part of the rows of every step."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        from accelerate import Accelerator
+
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        self.accelerator: Accelerator = Accelerator(
+            cpu=alone or config.device == "cpu",
+            mixed_precision="no",
+            device_placement=False,
+            log_with=check_trackers(config.report_to) or None,
+            project_dir=config.run,
+        )
+        self.device = pick_device(config.device) if alone else self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        if config.rows % self.world:
+            raise InputError(
+                f"{config.rows} rows in a step cannot be shared evenly by {self.world} processes. "
+                f"Give --rows a multiple of {self.world}."
+            )
+        self.share = slice(self.rank, None, self.world)
+        """Of the rows of a step, those of this process."""
+
+    @property
+    def main(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Return the sum of a tensor over all processes."""
+        return self.accelerator.reduce(value, "sum") if self.world > 1 else value
+
+    def each(self, value: object) -> list[object]:
+        """Return what every process has, by rank."""
+        from accelerate.utils import gather_object
+
+        gathered: list[object] = gather_object([value])
+        return gathered
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        self.accelerator.wait_for_everyone()
+
+    def open_trackers(self, config: TrainConfig) -> None:
+        """Start the trackers of `--report-to`, on the process that writes."""
+        if config.report_to:
+            self.accelerator.init_trackers("ddk", config.to_json())
+
+
+def check_trackers(names: str) -> list[str]:
+    """Return the trackers of a comma-separated list.
+
+    Raises:
+        InputError: one is not known, or not installed.
+    """
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    here = {str(tracker) for tracker in get_available_trackers()}
+    for name in chosen:
+        if name not in known:
+            raise InputError(unknown("tracker", name, known))
+        if name not in here:
+            raise InputError(
+                f"tracker {name!r} is not installed. Install its package, or choose among "
+                f"{', '.join(sorted(here)) or 'none'}; metrics.jsonl is always written."
+            )
+    return chosen

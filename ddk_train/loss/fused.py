@@ -1,0 +1,328 @@
+"""The student's output projection fused with its loss, in chunks of positions.
+
+Logits of a chunk are made, turned in place into their own gradient, and spent on the gradients of
+hidden states and head, all in the forward pass: [positions, V] is never in memory, and three
+matrix products are all there are, as for a plain cross-entropy. The price is that the weight of
+the divergence has to be known beforehand, and that the backward pass can run only once.
+
+Shape letters: P positions, H hidden, V vocabulary, W with the spare output of a narrow head, K kept
+ids, B buckets (K and the rest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn.functional import linear
+
+from ddk_cache import SparseTargets
+from ddk_train.loss.divergences import Divergence, forward_kl
+
+Targets = SparseTargets[torch.Tensor]
+
+CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+"""Most bytes of the float32 logits of a chunk. On a CPU with 32 MiB of L3, 4 to 32 MiB differed by
+a fifth for V = 16,384, and 2 MiB took 1.4 times as long. On CUDA: enough to fill the device, little
+beside the activations, and an eighth of the free memory where that is less."""
+
+LEAST_POSITIONS = 256
+"""Positions of a chunk at least: each chunk goes once through the whole head and its gradient, and
+with 32 of them that alone made V = 128,256 take 1.4 times as long."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss of a position: CE + γ · T² · D(teacher ‖ student, both at temperature T)."""
+
+    gamma: float
+    divergence: Divergence = forward_kl
+    temperature: float = 1.0
+    compiled: bool = False
+    """Fuse the passes over a chunk by torch.compile. Meant for CUDA: on a CPU the chunk is in cache
+    anyway, and the compiled passes took twice as long."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: cap · tanh(scale · (h·Wᵀ + bias) / cap).
+
+    Without a weight the hidden states are the logits.
+    """
+
+    weight: torch.Tensor | None = None
+    """(V, H), W; it may be the embedding too."""
+    bias: torch.Tensor | None = None
+    """(V)"""
+    scale: float = 1.0
+    cap: float = 0.0
+    """0 is no cap."""
+    narrow: bool = False
+    """The teacher's head is wider: one more output, that no one gives anything to, stands for the
+    ids that only the teacher has; see `within`."""
+
+    def logits(self, hidden_PH: torch.Tensor, out_PV: torch.Tensor) -> torch.Tensor:
+        """Write logits to a float32 tensor (P, V), and return it."""
+        if self.weight is None:
+            out_PV.copy_(hidden_PH)
+        elif self.bias is None and self.weight.dtype == out_PV.dtype:
+            torch.mm(hidden_PH, self.weight.T, out=out_PV)
+        else:
+            out_PV.copy_(linear(hidden_PH, self.weight, self.bias))
+        if self.scale != 1:
+            out_PV.mul_(self.scale)
+        if self.cap:
+            out_PV.div_(self.cap).tanh_().mul_(self.cap)
+        return out_PV
+
+    def slope(self, logits_PV: torch.Tensor) -> torch.Tensor | float:
+        """Return the derivative of the logits by h·Wᵀ + bias."""
+        if not self.cap:
+            return self.scale
+        return (logits_PV / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
+
+    def like(self, dtype: torch.dtype) -> Head:
+        """Return the head with its tensors detached and of this dtype."""
+        tensors = (self.weight, self.bias)
+        weight, bias = (t if t is None else t.detach().to(dtype) for t in tensors)
+        return replace(self, weight=weight, bias=bias)
+
+
+class Sums(NamedTuple):
+    """Sums over positions, in nats."""
+
+    loss: torch.Tensor
+    """CE + γ · T² · D; the only one with a gradient."""
+    ce: torch.Tensor
+    divergence: torch.Tensor
+    """With its T², without γ."""
+
+
+def fused_loss(
+    hidden_PH: torch.Tensor,
+    head: Head,
+    labels_P: torch.Tensor,
+    targets: Targets | None,
+    terms: Terms,
+) -> Sums:
+    """Return the loss of hidden states under a head; see `Terms`.
+
+    The ids of a position differ from one another. Without targets it is cross-entropy alone.
+    Products are computed in the dtype of the hidden states, everything else in float32.
+    """
+    with torch.autocast(hidden_PH.device.type, enabled=False):
+        sums = _Fused.apply(  # type: ignore[no-untyped-call]
+            hidden_PH, head.weight, head.bias, head, labels_P, targets, terms
+        )
+    return Sums(*sums)
+
+
+def pick(targets: Targets, index: slice | torch.Tensor) -> Targets:
+    """Return the targets of some positions."""
+    return SparseTargets(targets.ids[index], targets.probs[index], targets.tail[index])
+
+
+def within(targets: Targets, V: int) -> Targets:
+    """Return targets for a narrow head of V outputs.
+
+    Two heads over one tokenizer may be padded to different widths. What the teacher gave to ids
+    that the student does not have goes to the tail; in their place stands the spare output, V.
+    """
+    beyond = targets.ids >= V
+    tail = targets.tail + (targets.probs * beyond).sum(-1)
+    ids, probs = targets.ids.masked_fill(beyond, V), targets.probs.masked_fill(beyond, 0.0)
+    return SparseTargets(ids, probs, tail)
+
+
+@torch.no_grad()
+def measure(
+    hidden_PH: torch.Tensor, head: Head, labels_P: torch.Tensor, targets: Targets
+) -> torch.Tensor:
+    """Return the sums of cross-entropy and of KL(teacher ‖ student), nats; (2) float64.
+
+    For measuring: there is no gradient, T is 1, and the divergence is the same for every run.
+    """
+    sums = hidden_PH.new_zeros(2, dtype=torch.float64)
+    with torch.autocast(hidden_PH.device.type, enabled=False):
+        head = head.like(hidden_PH.dtype)
+        for part, logits_PV in in_chunks(hidden_PH, head):
+            label_P1 = logits_PV.gather(-1, labels_P[part, None])
+            kept = pick(targets, part)
+            t_PB = torch.cat([kept.probs, kept.tail[:, None]], -1)
+            logq_PB, norm_P1, _ = buckets_(logits_PV, kept.ids)
+            kl_P, _ = forward_kl(t_PB, logq_PB)
+            sums += torch.stack([(norm_P1 - label_P1).sum(), kl_P.sum()])
+    return sums
+
+
+def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Yield the positions of each chunk and their float32 logits; spare outputs have −∞.
+
+    All chunks lie in the same memory. Freed and taken again, chunks of this size had left the heap
+    of a process on a CPU in pieces, a fifth larger than it had to be.
+    """
+    P, H = hidden_PH.shape
+    V = H if head.weight is None else len(head.weight)
+    size = min(P, chunk_positions(hidden_PH.device, V))
+    room_PW = hidden_PH.new_empty((size, V + head.narrow), dtype=torch.float32)
+    for first in range(0, P, size or 1):
+        part = slice(first, min(first + size, P))
+        logits_PW = room_PW[: part.stop - first]
+        head.logits(hidden_PH[part], logits_PW[:, :V])
+        logits_PW[:, V:] = -torch.inf
+        yield part, logits_PW
+
+
+def chunk_positions(device: torch.device, V: int) -> int:
+    """Return the positions of a chunk, by the memory at hand."""
+    most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        most = min(most, free // 8)
+    return max(LEAST_POSITIONS, most // (4 * V))
+
+
+class _Fused(torch.autograd.Function):
+    """Loss and gradients at once. What it keeps for the backward pass are the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_PH: torch.Tensor,
+        weight_VH: torch.Tensor | None,
+        bias_V: torch.Tensor | None,
+        head: Head,
+        labels_P: torch.Tensor,
+        targets: Targets | None,
+        terms: Terms,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
+        d_hidden = torch.empty_like(hidden_PH)
+        d_weight = torch.zeros_like(weight_VH) if wants_weight and weight_VH is not None else None
+        d_bias = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
+        sums = hidden_PH.new_zeros(2, dtype=torch.float64)
+        head = head.like(hidden_PH.dtype)
+        turn_into_gradient = compiled_gradient() if terms.compiled else gradient_
+        for part, logits_PW in in_chunks(hidden_PH, head):
+            logits_PV = logits_PW[:, : logits_PW.shape[-1] - head.narrow]
+            slope = head.slope(logits_PV)
+            kept = targets and pick(targets, part)
+            ce_P, divergence_P = turn_into_gradient(logits_PW, labels_P[part], kept, terms)
+            sums += torch.stack([ce_P.sum(), divergence_P.sum()])
+            if not isinstance(slope, float) or slope != 1:
+                logits_PV.mul_(slope)
+            if d_bias is not None:
+                d_bias += logits_PV.sum(0)
+            spread(logits_PV, hidden_PH[part], head.weight, d_hidden[part], d_weight)
+        ctx.gradients = [d_hidden, d_weight, d_bias]
+        ce, divergence = sums.float()
+        ctx.mark_non_differentiable(ce, divergence)
+        return ce + terms.gamma * divergence, ce, divergence
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale the gradients in place: they are not needed again."""
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the fused loss was asked for its gradient twice")
+        return *(g if g is None else g.mul_(grads[0]) for g in gradients), None, None, None, None
+
+
+def spread(
+    gradient_PV: torch.Tensor,
+    hidden_PH: torch.Tensor,
+    weight_VH: torch.Tensor | None,
+    d_hidden_PH: torch.Tensor,
+    d_weight_VH: torch.Tensor | None,
+) -> None:
+    """Spend the gradient of a chunk's logits: write dh, add to dW, which is float32."""
+    if weight_VH is None:
+        d_hidden_PH.copy_(gradient_PV)
+        return
+    gradient_PV = gradient_PV.to(hidden_PH.dtype)
+    torch.mm(gradient_PV, weight_VH, out=d_hidden_PH)
+    if d_weight_VH is None:
+        return
+    if d_weight_VH.dtype == hidden_PH.dtype:
+        d_weight_VH.addmm_(gradient_PV.T, hidden_PH)
+    else:
+        d_weight_VH += gradient_PV.T @ hidden_PH
+
+
+def gradient_(
+    logits_PV: torch.Tensor, labels_P: torch.Tensor, targets: Targets | None, terms: Terms
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrite float32 logits by the gradient of their loss; return CE and T² · D (P), in nats.
+
+    At T = 1 cross-entropy and divergence share one pass; at another they need one each.
+    """
+    T = terms.temperature
+    label_P1 = logits_PV.gather(-1, labels_P[:, None])
+    divergence_P = torch.zeros_like(label_P1[:, 0])
+    if targets is None:
+        norm_P1 = softmax_(logits_PV)
+    elif T == 1:
+        norm_P1, divergence_P = divergence_(logits_PV, targets, terms.divergence, terms.gamma, 1.0)
+    else:
+        soft_PV = logits_PV / T
+        _, divergence_P = divergence_(soft_PV, targets, terms.divergence, terms.gamma * T, 0.0)
+        divergence_P *= T**2
+        norm_P1 = softmax_(logits_PV)
+        logits_PV += soft_PV
+    logits_PV.scatter_add_(-1, labels_P[:, None], torch.full_like(label_P1, -1.0))
+    return (norm_P1 - label_P1)[:, 0], divergence_P
+
+
+@cache
+def compiled_gradient() -> Any:
+    """Return `gradient_` compiled, once for any number of positions."""
+    return torch.compile(gradient_, dynamic=True)
+
+
+def softmax_(logits_PV: torch.Tensor) -> torch.Tensor:
+    """Overwrite logits by their softmax; return the log of its normaliser (P, 1)."""
+    top_P1 = logits_PV.amax(-1, keepdim=True)
+    sum_P1 = logits_PV.sub_(top_P1).exp_().sum(-1, keepdim=True)
+    logits_PV.div_(sum_P1)
+    return top_P1 + sum_P1.log()
+
+
+def divergence_(
+    logits_PV: torch.Tensor, targets: Targets, divergence: Divergence, weight: float, of_q: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overwrite logits by weight · ∂D/∂logits + of_q · q; return log normaliser (P, 1) and D (P).
+
+    With a the slope of D by log q of a kept id, b that of the rest, and s the sum of all, the
+    gradient is a − s·q at kept ids and (b/(1 − Q) − s)·q at the others.
+    """
+    logq_PB, norm_P1, sum_P1 = buckets_(logits_PV, targets.ids)
+    t_PB = torch.cat([targets.probs, targets.tail[:, None]], -1)
+    value_P, slope_PB = divergence(t_PB, logq_PB)
+    slope_PB = weight * slope_PB
+    gradient_PB = slope_PB + (of_q - slope_PB.sum(-1, keepdim=True)) * logq_PB.exp()
+    logits_PV.mul_(gradient_PB[:, -1:] / sum_P1.clamp_min(1.0))
+    logits_PV.scatter_(-1, targets.ids, gradient_PB[:, :-1])
+    return norm_P1, value_P
+
+
+def buckets_(
+    logits_PV: torch.Tensor, ids_PK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return log q of kept ids and rest (P, B), log normaliser (P, 1), and the rest's sum (P, 1).
+
+    Everything outside the kept ids is summed by itself, relative to its own largest, and not taken
+    as 1 − Q: no cancellation where the student is sure, no clamp. The logits are overwritten by
+    the terms of that sum, 0 at kept ids.
+    """
+    kept_PK = logits_PV.gather(-1, ids_PK)
+    logits_PV.scatter_(-1, ids_PK, -torch.inf)
+    top_P1 = logits_PV.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
+    # The largest outside becomes exp(0): the sum is at least 1, or there is nothing outside.
+    sum_P1 = logits_PV.sub_(top_P1).exp_().sum(-1, keepdim=True)
+    logq_PB = torch.cat([kept_PK, top_P1 + sum_P1.log()], -1)
+    norm_P1 = logq_PB.logsumexp(-1, keepdim=True)
+    return logq_PB.sub_(norm_P1), norm_P1, sum_P1

@@ -1,0 +1,1 @@
+"""Run directories → what people look at. No torch here."""

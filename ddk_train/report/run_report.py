@@ -1,0 +1,221 @@
+"""Run directories → facts: what a run was, did and found, as plain values. No torch.
+
+Everything is computed from the run directory, so that a report can be made anywhere, of a run
+that still goes on as of one long finished. Losses are nats a position on held-out rows. What was
+not measured is None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ddk_train.report.numbers import finite, perplexity
+from ddk_train.run import open_run
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A domain of a run at its first and at its last measurement."""
+
+    name: str
+    teacher_loss: float | None
+    first_loss: float | None
+    last_loss: float | None
+    kl: float | None
+    """KL(teacher ‖ student) at the end, nats a position."""
+    first_weight: float
+    last_weight: float
+    rows: int
+    tokens: int
+    epochs: float | None
+
+    @property
+    def gap(self) -> float | None:
+        """Return the loss of the student above that of the teacher, at the end."""
+        if self.last_loss is None or self.teacher_loss is None:
+            return None
+        return self.last_loss - self.teacher_loss
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run directory tells."""
+
+    name: str
+    settings: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    """The logged steps; see `Run.metrics`. Any value but the step may be missing."""
+    history: list[dict[str, Any]]
+    """The measurements; see `ddk_train.run.HISTORY`. Never empty."""
+
+    @cached_property
+    def measured(self) -> list[int]:
+        """Return the steps after which gaps were measured."""
+        return sorted({row["step"] for row in self.history})
+
+    @cached_property
+    def domains(self) -> list[Domain]:
+        """Return the domains, in the order of the history."""
+        by_name: dict[str, list[dict[str, Any]]] = {}
+        for row in self.history:
+            by_name.setdefault(row["domain"], []).append(row)
+        return [
+            Domain(
+                name,
+                teacher_loss=finite(rows[-1]["teacher_loss"]),
+                first_loss=finite(rows[0]["student_loss"]),
+                last_loss=finite(rows[-1]["student_loss"]),
+                kl=finite(rows[-1].get("kl")),
+                first_weight=rows[0]["weight"],
+                last_weight=rows[-1]["weight"],
+                rows=rows[-1]["rows_seen"],
+                tokens=rows[-1]["tokens_seen"],
+                epochs=finite(rows[-1]["epoch"]),
+            )
+            for name, rows in by_name.items()
+        ]
+
+    @property
+    def last_losses(self) -> dict[str, float | None]:
+        """Return the final held-out loss of each domain."""
+        return {domain.name: domain.last_loss for domain in self.domains}
+
+    @cached_property
+    def mean(self) -> Domain:
+        """Return the mean loss over domains, each counting once, with the sum of what was seen."""
+
+        def mean(losses: Iterable[float | None]) -> float | None:
+            known = [loss for loss in losses if loss is not None]
+            return fmean(known) if known else None
+
+        return Domain(
+            "mean",
+            teacher_loss=mean(d.teacher_loss for d in self.domains),
+            first_loss=mean(d.first_loss for d in self.domains),
+            last_loss=mean(d.last_loss for d in self.domains),
+            kl=mean(d.kl for d in self.domains),
+            first_weight=sum(d.first_weight for d in self.domains),
+            last_weight=sum(d.last_weight for d in self.domains),
+            rows=sum(d.rows for d in self.domains),
+            tokens=sum(d.tokens for d in self.domains),
+            epochs=None,
+        )
+
+    @property
+    def worst(self) -> Domain | None:
+        """Return the domain that ends farthest from the teacher."""
+        known = [(domain.gap, domain) for domain in self.domains if domain.gap is not None]
+        return max(known, key=lambda pair: pair[0], default=(None, None))[1]
+
+    @property
+    def steps(self) -> int:
+        """Return the last step that was logged or measured."""
+        return max([*self.measured, *(int(line["step"]) for line in self.metrics)])
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens trained on, as far as was logged or measured."""
+        return max([self.mean.tokens, *(int(line.get("tokens") or 0) for line in self.metrics)])
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Return the trained tokens over the time they took."""
+        last = self.metrics[-1] if self.metrics else {}
+        tokens, seconds = finite(last.get("tokens")), finite(last.get("seconds"))
+        return tokens / seconds if tokens and seconds else None
+
+    @property
+    def eval_share(self) -> float | None:
+        """Return the share of the time that went into measuring gaps."""
+        spent = sum(finite(row.get("eval_seconds")) or 0 for row in self.history)
+        seconds = finite(self.metrics[-1].get("seconds")) if self.metrics else None
+        return spent / (spent + seconds) if spent and seconds else None
+
+    @property
+    def cache(self) -> list[tuple[str, str]]:
+        """Return what the run says of its cache, as words."""
+        told = self.provenance
+        extents = [
+            (split, int(rows))
+            for splits in told.get("known_rows", {}).values()
+            for split, runs in splits.items()
+            for _, rows in runs
+        ]
+        counts = {split: sum(n for s, n in extents if s == split) for split, _ in extents}
+        rows = " + ".join(f"{count:,} {split}" for split, count in counts.items())
+        named = {"Cache": self.settings.get("cache"), "Identity": told.get("cache_fingerprint")}
+        named |= {"Teacher": told.get("teacher"), "Targets": told.get("targets")}
+        named |= {"Rows": rows, "Tokens a row": told.get("seq_len")}
+        return [(name, str(value)) for name, value in named.items() if value]
+
+    def logged(self, name: str) -> tuple[Floats, Floats]:
+        """Return (N) steps and (N) values of a metric, where it was logged and is finite."""
+        pairs = [(line["step"], finite(line.get(name))) for line in self.metrics]
+        known = np.array([pair for pair in pairs if pair[1] is not None], np.float64).reshape(-1, 2)
+        return known[:, 0], known[:, 1]
+
+    def over_steps(self, column: str) -> Floats:
+        """Return (D, M) values of a column of the history, NaN where there is none."""
+        found = {(row["domain"], row["step"]): finite(row.get(column)) for row in self.history}
+        values = [[found.get((d.name, step)) for step in self.measured] for d in self.domains]
+        return np.array(values, np.float64)
+
+
+def load(paths: Sequence[Path]) -> list[RunReport]:
+    """Read run directories; one that is named twice is read once.
+
+    Raises:
+        InputError: a path is no run directory.
+        DDKError: a run has no measurement yet.
+    """
+    whole = list(dict.fromkeys(path.resolve() for path in paths))
+    reports = []
+    for name, run in zip(short_names(whole), map(open_run, whole), strict=True):
+        told = run.config
+        found = told["settings"], told.get("provenance", {}), run.metrics(), run.history()
+        reports.append(RunReport(name, *found))
+    return reports
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """Return the last parts of different paths, as few as tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    # A name that is not Unicode is still a name, but no page and no terminal can hold it.
+    return [name.encode(errors="replace").decode() for name in names]
+
+
+def to_json(reports: Sequence[RunReport]) -> list[dict[str, Any]]:
+    """Return the facts of each run as plain JSON values."""
+    return [
+        {
+            "name": report.name,
+            "steps": report.steps,
+            "tokens": report.tokens,
+            "tokens_per_second": report.tokens_per_second,
+            "eval_share": report.eval_share,
+            "measured": report.measured,
+            "mean_loss": report.mean.last_loss,
+            "worst": report.worst and report.worst.name,
+            "domains": {
+                domain.name: asdict(domain) | {"ratio": perplexity(domain.gap)}
+                for domain in report.domains
+            },
+            "settings": report.settings,
+            "provenance": report.provenance,
+        }
+        for report in reports
+    ]

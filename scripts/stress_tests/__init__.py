@@ -1,0 +1,1 @@
+"""The measurements of `stress.py` and what they share."""

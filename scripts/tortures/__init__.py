@@ -1,1 +1,0 @@
-"""The measurements of `torture.py` and what they share."""

@@ -1,0 +1,286 @@
+"""The two command lines: their options, how fast they answer, and how they say no."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from ddk_cache.cli import main as cache_main
+from ddk_cache.console import Progress
+from ddk_cache.read.cache import Cache
+from ddk_train.cli import main as train_main
+from ddk_train.config import TrainConfig
+
+OPTIONS = {
+    "ddk-cache plan": "--teacher --tokenizer --seq-len --targets --temperature --seed "
+    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
+    "--probe-rows --student-speed --json",
+    "ddk-cache build": "--teacher --tokenizer --seq-len --targets --temperature --seed "
+    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
+    "--batch-rows --grow --rank --world",
+    "ddk-cache info": "--json",
+    "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
+    "--trust-remote-code --json",
+    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha --weights "
+    "--interval --eval-rows --forgetting "
+    "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
+    "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
+    "--precision --gradient-checkpointing --compile --checkpoint-every --keep --patience "
+    "--new-rows --log-every --report-to",
+    "ddk-train report": "--html --json",
+}
+
+
+def test_the_options_are_these() -> None:
+    found = {}
+    for program, group in (("ddk-cache", cache_main), ("ddk-train", train_main)):
+        assert isinstance(group, click.Group)
+        for name, sub in group.commands.items():
+            options = [p.opts[0] for p in sub.params if isinstance(p, click.Option)]
+            found[f"{program} {name}"] = " ".join(options)
+    assert found == OPTIONS
+
+
+def test_run_has_an_option_for_every_setting_with_its_default() -> None:
+    assert isinstance(train_main, click.Group)
+    run = {p.name: p for p in train_main.commands["run"].params}
+    assert set(run) == set(TrainConfig.__dataclass_fields__)
+    for name, field in TrainConfig.__dataclass_fields__.items():
+        if isinstance(run[name], click.Option) and name != "student":
+            assert run[name].default == field.default
+
+
+def test_the_rate_of_a_resumed_job_is_that_of_this_process(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with Progress("counting", 1000, "steps", done=900) as progress:
+        time.sleep(0.1)
+        progress.advance(1)
+    line = capsys.readouterr().err
+    assert "901 of 1,000 steps" in line
+    assert 0 < float(line.split("steps  ")[1].split()[0]) <= 10
+
+
+@pytest.mark.parametrize("package", ["ddk_cache", "ddk_train"])
+def test_help_answers_at_once_and_without_torch(package: str) -> None:
+    code = (
+        f"import sys; from {package}.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'zarr', 'pyarrow'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
+
+
+def call(group: Any, *words: object) -> Result:
+    return CliRunner().invoke(group, [str(word) for word in words])
+
+
+def refused(result: Result, code: int, *said: str) -> None:
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    for text in said:
+        assert text in result.stderr, result.stderr
+
+
+# --- ddk-cache ------------------------------------------------------------------------------------
+
+
+def test_build_refuses_what_does_not_exist(tmp_path: Path, corpus: Path, teacher_dir: Path) -> None:
+    out = tmp_path / "mix.zarr"
+    result = call(cache_main, "build", tmp_path / "none", out, "--teacher", teacher_dir)
+    refused(result, 2, "no corpus at")
+    result = call(cache_main, "build", corpus, out, "--teacher", tmp_path / "none")
+    refused(result, 2, "there is no tokenizer at")
+    (tmp_path / "bare").mkdir()
+    words = ["--tokenizer", teacher_dir, "--teacher", tmp_path / "bare"]
+    refused(call(cache_main, "build", corpus, out, *words), 2, "no teacher could be loaded from")
+    words = ["--teacher", teacher_dir, "--device", "cuda:9"]
+    refused(call(cache_main, "build", corpus, out, *words), 2, "cuda:9")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--targets", "tokp:4"], "Did you mean 'topk'"),
+        (["--targets", "topk:301"], "more entries than the teacher's vocabulary has (300)"),
+        (["--dtype", "float23"], "Did you mean 'float32'"),
+        (["--holdout", "1.5"], "1.5 is not in the range"),
+        (["--seq-len", "0"], "0 is not in the range"),
+        (["--sequence", "8"], "No such option"),
+        (["--seq-len", "100000"], "do not fill one training row"),
+        (["--chunk-rows", "3", "--shard-rows", "8"], "no whole number of chunks"),
+    ],
+)
+def test_build_refuses_settings_by_name(
+    words: list[str], said: str, tmp_path: Path, corpus: Path, teacher_dir: Path
+) -> None:
+    result = call(
+        cache_main, "build", corpus, tmp_path / "mix.zarr", "--teacher", teacher_dir, *words
+    )
+    refused(result, 2, said)
+
+
+def test_build_leaves_another_directory_alone(
+    tmp_path: Path, corpus: Path, teacher_dir: Path
+) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    result = call(cache_main, "build", corpus, tmp_path, "--teacher", teacher_dir)
+    refused(result, 2, "exists and is not a cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_info_and_verify(cache: Cache) -> None:
+    shown = call(cache_main, "info", cache.root)
+    assert shown.exit_code == 0
+    facts = json.loads(call(cache_main, "info", cache.root, "--json").stdout)
+    assert set(facts["domains"]) == {"digits", "letters", "notes"}
+    assert all(name in shown.stdout for name in facts["domains"])
+    assert facts["bytes"] == sum(
+        path.stat().st_size for path in (cache.root / "domains").rglob("c/**/*") if path.is_file()
+    )
+    assert call(cache_main, "verify", cache.root).exit_code == 0
+    assert json.loads(call(cache_main, "verify", cache.root, "--json").stdout) == {"problems": []}
+
+
+def test_verify_fails_on_a_changed_byte(cache: Cache, tmp_path: Path) -> None:
+    path = tmp_path / "mix.zarr"
+    shutil.copytree(cache.root, path)
+    victim = path / "domains/notes/train/tail_logprob/c/0/0"
+    victim.write_bytes(b"x" + victim.read_bytes()[1:])
+    result = call(cache_main, "verify", path)
+    refused(result, 1, "1 problems in", "--drop-bad")
+    assert f"BAD  {victim} has changed" in result.stdout
+
+
+def test_plan_counts_exactly_and_measures_with_a_teacher(
+    corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "mix.zarr"
+    words = ["--seq-len", 16, "--targets", "topk:8", "--holdout", 0.3, "--shard-rows", 8]
+    words += ["--chunk-rows", 2]
+    result = call(cache_main, "plan", corpus, out, "--tokenizer", teacher_dir, *words, "--json")
+    assert result.exit_code == 0, result.output
+    counted = json.loads(result.stdout)
+    assert not out.exists()
+    assert counted["hours"] is None
+    result = call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words, "--json")
+    planned = json.loads(result.stdout)
+    assert planned["hours"] > 0
+    assert planned["domains"] == counted["domains"]
+    assert call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words).exit_code == 0
+    built = call(cache_main, "build", corpus, out, "--teacher", teacher_dir, *words)
+    assert built.exit_code == 0, built.output
+    facts = json.loads(call(cache_main, "info", out, "--json").stdout)
+    assert planned["tokens"] == facts["tokens"]
+    assert planned["shards"] == len(list((out / "commits").rglob("*.json")))
+    for name, domain in facts["domains"].items():
+        assert planned["domains"][name]["rows"] == domain["rows"]
+        assert planned["domains"][name]["documents"] == domain["documents"]
+    result = call(cache_main, "verify", out, "--teacher", teacher_dir, "--rows", 5)
+    assert result.exit_code == 0, result.output
+    assert "teacher on 5 rows" in result.stdout
+
+
+def test_plan_needs_something_to_count_with(corpus: Path, tmp_path: Path) -> None:
+    refused(call(cache_main, "plan", corpus, tmp_path / "x"), 2, "at least --tokenizer")
+
+
+def test_verify_refuses_another_teacher_and_drops_what_is_bad(
+    cache: Cache, teacher_dir: Path, tmp_path: Path
+) -> None:
+    result = call(cache_main, "verify", cache.root, "--teacher", teacher_dir)
+    refused(result, 2, "class: the cache has random, this build asks for LlamaForCausalLM")
+    path = tmp_path / "mix.zarr"
+    shutil.copytree(cache.root, path)
+    victim = path / "domains/notes/train/tail_logprob/c/0/0"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    result = call(cache_main, "verify", path, "--drop-bad")
+    assert result.exit_code == 0, result.output
+    assert "commits/notes/train/0.json" in result.stdout
+    assert "run the same 'ddk-cache build' again" in result.stderr
+    refused(call(cache_main, "verify", path), 0, "is not finished")
+
+
+@pytest.mark.parametrize("name", ["info", "verify"])
+def test_what_is_no_cache_is_refused(name: str, tmp_path: Path) -> None:
+    refused(call(cache_main, name, tmp_path), 1, "is not a cache")
+    refused(call(cache_main, name, tmp_path / "none"), 1, "is not a cache")
+
+
+# --- ddk-train ------------------------------------------------------------------------------------
+
+
+def test_run_refuses_what_is_no_finished_cache(
+    cache: Cache, tmp_path: Path, student_config: Path
+) -> None:
+    words = [tmp_path / "run", "--student", student_config]
+    refused(call(train_main, "run", tmp_path / "none", *words), 1, "is not a cache")
+    path = tmp_path / "mix.zarr"
+    shutil.copytree(cache.root, path)
+    (path / "commits/notes/train/1.json").unlink()
+    refused(call(train_main, "run", path, *words), 1, "is not finished", "ddk-cache build")
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["ddk"]["format_version"] = 9
+    (path / "zarr.json").write_text(json.dumps(root))
+    refused(call(train_main, "run", path, *words), 1, "has format version 9")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--weighting", "dkd"], "Did you mean 'ddk'"),
+        (["--precision", "bf61"], "Did you mean 'bf16'"),
+        (["--steps", "0"], "steps has to be at least 1"),
+        (["--steps", "many"], "'many' is not a valid integer"),
+        (["--step", "3"], "Did you mean"),
+        (["--student", "/none/at/all"], "there is no student at"),
+        (["--device", "tpu9"], "unknown device 'tpu9'"),
+    ],
+)
+def test_run_refuses_settings_by_name(
+    words: list[str], said: str, cache: Cache, tmp_path: Path, student_config: Path
+) -> None:
+    base = [cache.root, tmp_path / "run", "--student", student_config]
+    refused(call(train_main, "run", *base, *words), 2, said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
+    refused(call(train_main, "report", tmp_path), 2, "is no run directory")
+
+
+def test_run_and_report_as_a_person_would(
+    cache: Cache, tmp_path: Path, student_config: Path
+) -> None:
+    runs = [tmp_path / name for name in ("one", "two")]
+    for path, weighting in zip(runs, ("ddk", "uniform"), strict=True):
+        words = ["--student", student_config, "--weighting", weighting]
+        words += ["--steps", 4, "--interval", 2, "--rows", 4]
+        result = call(train_main, "run", cache.root, path, *words)
+        assert result.exit_code == 0, result.output
+        assert all(name in result.stdout for name in cache.domains)
+    result = call(train_main, "report", *runs)
+    assert result.exit_code == 0, result.output
+    page = runs[0] / "report.html"
+    assert str(page) in result.stdout
+    assert "<svg" in page.read_text()
+    facts = json.loads(call(train_main, "report", *runs, "--json").stdout)
+    assert len(facts) == 2

@@ -1,0 +1,247 @@
+"""The build: the same bytes however often it is stopped, and no lie is committed."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddk_cache import CacheError, InputError, MismatchError
+from ddk_cache.build.job import build
+from ddk_cache.build.teacher import Teacher
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.format.codec import ProbCodec
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.read.cache import Cache, open_cache
+from tests.conftest import BUILD, VOCAB, byte_tokenizer, random_teacher, tree
+
+Make = Callable[..., Cache]
+
+
+def test_targets_and_records_are_the_teachers_word(cache: Cache) -> None:
+    teacher = random_teacher()
+    rows = cache.read("letters", "train", cache.row_numbers("letters", "train"))
+    tokens = torch.from_numpy(rows.tokens)
+    p = teacher.logits(tokens[:, :-1]).double().softmax(-1)
+    top = p.gather(-1, torch.from_numpy(rows.targets.ids))
+    error = ProbCodec(cache.spec.prob_levels).error(top.numpy())
+    # Once by the rounding of each, once by the common scale that makes them sum to one.
+    bound = error + top.numpy() * (error.sum(-1, keepdims=True) + 1e-3)
+    assert (np.abs(rows.targets.probs - top.numpy()) <= bound).all()
+    tail = 1 - top.sum(-1).numpy()
+    scale = error.sum(-1) + cache.logprob.error + 1e-5
+    assert (np.abs(rows.targets.tail - tail) <= tail * scale).all()
+    assert (top.min(-1).values >= p.topk(8).values.min(-1).values * (1 - 1e-6)).all()
+    label = p.gather(-1, tokens[:, 1:, None])[..., 0].log()
+    np.testing.assert_allclose(rows.label_logprob, label, atol=cache.logprob.error + 1e-5)
+    total, positions = cache.teacher_loss("letters", "train")
+    assert positions == rows.loss_mask.sum()
+    assert total == pytest.approx(-label.sum().item(), rel=1e-6)
+
+
+def test_a_second_build_changes_nothing_and_asks_no_teacher(
+    make_cache: Make, tmp_path: Path
+) -> None:
+    make_cache(tmp_path / "mix.zarr")
+    before = tree(tmp_path)
+
+    def fail(tokens: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the teacher was asked again")
+
+    make_cache(tmp_path / "mix.zarr", teacher=Teacher(fail, VOCAB, random_teacher().identity))
+    assert tree(tmp_path) == before
+
+
+def test_a_teacher_that_fails_leaves_committed_shards_and_a_cache_that_goes_on(
+    make_cache: Make, cache: Cache, tmp_path: Path
+) -> None:
+    good, calls = random_teacher(), 0
+
+    def tired(tokens: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 7:
+            raise ValueError("tired")
+        return good.logits(tokens)
+
+    with pytest.raises(CacheError, match=r"the teacher failed on rows \d+–\d+ of .*: tired"):
+        make_cache(tmp_path / "mix.zarr", teacher=Teacher(tired, VOCAB, good.identity))
+    assert list((tmp_path / "mix.zarr" / "commits").rglob("*.json"))
+    make_cache(tmp_path / "mix.zarr")
+    assert tree(tmp_path / "mix.zarr") == tree(cache.root)
+
+
+BUILDER = """
+import sys, time
+import torch
+from pathlib import Path
+from ddk_cache.build.job import build
+from ddk_cache.corpus import find_sources
+from ddk_cache.codec import ProbCodec
+from ddk_cache.teacher import Teacher
+from tests.conftest import BUILD, byte_tokenizer, random_teacher
+teacher = random_teacher()
+def slow(tokens):
+    time.sleep(0.02)
+    return teacher.logits(tokens)
+print("ready", flush=True)
+build(sys.argv[1], find_sources(sys.argv[2]), Teacher(slow, teacher.vocab_size, teacher.identity),
+      byte_tokenizer(), **BUILD)
+"""
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_kill_9_loses_nothing_committed_and_the_end_is_the_same_bytes(
+    seed: int, corpus: Path, cache: Cache, tmp_path: Path
+) -> None:
+    path, chance = tmp_path / "mix.zarr", random.Random(seed)
+    committed: dict[str, bytes] = {}
+    for kills in range(9):
+        process = subprocess.Popen(
+            [sys.executable, "-c", BUILDER, str(path), str(corpus)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdout
+        process.stdout.readline()
+        try:
+            process.wait(chance.uniform(0.1, 2.5) if kills < 8 else None)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.wait()
+        process.stdout.close()
+        now = tree(path / "commits") if path.exists() else {}
+        assert {name: now.get(name) for name in committed} == committed
+        committed = now
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9
+    assert kills > 0
+    assert tree(path) == tree(cache.root)
+
+
+def test_ctrl_c_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
+    # A process that a shell started in the background ignores SIGINT; this one shall not.
+    heed = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    slow = heed + BUILDER.replace("0.02", "0.3")
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(tmp_path / "mix.zarr"), str(corpus)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout
+    process.stdout.readline()
+    deadline = time.monotonic() + 60
+    commits = tmp_path / "mix.zarr" / "commits"
+    while not list(commits.rglob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "shards of" in err
+    assert "Run the same command again to go on." in err
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"seq_len": 8}, "seq_len"),
+        ({"target_spec": "topk:4"}, "targets"),
+        ({"holdout": 0.2}, "holdout"),
+        ({"teacher": random_teacher(seed=1)}, "teacher"),
+        ({"batch_rows": 3}, "batch_rows"),
+    ],
+)
+def test_going_on_with_other_settings_is_refused_by_name(
+    make_cache: Make, cache: Cache, change: dict[str, Any], field: str
+) -> None:
+    before = tree(cache.root)
+    with pytest.raises(MismatchError, match=f"  {field}: the cache has .*, this build asks for"):
+        make_cache(cache.root, **change)
+    assert tree(cache.root) == before
+
+
+def test_another_tokenizer_is_refused_and_the_old_one_stays(cache: Cache, corpus: Path) -> None:
+    before, other = tree(cache.root), byte_tokenizer()
+    other.chat_template = "{{ messages }}"
+    with pytest.raises(MismatchError, match="  tokenizer: the cache has"):
+        build(cache.root, find_sources(corpus), random_teacher(), other, **BUILD)
+    assert tree(cache.root) == before
+
+
+def test_a_path_that_holds_something_else_is_left_alone(make_cache: Make, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="exists and is not a cache"):
+        make_cache(tmp_path)
+    with pytest.raises(InputError, match="exists and is not a cache"):
+        make_cache(tmp_path / "thesis.txt")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_are_no_distribution_stop_the_build(
+    make_cache: Make, tmp_path: Path, value: float
+) -> None:
+    good = random_teacher()
+
+    def broken(tokens: torch.Tensor) -> torch.Tensor:
+        logits = good.logits(tokens)
+        logits[0, 3, 7] = value
+        return logits
+
+    with pytest.raises(CacheError, match=r"not finite at \d+ places of digits/train/0 \(rows 0"):
+        make_cache(tmp_path / "mix.zarr", teacher=Teacher(broken, VOCAB, good.identity))
+    assert not list(tmp_path.rglob("commits/**/*.json"))
+
+
+def test_out_of_memory_halves_the_batch_and_says_so(
+    make_cache: Make, cache: Cache, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, sizes = random_teacher(), []
+
+    def small(tokens: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(tokens))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        return good.logits(tokens)
+
+    made = make_cache(tmp_path / "mix.zarr", teacher=Teacher(small, VOCAB, good.identity))
+    assert sizes[:3] == [4, 2, 1]
+    assert set(sizes[3:]) == {1}
+    assert "out of memory: going on with 1 rows in a batch" in capsys.readouterr().err
+    assert made.record(ShardKey("digits", "train", 0)).batch_rows == 1
+    rows = cache.row_numbers("digits", "train")
+    ours, theirs = made.read("digits", "train", rows), cache.read("digits", "train", rows)
+    np.testing.assert_allclose(ours.targets.probs, theirs.targets.probs, rtol=0.01)
+
+
+def test_conversations_are_cached_with_their_mask(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": "fine"}]
+    lines = "".join(json.dumps({"messages": [*talk, *talk[: n % 2 * 2]]}) + "\n" for n in range(30))
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "talk.jsonl").write_text(lines)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    path = tmp_path / "mix.zarr"
+    build(path, find_sources(tmp_path / "chat"), random_teacher(), tokenizer, **BUILD)
+    made = open_cache(path)
+    rows = made.read("talk", "train", made.row_numbers("talk", "train"))
+    labels = rows.tokens[:, 1:][rows.loss_mask]
+    assert 0 < rows.loss_mask.mean() < 0.5
+    assert set(tokenizer.decode(labels).split("fine")) == {""}
+    _, positions = made.teacher_loss("talk", "train")
+    assert positions == rows.loss_mask.sum()

@@ -1,0 +1,201 @@
+"""What is damaged, swapped or invented is found by name, dropped, and made again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddk_cache import CorruptCacheError, MismatchError, open_cache
+from ddk_cache.build.job import build
+from ddk_cache.build.scoring import Scorer
+from ddk_cache.corpus.sources import find_sources
+from ddk_cache.format.documents import dump, parse
+from ddk_cache.read.cache import Cache
+from ddk_cache.verify import Problem, drop_bad, replay, verify
+from tests.conftest import BUILD, random_teacher, tree
+
+Make = Callable[..., Cache]
+
+
+def quiet(amount: int) -> None:
+    """Hear of progress."""
+
+
+@pytest.fixture
+def copy(cache: Cache, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cache.root, tmp_path / "mix.zarr"))
+
+
+VICTIMS = [
+    "domains/letters/train/target_ids/c/1/0/0/0",
+    "domains/notes/validation/label_logprob/c/0/0",
+    "domains/digits/train/tokens/c/0/0",
+    "domains/digits/train/loss_mask/c/1/0",
+    "domains/digits/train/tokens/zarr.json",
+    "domains/letters/zarr.json",
+    "domains/zarr.json",
+    "commits/letters/train/0.json",
+    "tokenizer/tokenizer.json",
+]
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_what_is_bad_is_found_dropped_and_made_again(
+    victim: str, copy: Path, cache: Cache, make_cache: Make
+) -> None:
+    whole = (copy / victim).read_bytes()
+    (copy / victim).write_bytes(whole[:-3] + b"?" + whole[-2:])
+    opened = open_cache(copy)
+    problems = verify(opened, quiet)
+    assert [problem.name for problem in problems] == [victim]
+    assert drop_bad(opened, problems)
+    make_cache(copy)
+    assert tree(copy) == tree(cache.root)
+
+
+def test_damaged_rows_that_wait_for_the_teacher_are_found_too(
+    copy: Path, cache: Cache, make_cache: Make
+) -> None:
+    (copy / "commits/digits/train/0.json").unlink()
+    victim = copy / VICTIMS[2]
+    whole = victim.read_bytes()
+    victim.write_bytes(b"?" + whole[1:])
+    with pytest.raises(CorruptCacheError, match="tokens"):
+        make_cache(copy)
+    opened = open_cache(copy, unfinished=True)
+    assert [problem.name for problem in verify(opened, quiet)] == [VICTIMS[2]]
+    drop_bad(opened, verify(opened, quiet))
+    make_cache(copy)
+    assert tree(copy) == tree(cache.root)
+
+
+def test_a_domain_without_its_plan_is_made_again_as_a_whole(
+    copy: Path, cache: Cache, make_cache: Make
+) -> None:
+    plan = copy / "plans" / "letters.json"
+    plan.write_bytes(plan.read_bytes().replace(b"train", b"trian", 1))
+    with pytest.raises(CorruptCacheError, match=r"letters.json is damaged.*If it is removed"):
+        open_cache(copy)
+    plan.unlink()
+    make_cache(copy)
+    assert tree(copy) == tree(cache.root)
+
+
+def test_token_rows_are_made_again_only_from_the_same_documents(
+    copy: Path, make_cache: Make, corpus: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    victim = copy / VICTIMS[2]
+    victim.unlink()
+    opened = open_cache(copy)
+    drop_bad(opened, verify(opened, quiet))
+    other = tmp_path / "corpus"
+    shutil.copytree(corpus, other)
+    text = (other / "digits.csv").read_text()
+    (other / "digits.csv").write_text(text.replace("1", "2"))
+    with pytest.raises(MismatchError, match="its documents are not those"):
+        build(copy, find_sources(other), random_teacher(), tokenizer, **BUILD)
+
+
+@pytest.mark.parametrize("name", ["../evil/zarr.json", "domains/../../zarr.json", "domains/x"])
+def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) -> None:
+    path = copy / "plans" / "notes.json"
+    body = parse(path.read_bytes(), str(path))
+    body["metadata"][name] = "{}"
+    path.write_bytes(dump(body))
+    with pytest.raises(CorruptCacheError, match="no Zarr document of a domain"):
+        open_cache(copy)
+
+
+def reseal(path: Path, keys: list[Any], value: Any) -> None:
+    """Change one value of a document and give it a correct seal."""
+    body = parse(path.read_bytes(), str(path))
+    inner = body
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = value
+    path.write_bytes(dump(body))
+
+
+@pytest.mark.parametrize("rows", [2**40, 2**62, -1, 0, 1.5, "many", None])
+def test_a_plan_with_impossible_rows_is_refused_even_with_its_seal(rows: Any, copy: Path) -> None:
+    reseal(copy / "plans/notes.json", ["portions", 0, "rows", "train"], rows)
+    with pytest.raises(CorruptCacheError, match="notes"):
+        open_cache(copy)
+
+
+@pytest.mark.parametrize("ids", [[300], [-1], [5, 5], ["5"], 5, [1.0], [2**40]])
+def test_a_plan_with_impossible_frequent_ids_is_refused_even_with_its_seal(
+    ids: Any, copy: Path
+) -> None:
+    reseal(copy / "plans/notes.json", ["frequent_ids"], ids)
+    with pytest.raises(CorruptCacheError, match="notes"):
+        open_cache(copy)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (["positions"], 10**29),
+        (["teacher_loss"], 1e308),
+        (["audit", "entropy"], 10**29),
+        (["audit", "largest_error"], None),
+        (["audit", "fidelity", "kl"], "none"),
+        (["audit", "fidelity", "tail"], 1e300),
+        (["objects", "tokens", "bytes"], 10**29),
+        (["objects", "tokens", "chunks"], ""),
+        (["shard"], [[]]),
+    ],
+)
+def test_a_record_with_impossible_figures_is_refused_even_with_its_seal(
+    keys: list[Any], value: Any, copy: Path
+) -> None:
+    reseal(copy / "commits/notes/train/0.json", keys, value)
+    with pytest.raises(CorruptCacheError, match=r"notes/train/0\.json"):
+        open_cache(copy).read("notes", "train", [0])
+
+
+def test_a_swapped_shard_is_never_read_as_the_right_one(copy: Path) -> None:
+    one, two = (copy / f"domains/letters/train/target_ids/c/{n}/0/0/0" for n in (0, 1))
+    a, b = one.read_bytes(), two.read_bytes()
+    one.write_bytes(b)
+    two.write_bytes(a)
+    with pytest.raises(CorruptCacheError, match="target_ids"):
+        open_cache(copy).read("letters", "train", [0])
+    assert {copy / p.name for p in verify(open_cache(copy), quiet)} == {one, two}
+
+
+def test_a_record_in_another_place_is_refused(copy: Path) -> None:
+    folder = copy / "commits/letters/train"
+    shutil.copy(folder / "1.json", folder / "0.json")
+    with pytest.raises(CorruptCacheError, match="record of another shard"):
+        open_cache(copy).read("letters", "train", [0])
+
+
+def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
+    victim = copy / "domains/letters/train/target_ids/c/0/0/0/0"
+    victim.rename(tmp_path / "outside")
+    victim.symlink_to(tmp_path / "outside")
+    with pytest.raises(CorruptCacheError, match="leads out of the cache"):
+        open_cache(copy).read("letters", "train", [0])
+    (problem,) = verify(open_cache(copy), quiet)
+    assert isinstance(problem, Problem)
+    assert "leads out of the cache" in problem.text
+
+
+def test_the_teacher_agrees_with_its_cache_and_another_does_not(cache: Cache) -> None:
+    def score(seed: int) -> Any:
+        teacher = random_teacher(seed)
+        return lambda key, tokens, rows: (
+            Scorer(teacher, cache.spec, rows).score(key, tokens, quiet).arrays
+        )
+
+    found = replay(cache, score(0), 12, seed=1)
+    assert found.rows == 12
+    assert not found.bad
+    assert found.stored_max <= cache.logprob.error + found.control_max + 1e-4
+    assert found.control_mean <= found.control_max < 1e-3
+    assert len(replay(cache, score(1), 12, seed=1).bad) == 12

@@ -1,0 +1,77 @@
+"""Two processes, started by accelerate, end with the update of one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from ddk_cache.read.cache import Cache
+from ddk_train.run import Run
+from ddk_train.trainer import train
+from tests.conftest import RUN, Configure
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(processes: int, *words: object) -> tuple[int, str]:
+    """Run `ddk-train` in several CPU processes; return the exit code and stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # To accelerate, several processes of one machine are "multi_gpu", also on CPUs.
+    start = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", 1),
+        *("--num_processes", processes, "--mixed_precision", "no", "--dynamo_backend", "no"),
+        *("--main_process_port", port, "-m", "ddk_train"),
+    ]
+    done = subprocess.run(
+        [str(word) for word in (*start, *words)],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    return done.returncode, done.stderr
+
+
+def test_two_processes_give_the_update_of_one(
+    configure: Configure, cache: Cache, student_config: Path, tmp_path: Path
+) -> None:
+    settings = RUN | {"steps": 5, "interval": 2, "micro_rows": 2}
+    options = [word for key, value in settings.items()
+               for word in ("--" + key.replace("_", "-"), value)]  # fmt: skip
+    one = train(configure("one", **settings))
+    words = ["run", cache.root, tmp_path / "two", "--student", student_config]
+    words += [*options, "--device", "cpu"]
+    code, err = launch(2, *words)
+    assert code == 0, err
+    two = Run(tmp_path / "two")
+    assert [line["step"] for line in two.metrics()] == [1, 2, 3, 4, 5]
+    for name in ("loss", "ce", "kl", "grad_norm"):
+        mine, theirs = ([line[name] for line in run.metrics()] for run in (one, two))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4)
+    assert len(two.history()) == len(one.history())
+    for a, b in zip(one.history(), two.history(), strict=True):
+        assert a["rows_seen"] == b["rows_seen"]
+        assert abs(a["student_loss"] - b["student_loss"]) < 1e-4
+    students = [load_file(run.student / "model.safetensors") for run in (one, two)]
+    for name in students[0]:
+        torch.testing.assert_close(students[0][name], students[1][name], rtol=1e-3, atol=2e-4)
+    code, err = launch(2, *words)
+    assert code == 0, err
+    assert "going on after step 5 of 5" in err
+
+
+def test_rows_that_cannot_be_shared_are_refused(
+    cache: Cache, student_config: Path, tmp_path: Path
+) -> None:
+    words = ["run", cache.root, tmp_path / "run", "--student", student_config, "--rows", 5]
+    words += ["--device", "cpu"]
+    code, err = launch(2, *words)
+    assert code
+    assert "5 rows in a step cannot be shared evenly by 2 processes" in err
