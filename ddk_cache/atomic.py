@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from ddk_cache import owner as process
+from ddk_cache import owner
 
 PARTIAL = ".partial"
 """Suffix of a temporary file or directory. One that is found was left by a process that died."""
@@ -45,7 +45,7 @@ def create(path: Path, data: bytes, *, flush: bool = True) -> bool:
 @contextmanager
 def _written(path: Path, data: bytes, flush: bool = True) -> Iterator[Path]:
     """Give a temporary file beside `path` that holds `data`; it is gone afterwards."""
-    partial = path.with_name(f"{path.name}~{process.owner()}{PARTIAL}")
+    partial = path.with_name(f"{path.name}~{owner.current()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
             file.write(data)
@@ -62,7 +62,7 @@ def sweep(top: Path) -> None:
     for folder, _, names in os.walk(top):  # which bears with folders that go meanwhile
         for path in (Path(folder, name) for name in names if name.endswith(PARTIAL)):
             who = path.name.removesuffix(PARTIAL).rpartition("~")[2]
-            if not process.alive(who, process.age(path)):
+            if not owner.alive(who, owner.age(path)):
                 path.unlink(missing_ok=True)
 
 

@@ -1,8 +1,8 @@
-"""Whose temporary file, scratch folder or claim something is, and whether its owner still lives.
+"""Which process owns a temporary file, a scratch folder or a lease, and whether it still lives.
 
-An owner is named by machine, process number and moment of birth. On the same machine that is
-looked up, so that what a killed process left is known at once; of another machine only the age
-of a file can be judged, against a lease that a live owner keeps renewing.
+An owner is named by host, process number and start time. On the same host psutil looks the process
+up, so that what a killed process left behind is recognized at once; of a process on another host
+only the age of its file is known, which a live owner renews well within `LEASE` seconds.
 """
 
 from __future__ import annotations
@@ -14,22 +14,31 @@ import time
 from functools import cache
 from pathlib import Path
 
+import psutil
+
 LEASE = 120.0
-"""Seconds without a sign of life after which what belongs to a process elsewhere is free."""
+"""Seconds without renewal after which what a process on another host owns is free."""
+
+START_TOLERANCE = 5.0
+"""Seconds by which two readings of one start time may differ: psutil derives it from the boot time,
+which moves when the clock is set. No host reuses a process number that fast."""
 
 
-def owner() -> str:
-    """Return the name of this process, usable as part of a file's name."""
-    return f"{_host()}+{os.getpid()}+{_born(os.getpid())}"
+def current() -> str:
+    """Return the name of this process, usable as part of a file name."""
+    return f"{_host()}+{os.getpid()}+{_started(os.getpid()):.0f}"
 
 
 def alive(name: str, age: float) -> bool:
-    """Return whether the process named lives; `age` is the seconds since its last sign of life."""
+    """Return whether the named process lives; `age` is the seconds since its last renewal."""
     host, _, rest = name.partition("+")
-    pid, _, birth = rest.partition("+")
-    if host == _host() and pid.isdecimal():
-        return birth != "" and _born(int(pid)) == birth
-    return age < LEASE
+    pid, _, start = rest.partition("+")
+    if host != _host() or not pid.isdecimal():
+        return age < LEASE
+    try:
+        return abs(_started(int(pid)) - float(start)) < START_TOLERANCE
+    except (psutil.Error, OverflowError, ValueError):
+        return False
 
 
 def age(path: Path) -> float:
@@ -45,11 +54,9 @@ def _host() -> str:
     return "".join(c if c.isalnum() or c in "-." else "-" for c in socket.gethostname()) or "host"
 
 
-def _born(pid: int) -> str:
-    """Return when a process was started, in ticks since boot; empty where there is none."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    fields = stat.rpartition(")")[2].split()
-    return "" if fields[0] == "Z" else fields[19]
+def _started(pid: int) -> float:
+    """Return when a process started, in seconds since the epoch; psutil.Error where it is gone."""
+    process = psutil.Process(pid)
+    if process.status() == psutil.STATUS_ZOMBIE:
+        raise psutil.NoSuchProcess(pid)
+    return float(process.create_time())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_cache.console import say
 from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes
 from ddk_train.provenance import IDENTITY
 from ddk_train.student import load_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -97,7 +99,9 @@ def load(path: Path, student: Any, optimizer: torch.optim.Optimizer, processes: 
     if len(held["random"]) == processes.world:
         set_random(held["random"][processes.rank], processes.device)
     else:
-        say("the number of processes is another now: random numbers such as dropout begin anew")
+        log.warning(
+            "the number of processes is another now: random numbers such as dropout begin anew"
+        )
     return State(**json.loads((path / "state.json").read_text()))
 
 

@@ -8,11 +8,13 @@ every checkpoint and beside the finished student.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 from ddk_cache import SPLITS, Cache, Extent, MismatchError
-from ddk_cache.console import say
+
+log = logging.getLogger(__name__)
 
 IDENTITY = "ddk.json"
 """The file of a checkpoint or student that says what it was made from."""
@@ -57,7 +59,9 @@ def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[
         for name, splits in rows.items()
         for split, runs in splits.items()
     ):
-        say(f"{cache.where} has grown; this run keeps to the rows that it began with (--new-rows)")
+        log.info(
+            f"{cache.where} has grown; this run keeps to the rows that it began with (--new-rows)"
+        )
     return rows
 
 

@@ -25,8 +25,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddk_cache import DDKError, InputError, MismatchError
-from ddk_cache import atomic as files
+from ddk_cache import DDKError, InputError, MismatchError, atomic
 from ddk_train.config import TrainConfig
 
 HISTORY = pa.schema(
@@ -119,7 +118,7 @@ class Run:
 
     def _write_config(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
         value = {"settings": config.to_json(), "provenance": dict(provenance)}
-        files.replace(self.path / "config.json", json.dumps(value, indent=1).encode())
+        atomic.replace(self.path / "config.json", json.dumps(value, indent=1).encode())
         return dict(provenance)
 
     # --- metrics ---
@@ -154,7 +153,7 @@ class Run:
     def _write_history(self, rows: Iterable[Mapping[str, Any]]) -> None:
         out = io.BytesIO()
         pq.write_table(pa.Table.from_pylist([dict(row) for row in rows], HISTORY), out)
-        files.replace(self.path / "history.parquet", out.getvalue())
+        atomic.replace(self.path / "history.parquet", out.getvalue())
 
     def rewind(self, step: int, measured: int) -> None:
         """Forget what was logged after `step` and measured after `measured`.
@@ -163,7 +162,7 @@ class Run:
         """
         if metrics := self.metrics():
             kept = [json.dumps(line) + "\n" for line in metrics if line["step"] <= step]
-            files.replace(self.path / "metrics.jsonl", "".join(kept).encode())
+            atomic.replace(self.path / "metrics.jsonl", "".join(kept).encode())
         self._write_history([row for row in self.history() if row["step"] <= measured])
 
     # --- checkpoints ---
@@ -171,7 +170,7 @@ class Run:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return the steps and directories of the whole checkpoints, oldest first."""
         found = (self.path / "checkpoints").glob("step-*")
-        whole = [path for path in found if path.suffix != files.PARTIAL]
+        whole = [path for path in found if path.suffix != atomic.PARTIAL]
         return sorted((int(path.name.removeprefix("step-")), path) for path in whole)
 
     @contextmanager
@@ -180,7 +179,7 @@ class Run:
 
         Those that stay are the `keep` newest and the one of step `best`.
         """
-        with files.whole(self.path / "checkpoints" / f"step-{step:08d}") as partial:
+        with atomic.whole(self.path / "checkpoints" / f"step-{step:08d}") as partial:
             yield partial
         for number, path in self.checkpoints()[:-keep]:
             if number != best:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from ddk_cache.console import say
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Stop:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        say("stopping after this step; a checkpoint will be written")
+        log.info("stopping after this step; a checkpoint will be written")
 
 
 @contextmanager

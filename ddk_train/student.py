@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from ddk_cache import Cache, InputError, MismatchError
-from ddk_cache import atomic as files
+from ddk_cache import Cache, InputError, MismatchError, atomic
 from ddk_cache.hf import identify_tokenizer, load, load_tokenizer
 from ddk_train.lora import is_adapted, load_adapter
 from ddk_train.provenance import IDENTITY
@@ -67,7 +66,7 @@ def save_student(student: Any, cache: Cache, path: Path, made_from: dict[str, An
 
     Beside it stands what it was made from. An adapter that was not merged is written by itself.
     """
-    with files.whole(path) as partial:
+    with atomic.whole(path) as partial:
         student.save_pretrained(partial)
         shutil.copytree(cache.tokenizer_path, partial, dirs_exist_ok=True)
         (partial / IDENTITY).write_text(json.dumps(made_from, indent=1))

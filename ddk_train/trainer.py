@@ -8,6 +8,7 @@ checkpoint and ends with the same student.
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 
 from ddk_cache import SPLITS, DDKError, InputError, SparseTargets, open_cache
-from ddk_cache.console import Progress, say
+from ddk_cache.console import Progress
 from ddk_train import checkpoint
 from ddk_train.checkpoint import State, exact, floats, get_random
 from ddk_train.config import TrainConfig
@@ -38,6 +39,8 @@ from ddk_train.run import Run
 from ddk_train.signals import stop_requests
 from ddk_train.student import load_student, load_weights, save_student
 from ddk_train.weights import Settings, check_measured, given_weights, parse_weights, update
+
+log = logging.getLogger(__name__)
 
 TRAIN = SPLITS[0]
 
@@ -301,7 +304,7 @@ class Trainer:
         for name, loss in measured.items():
             best = state.lowest[name] = min(loss, state.lowest.get(name, loss))
             if loss - best > self.config.forgetting and self.processes.main:
-                say(
+                log.warning(
                     f"step {state.step}: the held-out loss of {name!r} is {loss:.3f}, "
                     f"{loss - best:.3f} above its lowest: the student forgets. More weight for it "
                     "or a lower --lr may help."
@@ -354,7 +357,7 @@ class Trainer:
             step, measured = self.saved = (state.step, state.measured)
             self.state = state.over(self.domains)
             self.mixture.load_state_dict(state.mixture)
-            say(f"going on after step {step} of {self.config.steps}")
+            log.info(f"going on after step {step} of {self.config.steps}")
         if self.processes.main:
             self.run.rewind(step, measured)
         self.processes.wait()
@@ -367,7 +370,7 @@ class Trainer:
         best = dict(self.run.checkpoints()).get(self.state.best)
         if self.config.patience and best:
             load_weights(self.student, best / "student")
-            say(f"the student is that of step {self.state.best}, the lowest held-out loss")
+            log.info(f"the student is that of step {self.state.best}, the lowest held-out loss")
         student = self.student
         if is_adapted(student) and not self.config.keep_adapter:
             student = student.merge_and_unload()

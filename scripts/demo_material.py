@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_cache import atomic as files
+from ddk_cache import atomic
 from ddk_cache.console import Progress, say
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import documents, find_sources
@@ -96,7 +96,7 @@ def make_material(out: Path) -> Material:
     make_corpus(material.corpus)
     losses = make_teacher(material.corpus, material.teacher)
     record = {"made_by": made_by, "held_out_loss": losses}
-    files.replace(stamp, json.dumps(record, indent=2).encode())
+    atomic.replace(stamp, json.dumps(record, indent=2).encode())
     return material
 
 
@@ -105,11 +105,11 @@ def make_material(out: Path) -> Material:
 
 def make_corpus(corpus: Path) -> None:
     """Write a JSONL file for each domain."""
-    with files.whole(corpus) as partial:
+    with atomic.whole(corpus) as partial:
         for name, texts in DOMAINS.items():
             chosen = choose(texts())
             lines = "".join(json.dumps({"text": text}) + "\n" for text in chosen)
-            files.replace(partial / f"{name}.jsonl", lines.encode())
+            atomic.replace(partial / f"{name}.jsonl", lines.encode())
             size = sum(len(text.encode()) for text in chosen)
             say(f"{name}: {len(chosen):,} documents, {size / 1e6:.2f} MB")
 
@@ -307,7 +307,7 @@ def make_teacher(corpus: Path, teacher: Path) -> dict[str, float]:
     losses = {name: held_out_loss(model, tokens) for name, tokens in rows["validation"].items()}
     say("held-out loss: " + ", ".join(f"{name} {loss:.2f}" for name, loss in losses.items()))
     logging.disable_progress_bar()  # ours has said it all
-    with files.whole(teacher) as partial:
+    with atomic.whole(teacher) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return losses

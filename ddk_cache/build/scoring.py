@@ -7,6 +7,7 @@ same, the batch is halved and said so: a shard in slightly other bits is better 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,13 +18,14 @@ import torch
 
 from ddk_cache.build import fidelity, targets
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.console import say
 from ddk_cache.errors import CacheError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.rng import Words, key_of, uniform
 from ddk_cache.types import Array, SparseTargets
+
+log = logging.getLogger(__name__)
 
 LOGITS_BYTES = 2**28
 """Logits of one call to the teacher on a CPU; on CUDA a quarter of the free memory."""
@@ -105,7 +107,7 @@ class Scorer:
         if not full or self.batch_rows == 1:
             return False
         self.batch_rows //= 2
-        say(f"out of memory: going on with {self.batch_rows} rows in a batch")
+        log.warning(f"out of memory: going on with {self.batch_rows} rows in a batch")
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
         return True

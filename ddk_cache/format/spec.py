@@ -256,7 +256,7 @@ class CacheSpec:
                 **{
                     **values,
                     "targets": TargetSpec.parse(values["targets"]),
-                    "temperatures": tuple(values["temperatures"]),
+                    "temperatures": tuple(values.get("temperatures", ())),
                 }
             )
         except (InputError, TypeError, KeyError, AttributeError, ValueError) as error:

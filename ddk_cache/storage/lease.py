@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from threading import Lock
 
-from ddk_cache import owner as process
+from ddk_cache import owner
 from ddk_cache.storage.base import LEASES, Storage
 
 BEAT = 15.0
@@ -25,7 +25,7 @@ class Leases:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._owner = process.owner().encode()
+        self._owner = owner.current().encode()
         self._held: set[str] = set()
         self._lock = Lock()  # a sign of life must not bring back what another thread gives back
         self._beaten = 0.0
@@ -68,4 +68,4 @@ class Leases:
     def _fresh(self, name: str) -> bool:
         """Return whether the owner of a claim is alive."""
         found = self.storage.get_with_age(f"{LEASES}/{name}")
-        return found is not None and process.alive(found[0].decode(errors="replace"), found[1])
+        return found is not None and owner.alive(found[0].decode(errors="replace"), found[1])

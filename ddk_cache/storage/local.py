@@ -16,8 +16,7 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from ddk_cache import atomic as files
-from ddk_cache import owner as process
+from ddk_cache import atomic, owner
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.storage.base import LEASES, SCRATCH, ByteRange
 
@@ -40,7 +39,7 @@ class LocalStorage:
     @property
     def scratch(self) -> Path:
         """Return a folder beside the objects, so that a file becomes one by its new name."""
-        return self.root / SCRATCH / process.owner()
+        return self.root / SCRATCH / owner.current()
 
     def uri(self, name: str = "") -> str:
         """Return the path."""
@@ -60,7 +59,7 @@ class LocalStorage:
     def get_with_age(self, name: str) -> tuple[bytes, float] | None:
         """Return the bytes of a file and the age by its time."""
         data = self.get(name)
-        return None if data is None else (data, process.age(self.root / name))
+        return None if data is None else (data, owner.age(self.root / name))
 
     def exists(self, name: str) -> bool:
         """Return whether a path leads to something."""
@@ -85,7 +84,7 @@ class LocalStorage:
             raise CorruptCacheError(f"{path} leads out of the cache.")
         if path.is_symlink() or not path.is_file():
             raise CorruptCacheError(f"{path} is missing, or not a plain file.")
-        return files.hash_file(path)
+        return atomic.hash_file(path)
 
     def check_size(self, name: str, size: int) -> None:
         """Raise CorruptCacheError for a link, a missing file or one of another size."""
@@ -116,7 +115,7 @@ class LocalStorage:
         """Write to a temporary file, flush and rename."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, data)
+        atomic.replace(path, data)
 
     def put_if_absent(self, name: str, data: bytes, *, flush: bool = True) -> bool:
         """Write to a temporary file, flush and link, which fails where the name is taken."""
@@ -124,15 +123,15 @@ class LocalStorage:
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.suppress(FileNotFoundError):  # another process tidied the folder away
-                return files.create(path, data, flush=flush)
+                return atomic.create(path, data, flush=flush)
 
     def put_file(self, made: Path, name: str) -> None:
         """Flush and rename."""
         final = self.root / name
-        files.sync(made)
+        atomic.sync(made)
         final.parent.mkdir(parents=True, exist_ok=True)
         made.replace(final)
-        files.sync(final.parent)
+        atomic.sync(final.parent)
 
     def delete(self, name: str) -> None:
         """Unlink a file."""
@@ -146,9 +145,9 @@ class LocalStorage:
         """Remove scratch folders and temporary files whose owners are gone, and empty folders."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         for name in self.list_dir(SCRATCH):
-            if not process.alive(name, process.age(self.root / SCRATCH / name)):
+            if not owner.alive(name, owner.age(self.root / SCRATCH / name)):
                 self.delete_dir(f"{SCRATCH}/{name}")
-        files.sweep(self.root)
+        atomic.sweep(self.root)
         for folder in (LEASES, SCRATCH):
             with contextlib.suppress(OSError):  # another process is still at work in it
                 (self.root / folder).rmdir()

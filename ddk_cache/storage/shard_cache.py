@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 
-from ddk_cache import atomic as files
+from ddk_cache import atomic
 from ddk_cache.errors import CorruptCacheError, InputError
 from ddk_cache.hashing import digest
 from ddk_cache.storage.base import ByteRange
@@ -57,7 +57,7 @@ class ShardCache(RemoteStorage):
         if data is None:
             raise CorruptCacheError(f"{self.uri(name)} is missing.")
         with self._lock:
-            files.replace(path, data)
+            atomic.replace(path, data)
             handle = Handle(str(path))
             self._make_room(path)
         return handle

@@ -13,6 +13,7 @@ asynchronous, and the stored integers turn into targets on the device.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -26,9 +27,10 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ddk_cache import SPLITS, Cache, SparseTargets
-from ddk_cache.console import say
 from ddk_train.data.decode import Dequantizer
 from ddk_train.data.mixture import Draw, Floats, Mixture
+
+log = logging.getLogger(__name__)
 
 THREADS = 2
 """Threads that read. Reading and decompressing let the interpreter go."""
@@ -227,4 +229,6 @@ class Loader(IterableDataset[Batch]):
         were, are = self.mixture.begun(before), self.mixture.begun(after)
         for order, was, now in zip(self.mixture.orders, were, are, strict=True):
             if now > was:
-                say(f"all {order.rows:,} rows of {order.name} are used: epoch {now + 1}, reordered")
+                log.info(
+                    f"all {order.rows:,} rows of {order.name} are used: epoch {now + 1}, reordered"
+                )

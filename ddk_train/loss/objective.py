@@ -9,13 +9,15 @@ large that a cap would show.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ddk_cache.console import say
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
+
+log = logging.getLogger(__name__)
 
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
@@ -51,7 +53,7 @@ class Objective(torch.nn.Module):
         self.student, self.terms, self.bf16 = student, terms, bf16
         parts = take_apart(student)
         if isinstance(parts, str):
-            say(f"the loss is not fused with the head, which takes more memory: {parts}")
+            log.warning(f"the loss is not fused with the head, which takes more memory: {parts}")
         self.parts = None if isinstance(parts, str) else parts
         self.width = student.config.get_text_config().vocab_size
         self.narrow = self.width < teacher_width

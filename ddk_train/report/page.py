@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ddk_cache import atomic as files
+from ddk_cache import atomic
 from ddk_train.report import charts as plot
 from ddk_train.report.compare import by_seed, compare, particulars, same_measure, spread
 from ddk_train.report.numbers import number, perplexity, quantity, short
@@ -77,7 +77,7 @@ def write_page(reports: Sequence[RunReport], path: Path) -> None:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("ddk_train", ""),
+        loader=PackageLoader("ddk_train", "report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -93,4 +93,4 @@ def write_page(reports: Sequence[RunReport], path: Path) -> None:
     environment.globals["lines"] = lambda *args, **given: Markup(plot.lines(*args, **given))
     environment.globals["stacked"] = lambda *args, **given: Markup(plot.stacked(*args, **given))
     page = environment.get_template("page.html").render(reports=reports)
-    files.replace(path, page.encode())
+    atomic.replace(path, page.encode())

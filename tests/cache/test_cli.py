@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import resource
 import shutil
 import subprocess
@@ -61,12 +62,13 @@ def test_run_has_an_option_for_every_setting_with_its_default() -> None:
 
 
 def test_the_rate_of_a_resumed_job_is_that_of_this_process(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.INFO)
     with Progress("counting", 1000, "steps", done=900) as progress:
         time.sleep(0.1)
         progress.advance(1)
-    line = capsys.readouterr().err
+    line = caplog.messages[-1]
     assert "901 of 1,000 steps" in line
     assert 0 < float(line.split("steps  ")[1].split()[0]) <= 10
 

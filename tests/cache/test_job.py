@@ -87,9 +87,8 @@ import sys, time
 import torch
 from pathlib import Path
 from ddk_cache.build.job import build
-from ddk_cache.corpus import find_sources
-from ddk_cache.codec import ProbCodec
-from ddk_cache.teacher import Teacher
+from ddk_cache.build.teacher import Teacher
+from ddk_cache.corpus.sources import find_sources
 from tests.conftest import BUILD, byte_tokenizer, random_teacher
 teacher = random_teacher()
 def slow(tokens):

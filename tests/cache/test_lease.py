@@ -12,7 +12,7 @@ import pytest
 
 from ddk_cache import InputError
 from ddk_cache.cli import which_process
-from ddk_cache.owner import owner
+from ddk_cache.owner import current
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.local import LocalStorage
@@ -62,7 +62,7 @@ def test_a_claim_from_another_machine_expires_with_its_lease(tmp_path: Path) -> 
     assert not mine.take("work")
     os.utime(elsewhere, (0, 0))
     assert mine.take("work")
-    assert elsewhere.read_text() == owner()
+    assert elsewhere.read_text() == current()
 
 
 @pytest.mark.parametrize(

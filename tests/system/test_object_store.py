@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddk_cache import InputError, MismatchError
-from ddk_cache import owner as process
+from ddk_cache import InputError, MismatchError, owner
 from ddk_cache.build.job import build
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
@@ -195,7 +194,7 @@ def test_a_server_that_goes_ends_the_build_in_one_message_and_it_goes_on_later(
 def test_a_claim_on_a_store_is_free_when_its_lease_is_out(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "LEASE", 4.0)
+    monkeypatch.setattr(owner, "LEASE", 4.0)
     monkeypatch.setattr("ddk_cache.storage.lease.BEAT", 0.0)
     bucket, mine = RemoteStorage(URL), Leases(RemoteStorage(URL))
     bucket.put("claims/work", b"far-away+12+345")
@@ -204,7 +203,7 @@ def test_a_claim_on_a_store_is_free_when_its_lease_is_out(
     time.sleep(5)
     assert mine.take("work")
     assert not mine.take("work")
-    assert bucket.get("claims/work") == process.owner().encode()
+    assert bucket.get("claims/work") == owner.current().encode()
     mine.beat()
     found = bucket.get_with_age("claims/other")
     assert found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import threading
 from pathlib import Path
@@ -116,14 +117,15 @@ def test_a_batch_keeps_its_values_when_its_memory_is_used_again(cache: Cache) ->
 
 
 def test_a_domain_that_is_used_up_goes_on_in_another_order_and_says_so(
-    cache: Cache, capsys: pytest.CaptureFixture[str]
+    cache: Cache, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     batches, rows = loader(cache, 2, 4, rows=1), cache.plan("notes").rows("train")
     batches.weights = np.array([0.0, 0.0, 1.0])
     epochs = [[int(next(batches).draw.row[0]) for _ in range(rows)] for _ in range(3)]
     assert [sorted(epoch) for epoch in epochs] == [cache.row_numbers("notes", "train").tolist()] * 3
     assert epochs[0] != epochs[1] != epochs[2]
-    said = capsys.readouterr().err.splitlines()
+    said = caplog.messages
     assert [line.split(": ")[1] for line in said] == ["epoch 2, reordered", "epoch 3, reordered"]
     assert all("rows of notes are used" in line for line in said)
 
