@@ -15,13 +15,17 @@ import io
 import itertools
 import json
 import lzma
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from backports import zstd
-
 from ddk_cache.errors import InputError
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 KINDS = {
     ".parquet": "parquet",
