@@ -104,7 +104,7 @@ def plan(
     from ddk_cache.corpus.sources import find_sources
 
     TargetSpec.parse(targets)
-    sources = find_sources(corpus, say)
+    sources = find_sources(corpus)
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
     from ddk_cache.build import estimate
@@ -183,7 +183,7 @@ def build(
     TargetSpec.parse(targets)
     open_storage(cache)
     place = which_process(rank, world)
-    sources = find_sources(corpus, say)
+    sources = find_sources(corpus)
 
     from ddk_cache.build.job import build
     from ddk_cache.build.teacher import load_teacher

@@ -115,7 +115,7 @@ def whole(
 
     The rows are planned by a first build, which is not timed, so that both do the same work.
     """
-    sources = find_sources(folder / "corpus", lambda _: None)
+    sources = find_sources(folder / "corpus")
     path = folder / "cache.zarr"
     make = partial(
         build, path, sources, teacher, tokenizer,
