@@ -168,7 +168,7 @@ def test_whole_shards_are_kept_up_to_a_size_and_still_checked(
         path.unlink()
     read("2K")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2000
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         read("much")
 
 
