@@ -9,14 +9,20 @@ from typing import Any
 
 import pytest
 
-from ddk_cache import CorruptCacheError, MismatchError, open_cache
+from ddk_cache import (
+    CacheError,
+    CorruptCacheError,
+    MismatchError,
+    UnfinishedCacheError,
+    open_cache,
+)
 from ddk_cache.build.job import build
-from ddk_cache.build.scoring import Scorer
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.read.cache import Cache
-from ddk_cache.verify import Problem, drop_bad, replay, verify
-from tests.conftest import BUILD, random_teacher, tree
+from ddk_cache.verify import Problem, drop_bad, replay, require_sound, verify
+from tests.conftest import BUILD, VOCAB, random_teacher, tree
 
 Make = Callable[..., Cache]
 
@@ -78,7 +84,7 @@ def test_a_domain_without_its_plan_is_made_again_as_a_whole(
 ) -> None:
     plan = copy / "plans" / "letters.json"
     plan.write_bytes(plan.read_bytes().replace(b"train", b"trian", 1))
-    with pytest.raises(CorruptCacheError, match=r"letters.json is damaged.*If it is removed"):
+    with pytest.raises(CorruptCacheError, match=r"letters.json is damaged.*Remove it and"):
         open_cache(copy)
     plan.unlink()
     make_cache(copy)
@@ -106,7 +112,7 @@ def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) 
     body = parse(path.read_bytes(), str(path))
     body["metadata"][name] = "{}"
     path.write_bytes(dump(body))
-    with pytest.raises(CorruptCacheError, match="no Zarr document of a domain"):
+    with pytest.raises(CorruptCacheError, match="not a Zarr document of a domain"):
         open_cache(copy)
 
 
@@ -187,15 +193,15 @@ def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_teacher_agrees_with_its_cache_and_another_does_not(cache: Cache) -> None:
-    def score(seed: int) -> Any:
-        teacher = random_teacher(seed)
-        return lambda key, tokens, rows: (
-            Scorer(teacher, cache.spec, rows).score(key, tokens, quiet).arrays
-        )
-
-    found = replay(cache, score(0), 12, seed=1)
+    found = replay(cache, random_teacher(), 12, seed=1)
     assert found.rows == 12
     assert not found.bad
     assert found.stored_max <= cache.logprob.error + found.control_max + 1e-4
     assert found.control_mean <= found.control_max < 1e-3
-    assert len(replay(cache, score(1), 12, seed=1).bad) == 12
+    pretender = Teacher(random_teacher(1).logits, VOCAB, random_teacher().identity)
+    found = replay(cache, pretender, 12, seed=1)
+    assert len(found.bad) == 12
+    with pytest.raises(CacheError, match="stored targets differ from this teacher in 12 of 12"):
+        require_sound(cache, [], found)
+    with pytest.raises(MismatchError, match="another teacher.*\n  seed: the cache has 0, this.* 1"):
+        replay(cache, random_teacher(1), 12, seed=1)
