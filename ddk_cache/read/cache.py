@@ -327,32 +327,33 @@ class Cache(Mapping[str, Domain]):
         names: Sequence[str] | None = None,
     ) -> dict[str, Array]:
         """Return (R, …) of the named arrays, or of all, as stored, in the order asked for."""
-        self.extents(domain, split)  # names an unknown domain or split, also for no rows
-        out = self.buffers(len(rows), names)
-        self.fill(split, [domain] * len(rows), rows, out)
+        self.extents(domain, split)  # raises for an unknown domain or split, also without rows
+        numbers = integers(rows, self.uri).reshape(-1)
+        for row in numbers[:1].tolist():
+            self._check_valid(domain, split, row)
+            self._prove((domain, split, row // self.spec.chunk_rows), names)
+        out = self._allocate(len(numbers), names)
+        self.fill(split, [domain] * len(numbers), numbers, out)
         return out
 
     def buffers(self, rows: int, names: Sequence[str] | None = None) -> dict[str, Array]:
-        """Return uninitialized (R, …) arrays for the named stored arrays, or for all.
+        """Return uninitialized (R, …) arrays for the named stored arrays, or for all."""
+        some = next((pair for pair in self._pairs if self._committed[pair].any()), None)
+        if some:
+            first = self.committed(*some)[0] * self.spec.chunks_per_shard
+            self._prove((*some, first), names)
+        return self._allocate(rows, names)
 
-        A chunk is read first: a false size in the spec must be found before memory is taken for it.
-        """
-        layouts = {name: self.spec.arrays[name] for name in names or self.spec.arrays}
-        if self._proof:
-            domain, split, number = self._proof
-            first = number * self.spec.chunks_per_shard
-            self._chunks([ChunkKey(domain, split, first, name) for name in layouts])
+    def _prove(self, chunk: tuple[str, str, int], names: Sequence[str] | None) -> None:
+        """Read a chunk, so that a false size in the spec is found before memory is taken for it."""
+        self._chunks([ChunkKey(*chunk, name) for name in names or self.spec.arrays])
+
+    def _allocate(self, rows: int, names: Sequence[str] | None) -> dict[str, Array]:
         return {
-            name: np.empty((rows, *layout.inner), layout.dtype) for name, layout in layouts.items()
+            name: np.empty((rows, *layout.inner), layout.dtype)
+            for name, layout in self.spec.arrays.items()
+            if names is None or name in names
         }
-
-    @cached_property
-    def _proof(self) -> ShardKey | None:
-        """Return a committed shard, if there is one."""
-        found = (
-            ShardKey(*pair, number) for pair in self._pairs for number in self.committed(*pair)
-        )
-        return next(found, None)
 
     def fill(
         self,

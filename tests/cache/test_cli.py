@@ -208,7 +208,12 @@ def test_verify_refuses_another_teacher_and_drops_what_is_bad(
     cache: Cache, teacher_dir: Path, tmp_path: Path
 ) -> None:
     result = call(cache_main, "verify", cache.root, "--teacher", teacher_dir)
-    refused(result, 2, "was built with another teacher", "class: the cache has random, this teacher has Llama")
+    refused(
+        result,
+        2,
+        "was built with another teacher",
+        "class: the cache has random, this teacher has Llama",
+    )
     path = tmp_path / "mix.zarr"
     shutil.copytree(cache.root, path)
     victim = path / "domains/notes/train/tail_logprob/c/0/0"

@@ -21,7 +21,7 @@ from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.read.cache import Cache
-from ddk_cache.verify import Problem, drop_bad, replay, require_sound, verify
+from ddk_cache.verify import Problem, bytes_to_hash, drop_bad, replay, require_sound, verify
 from tests.conftest import BUILD, VOCAB, random_teacher, tree
 
 Make = Callable[..., Cache]
@@ -203,5 +203,53 @@ def test_the_teacher_agrees_with_its_cache_and_another_does_not(cache: Cache) ->
     assert len(found.bad) == 12
     with pytest.raises(CacheError, match="stored targets differ from this teacher in 12 of 12"):
         require_sound(cache, [], found)
-    with pytest.raises(MismatchError, match="another teacher.*\n  seed: the cache has 0, this.* 1"):
+    with pytest.raises(
+        MismatchError, match=r"another teacher.*\n  seed: the cache has 0, this.* 1"
+    ):
         replay(cache, random_teacher(1), 12, seed=1)
+
+
+def test_a_cache_without_committed_rows_has_nothing_to_compare(copy: Path) -> None:
+    shutil.rmtree(copy / "commits")
+    with pytest.raises(UnfinishedCacheError, match="no committed row"):
+        replay(open_cache(copy, unfinished=True), random_teacher(), 12, seed=1)
+
+
+def test_progress_reaches_the_total_also_with_a_damaged_record(copy: Path) -> None:
+    record = copy / "commits/letters/train/0.json"
+    record.write_bytes(record.read_bytes()[:-3])
+    opened, heard = open_cache(copy), list[int]()
+    assert [problem.name for problem in verify(opened, heard.append)] == [VICTIMS[7]]
+    assert sum(heard) == bytes_to_hash(opened) > 0
+
+
+def test_files_that_the_root_does_not_name_are_reported_and_dropped(
+    copy: Path, cache: Cache, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (copy / "tokenizer/model.safetensors").write_bytes(b"weights")
+    (copy / "tokenizer/notes.txt").symlink_to(tmp_path / "secret")
+    opened = open_cache(copy)
+    problems = verify(opened, quiet)
+    names = {"tokenizer/model.safetensors", "tokenizer/notes.txt"}
+    assert {problem.name for problem in problems} == names
+    assert all("is not part of the cache" in problem.text for problem in problems)
+    drop_bad(opened, problems)
+    assert tree(copy) == tree(cache.root)
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["domains/digits", "tokenizer"])
+def test_nothing_outside_of_the_cache_is_dropped(folder: str, copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (copy / folder).rename(outside)
+    (copy / folder).symlink_to(outside)
+    for path in [*outside.rglob("tokens/c/0/0"), outside / "tokenizer.json"]:
+        if path.exists():
+            path.write_bytes(b"?" + path.read_bytes()[1:])
+    before, opened = tree(outside), open_cache(copy)
+    problems = verify(opened, quiet)
+    assert problems
+    with pytest.raises(CorruptCacheError, match=r"is left alone\. Remove the link yourself"):
+        drop_bad(opened, problems)
+    assert tree(outside) == before
