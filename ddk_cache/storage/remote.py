@@ -42,6 +42,9 @@ PATIENCE = 60.0
 PAUSE = 0.5
 """Seconds between two tries of a request that obstore does not retry."""
 
+RUNTIME: dict[str, int] = {}
+"""The process that made the first request, and thereby started obstore's threads."""
+
 
 class RemoteStorage:
     """The objects below a URL."""
@@ -247,10 +250,17 @@ class RemoteStorage:
 
         Raises:
             StorageError: no answer came, or it was a refusal.
+            InputError: this process was forked from one that had made requests.
             FileNotFoundError: there is no such object.
             FileExistsError: the object was to be created and is there.
         """
         errors = self._obstore.exceptions
+        if RUNTIME.setdefault("process", os.getpid()) != os.getpid():
+            raise InputError(
+                f"{self.uri()} cannot be read in a forked process: obstore's threads do not "
+                "survive a fork. Start processes by 'spawn', for example "
+                "DataLoader(multiprocessing_context='spawn')."
+            )
         try:
             return request()
         except (errors.NotFoundError, FileNotFoundError) as error:
