@@ -10,6 +10,7 @@ changed digit is an error, not a number.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,11 @@ from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
 from ddk_cache.format.spec import CacheSpec, check_name
 from ddk_cache.storage.base import Storage
 from ddk_cache.types import SPLITS
+
+MODEL_FILES = re.compile(
+    r"(config|generation_config|adapter_config|ddk)\.json|.*\.(safetensors|bin|pt|pth|index\.json)"
+)
+"""Files of a model, which no tokenizer has: copied next to a student they would replace its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,7 @@ class Root:
             batch_rows=typed(body["batch_rows"], int, 1),
             sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
             tokenizer_files={
-                file_name(name): (typed(size, int, 0), typed(hashed, str))
+                tokenizer_file(name): (typed(size, int, 0), typed(hashed, str))
                 for name, (size, hashed) in body["tokenizer_files"].items()
             },
             provenance={name: typed(v, str) for name, v in body["provenance"].items()},
@@ -120,6 +126,13 @@ class Manifest:
         there = set(storage.list_dir(PLANS))
         planned = [name for name in sorted(root.sources) if f"{name}.json" in there]
         return cls(root, {name: read_plan(storage, root.spec, name) for name in planned})
+
+
+def tokenizer_file(name: Any) -> str:
+    """Return the name of a file that a tokenizer can have. Raises ValueError on any other."""
+    if MODEL_FILES.fullmatch(file_name(name)):
+        raise ValueError(f"{name!r} is not a file of a tokenizer")
+    return str(name)
 
 
 def create_root(storage: Storage, root: Root) -> bool:

@@ -290,7 +290,7 @@ METADATA_SERVICE = "169.254.169.254"
 
 
 def default_patience() -> float:
-    """Return the seconds in DDK_PATIENCE, or `PATIENCE`. Raises InputError where it is no time."""
+    """Return the seconds in DDK_PATIENCE, or `PATIENCE`. Raises InputError where it is none."""
     text = os.environ.get("DDK_PATIENCE") or str(PATIENCE)
     try:
         seconds = float(text)

@@ -201,7 +201,7 @@ def compare(
         labels_P = tokens[some, 1:].reshape(-1)
         for name, make in made.items():
             if name in stored:
-                kept = SparseTargets(*(part[places] for part in vars(stored[name]).values()))
+                kept = stored[name].map(operator.itemgetter(places))
             else:
                 kept = make(logits_PV, labels_P)
             errors[name].add(kept, t_PV, q_PV)

@@ -371,10 +371,21 @@ def test_a_vocabulary_beyond_three_bytes_is_refused(copy: Path) -> None:
         open_cache(copy)
 
 
-def test_a_root_without_domains_is_refused(copy: Path) -> None:
-    edit = json.loads((copy / "zarr.json").read_text())
-    body = unsealed(edit["attributes"]["ddk"]) | {"sources": {}}
-    edit["attributes"]["ddk"] = json.loads(dump(body))
-    (copy / "zarr.json").write_text(json.dumps(edit, indent=1))
-    with pytest.raises(CorruptCacheError, match="it names no domain"):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sources": {}}, "it names no domain"),
+        ({"tokenizer_files": {"model.safetensors": [1, "x"]}}, "is not a file of a tokenizer"),
+        ({"tokenizer_files": {"config.json": [1, "x"]}}, "is not a file of a tokenizer"),
+        ({"tokenizer_files": {"../x.json": [1, "x"]}}, "is not the name of a file"),
+    ],
+)
+def test_a_root_that_makes_no_sense_is_refused(
+    change: dict[str, Any], said: str, copy: Path
+) -> None:
+    root = json.loads((copy / "zarr.json").read_text())
+    body = unsealed(root["attributes"]["ddk"]) | change
+    root["attributes"]["ddk"] = json.loads(dump(body))
+    (copy / "zarr.json").write_text(json.dumps(root, indent=1))
+    with pytest.raises(CorruptCacheError, match=said):
         open_cache(copy)

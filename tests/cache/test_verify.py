@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from ddk_cache import (
     CacheError,
@@ -18,6 +19,7 @@ from ddk_cache import (
 )
 from ddk_cache.build.job import build
 from ddk_cache.build.teacher import Teacher
+from ddk_cache.cli import main
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.read.cache import Cache
@@ -253,3 +255,39 @@ def test_nothing_outside_of_the_cache_is_dropped(folder: str, copy: Path, tmp_pa
     with pytest.raises(CorruptCacheError, match=r"is left alone\. Remove the link yourself"):
         drop_bad(opened, problems)
     assert tree(outside) == before
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(main, ["verify", *map(str, words)])
+
+
+def test_the_command_says_how_it_ended(copy: Path) -> None:
+    result = command(copy)
+    assert (result.exit_code, result.stdout) == (0, "OK: all hashes match.\n")
+    assert "verifying 100%" in result.stderr
+    for number, said in ((0, "1 problem in"), (1, "2 problems in")):
+        victim = copy / f"domains/letters/train/tail_logprob/c/{number}/0"
+        victim.write_bytes(b"?" + victim.read_bytes()[1:])
+        result = command(copy)
+        assert result.exit_code == 1
+        assert f"{said} {copy}; --drop-bad removes what is bad" in result.stderr
+    assert command(copy, "--drop-bad").exit_code == 0
+    result = command(copy)
+    assert result.exit_code == 0
+    assert "is not finished" in result.stderr
+
+
+def test_dropping_and_comparing_are_two_commands(copy: Path) -> None:
+    result = command(copy, "--drop-bad", "--teacher", "any")
+    assert result.exit_code == 2
+    assert "one at a time" in result.stderr
+
+
+def test_names_of_files_are_shown_and_obeyed_by_nobody(copy: Path) -> None:
+    (copy / "tokenizer/x\x1b[31m").touch()
+    result = command(copy)
+    assert result.exit_code == 1
+    assert r"x\x1b[31m is not part of the cache" in result.stdout
