@@ -8,6 +8,7 @@ stored; an id of random sampling counts three bytes, as its authors count.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
