@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ddk_cache.console import Commands, Known, Progress, say
-from ddk_cache.errors import CacheError, InputError, UnfinishedCacheError
+from ddk_cache.errors import InputError, UnfinishedCacheError
 from ddk_cache.format.spec import COMPRESSIONS, TargetSpec
 from ddk_cache.storage.open import open_storage
 
@@ -220,11 +220,12 @@ def which_process(rank: int | None, world: int | None) -> tuple[int, int]:
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: str, as_json: bool) -> None:
-    """Show what CACHE holds: domains, rows, what was seen of the teacher, bytes a token."""
+    """Show what CACHE holds: domains, rows, statistics of the teacher, bytes per token."""
     from ddk_cache.describe import describe, show
     from ddk_cache.read.cache import open_cache
 
-    facts = describe(open_cache(cache, unfinished=True))
+    with open_cache(cache, unfinished=True) as opened:
+        facts = describe(opened)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -235,10 +236,11 @@ def info(cache: str, as_json: bool) -> None:
 @click.argument("cache")
 @click.option("--drop-bad", is_flag=True,
               help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
-@click.option("--teacher", help="Run this teacher again on some rows, and compare.")
+@click.option("--teacher", help="Run this teacher again on some rows and compare.")
 @click.option("--rows", type=click.IntRange(1), default=32, show_default=True,
-              help="How many rows.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Which rows.")
+              help="Number of rows for --teacher.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="Seed for choosing the rows for --teacher.")  # fmt: skip
 @options(HOW)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def verify(
@@ -251,60 +253,45 @@ def verify(
     **how: Any,
 ) -> None:
     """Hash every committed byte of CACHE and compare it with what was committed."""
-    from ddk_cache import verify as audit
+    if drop_bad and teacher:
+        raise InputError("--drop-bad and --teacher: use one at a time.")
+    from ddk_cache import verify as verification
     from ddk_cache.read.cache import open_cache
 
-    opened = open_cache(cache, unfinished=True)
-    with Progress("verifying", audit.bytes_below(opened), "bytes") as progress:
-        problems = audit.verify(opened, progress.advance)
-    facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
-    if drop_bad:
-        facts["removed"] = audit.drop_bad(opened, problems)
-    elif teacher and not problems:
-        facts["replay"] = vars(replay(opened, teacher, rows, seed, how))
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        show_verified(facts)
-    if drop_bad and facts["removed"]:
-        say(f"{len(problems)} problems; run the same 'ddk-cache build' again to mend {cache}.")
-        return
-    if problems:
-        raise CacheError(f"{len(problems)} problems in {cache}; --drop-bad removes what is bad.")
-    if facts.get("replay", {}).get("bad"):
-        raise CacheError(f"{cache} is not what this teacher says.")
-    try:
-        opened.require_finished()
-    except UnfinishedCacheError as error:
-        say(str(error))
+    with open_cache(cache, unfinished=True) as opened:
+        with Progress("verifying", verification.bytes_to_hash(opened), "bytes") as progress:
+            problems = verification.verify(opened, progress.advance)
+        facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
+        found = None
+        if drop_bad:
+            facts["removed"] = verification.drop_bad(opened, problems)
+        elif teacher and not problems:
+            from ddk_cache.build.teacher import load_teacher
 
-
-def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any]) -> Any:
-    """Load the teacher of a cache and compare it with what is stored.
-
-    Raises:
-        MismatchError: it is another teacher than the cache's.
-    """
-    from ddk_cache.build.create import compare
-    from ddk_cache.build.scoring import Scorer
-    from ddk_cache.build.teacher import load_teacher
-    from ddk_cache.verify import replay
-
-    model = load_teacher(teacher, **how)
-    compare(opened.where, opened.spec.teacher, model.identity)
-
-    def score(key: Any, tokens: Any, batch_rows: int) -> Any:
-        return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None).arrays
-
-    return replay(opened, score, rows, seed)
+            found = verification.replay(opened, load_teacher(teacher, **how), rows, seed)
+            facts["replay"] = vars(found)
+        if as_json:
+            click.echo(json.dumps(facts, indent=1))
+        else:
+            show_verified(facts)
+        if drop_bad and problems:
+            say(f"Run the same 'ddk-cache build' again to repair {cache}.")
+            return
+        verification.require_sound(opened, problems, found)
+        try:
+            opened.require_finished()
+        except UnfinishedCacheError as error:
+            say(str(error))
 
 
 def show_verified(facts: dict[str, Any]) -> None:
     """Print what verifying found."""
+    from ddk_cache.describe import printable
+
     for text in facts["problems"][:50]:
-        click.echo(f"BAD  {text}")
+        click.echo(f"BAD  {printable(text)}")
     for path in facts.get("removed", []):
-        click.echo(f"removed  {path}")
+        click.echo(f"removed  {printable(path)}")
     if found := facts.get("replay"):
         click.echo(
             f"teacher on {found['rows']} rows, nats: stored − live {found['stored_mean']:.2e} "
@@ -314,4 +301,4 @@ def show_verified(facts: dict[str, Any]) -> None:
         for name in found["bad"][:20]:
             click.echo(f"BAD  {name}")
     if not facts["problems"]:
-        click.echo("every committed byte is as it was committed")
+        click.echo("OK: all hashes match.")

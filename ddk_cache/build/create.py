@@ -20,7 +20,7 @@ from ddk_cache.build.scoring import first_batch
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import Source
 from ddk_cache.errors import InputError, MismatchError, NotACacheError
-from ddk_cache.format.layout import ROOT, TOKENIZER
+from ddk_cache.format.layout import ROOT, tokenizer_name
 from ddk_cache.format.manifest import Manifest, Root, create_root
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.hashing import digest
@@ -59,7 +59,7 @@ def open_for_building(
     elif (merged := {**was.sources, **described}) != was.sources:
         storage.put(ROOT, dataclasses.replace(was, sources=merged).dump())
     for name, data in words.items():
-        kept = f"{TOKENIZER}/{name}"
+        kept = tokenizer_name(name)
         if name in was.tokenizer_files and storage.get(kept) != data:
             storage.put(kept, data)
 

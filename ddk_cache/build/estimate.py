@@ -23,6 +23,7 @@ from ddk_cache.build.writer import ShardWriter
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import Source
 from ddk_cache.format.codec import TargetCodec
+from ddk_cache.format.layout import object_name
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.storage.local import LocalStorage
@@ -101,10 +102,9 @@ def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[st
         codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
         store.write(key, codec.encode(scores) | {"tokens": tokens, "loss_mask": mask})
         sizes = {
-            name: sum(p.stat().st_size for p in (Path(folder) / "domains").rglob(f"{name}/c/**/*")
-                      if p.is_file())
+            name: (Path(folder) / object_name(small, key, name)).stat().st_size
             for name in spec.arrays
-        }  # fmt: skip
+        }
     positions = len(tokens) * spec.seq_len
     return {
         "bytes_per_token": {name: size / positions for name, size in sizes.items()},

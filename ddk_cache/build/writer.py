@@ -23,16 +23,20 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.commit import Object, Record
-from ddk_cache.format.layout import COMMITS, object_name
-from ddk_cache.format.plan import DomainPlan, ShardKey, shard_count
-from ddk_cache.format.spec import CacheSpec
+from ddk_cache.format.layout import (
+    DOMAINS,
+    document_name,
+    group_name,
+    object_name,
+    records_name,
+    shards_name,
+)
+from ddk_cache.format.plan import DomainPlan, ShardKey, extents, shard_count
+from ddk_cache.format.spec import TOKEN_ARRAYS, CacheSpec
 from ddk_cache.format.zarr_shard import checksums, decode
 from ddk_cache.hashing import digest
 from ddk_cache.storage.base import Storage
 from ddk_cache.types import SPLITS, Array
-
-TOKEN_ARRAYS = ("tokens", "loss_mask")
-"""Written when the rows are planned; the other arrays wait for the teacher."""
 
 COMPRESSORS: dict[str, Any] = {
     "small": {"cname": "zstd", "clevel": 5},
@@ -68,15 +72,19 @@ class ShardWriter:
     def metadata(self, domain: str, plan: DomainPlan) -> dict[str, str]:
         """Return path → text of the Zarr documents that a plan calls for."""
         named = group(frequent_ids=list(plan.frequent_ids))
-        documents = {"domains/zarr.json": group(), f"domains/{domain}/zarr.json": named}
+        documents = {
+            document_name(DOMAINS): group(),
+            document_name(group_name(domain)): named,
+        }
         for split in SPLITS:
-            documents[f"domains/{domain}/{split}/zarr.json"] = group()
+            valid = [list(extent) for extent in extents(plan, split, self.spec.shard_rows)]
+            documents[document_name(group_name(domain, split))] = group(valid_rows=valid)
             count = shard_count(plan, split, self.spec.shard_rows)
             for name in self.spec.arrays:
                 path = self.storage.scratch / "metadata" / name
                 self._create(path, name, max(count, 1))
                 text = (path / "zarr.json").read_text()
-                documents[f"domains/{domain}/{split}/{name}/zarr.json"] = text
+                documents[document_name(group_name(domain, split, name))] = text
         return documents
 
     def restore_metadata(self, plan: DomainPlan) -> None:
@@ -125,7 +133,7 @@ class ShardWriter:
         """Return the planned shards of a domain whose token rows are not there."""
         missing = set()
         for split, name in product(SPLITS, TOKEN_ARRAYS):
-            there = set(self.storage.list_prefix(f"domains/{domain}/{split}/{name}/c"))
+            there = set(self.storage.list_prefix(shards_name(domain, split, name)))
             for number in range(shard_count(plan, split, self.spec.shard_rows)):
                 key = ShardKey(domain, split, number)
                 if object_name(self.spec, key, name) not in there:
@@ -136,8 +144,8 @@ class ShardWriter:
 
     def clear(self, domain: str) -> None:
         """Remove all of a domain whose rows are not planned: its records first."""
-        for folder in (COMMITS, "domains"):
-            self.storage.delete_dir(f"{folder}/{domain}")
+        for folder in (records_name(domain), group_name(domain)):
+            self.storage.delete_dir(folder)
 
     def _shard(self, key: ShardKey, name: str) -> tuple[bytes, str]:
         """Return one shard of an array as bytes, and where it lies, for people."""

@@ -127,7 +127,7 @@ def test_build_refuses_what_does_not_exist(tmp_path: Path, corpus: Path, teacher
         (["--seq-len", "0"], "0 is not in the range"),
         (["--sequence", "8"], "No such option"),
         (["--seq-len", "100000"], "do not fill one training row"),
-        (["--chunk-rows", "3", "--shard-rows", "8"], "no whole number of chunks"),
+        (["--chunk-rows", "3", "--shard-rows", "8"], "not a whole number of chunks"),
     ],
 )
 def test_build_refuses_settings_by_name(
@@ -167,7 +167,7 @@ def test_verify_fails_on_a_changed_byte(cache: Cache, tmp_path: Path) -> None:
     victim = path / "domains/notes/train/tail_logprob/c/0/0"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
     result = call(cache_main, "verify", path)
-    refused(result, 1, "1 problems in", "--drop-bad")
+    refused(result, 1, "1 problem in", "--drop-bad")
     assert f"BAD  {victim} has changed" in result.stdout
 
 
@@ -208,7 +208,12 @@ def test_verify_refuses_another_teacher_and_drops_what_is_bad(
     cache: Cache, teacher_dir: Path, tmp_path: Path
 ) -> None:
     result = call(cache_main, "verify", cache.root, "--teacher", teacher_dir)
-    refused(result, 2, "class: the cache has random, this build asks for LlamaForCausalLM")
+    refused(
+        result,
+        2,
+        "was built with another teacher",
+        "class: the cache has random, this teacher has Llama",
+    )
     path = tmp_path / "mix.zarr"
     shutil.copytree(cache.root, path)
     victim = path / "domains/notes/train/tail_logprob/c/0/0"
@@ -216,7 +221,7 @@ def test_verify_refuses_another_teacher_and_drops_what_is_bad(
     result = call(cache_main, "verify", path, "--drop-bad")
     assert result.exit_code == 0, result.output
     assert "commits/notes/train/0.json" in result.stdout
-    assert "run the same 'ddk-cache build' again" in result.stderr
+    assert "Run the same 'ddk-cache build' again" in result.stderr
     refused(call(cache_main, "verify", path), 0, "is not finished")
 
 

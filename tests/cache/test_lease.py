@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddk_cache import InputError
+from ddk_cache import InputError, owner
 from ddk_cache.cli import which_process
 from ddk_cache.owner import current
 from ddk_cache.read.cache import Cache
@@ -63,6 +65,44 @@ def test_a_claim_from_another_machine_expires_with_its_lease(tmp_path: Path) -> 
     os.utime(elsewhere, (0, 0))
     assert mine.take("work")
     assert elsewhere.read_text() == current()
+
+
+def test_a_lease_dated_in_the_future_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(owner, "LEASE", 0.4)
+    mine, elsewhere = Leases(LocalStorage(tmp_path)), tmp_path / "claims" / "work"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("far-away+12+345")
+    tomorrow = time.time() + 86400
+    os.utime(elsewhere, (tomorrow, tomorrow))
+    assert not mine.take("work")
+    time.sleep(0.3)
+    os.utime(elsewhere, (tomorrow + 15, tomorrow + 15))  # its owner lives and renews it
+    assert not mine.take("work")
+    time.sleep(0.3)
+    assert not mine.take("work")
+    time.sleep(0.3)
+    assert mine.take("work")
+
+
+def test_whoever_is_waited_for_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ddk_cache")
+    mine, folder = Leases(LocalStorage(tmp_path)), tmp_path / "claims"
+    folder.mkdir()
+    for name in ("code.train.3", "code.train.4"):
+        (folder / name).write_text("far-away+12+345")
+        written = time.time() - 20
+        os.utime(folder / name, (written, written))
+    for _ in range(3):
+        assert not mine.take("code.train.3")
+        assert not mine.take("code.train.4")
+    (message,) = caplog.messages
+    assert "code.train.3 is leased by another machine, far-away, which renewed" in message
+    assert "20 s ago" in message
+    assert "taken over in 100 s" in message
 
 
 @pytest.mark.parametrize(

@@ -127,9 +127,10 @@ def test_an_extent_begins_a_new_shard() -> None:
 
 def test_the_public_names_are_these() -> None:
     assert " ".join(ddk_cache.__all__) == (
-        "FORMAT_VERSION SPLITS Cache CacheError CacheSpec CorruptCacheError DDKError DomainPlan "
-        "Extent FormatVersionError InputError MismatchError NotACacheError Rows SparseTargets "
-        "TargetSpec UnfinishedCacheError open_cache rows_at"
+        "FORMAT_VERSION SPLITS TRAIN VALIDATION Cache CacheError CacheSpec CorruptCacheError "
+        "DDKError Domain DomainPlan Extent FormatVersionError InputError MismatchError "
+        "NotACacheError RowRangeError Rows SparseTargets Split StorageError TargetSpec "
+        "UnfinishedCacheError UnknownNameError open_cache rows_at"
     )
     assert ddk_train.__all__ == ["TrainConfig", "train"]
     for package in (ddk_cache, ddk_train):

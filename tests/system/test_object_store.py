@@ -180,7 +180,7 @@ def test_a_server_that_goes_ends_the_build_in_one_message_and_it_goes_on_later(
     said = [line for line in err.splitlines() if line.startswith("Error:")]
     assert len(said) == 1
     assert f"{URL}/" in said[0]
-    assert "the same command goes on" in said[0]
+    assert "run the same command again to resume" in said[0]
     server.process.send_signal(signal.SIGCONT)
     for place in (URL, tmp_path / "mix.zarr"):
         code, _, err = finish(command("ddk-cache", "build", corpus, place, *how))
