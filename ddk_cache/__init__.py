@@ -1,11 +1,13 @@
-"""Pay for the teacher once: read and write caches of a teacher's sparse next-token targets.
+"""Pay for the teacher once: write and read caches of a teacher's sparse next-token targets.
 
-This is the reading surface. It needs no torch; `open_cache` loads the decoder on first use, so
-that importing the package (as every `--help` does) stays cheap.
+What needs torch, or takes long to import, is loaded on first use, so that importing the package
+(as every `--help` does) stays cheap.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ddk_cache.build.config import BuildConfig
 from ddk_cache.errors import (
     CacheError,
     CorruptCacheError,
@@ -21,11 +23,16 @@ from ddk_cache.format.spec import FORMAT_VERSION, CacheSpec, TargetSpec
 from ddk_cache.types import SPLITS, Rows, SparseTargets
 
 if TYPE_CHECKING:
+    from ddk_cache.build.job import build_cache
+    from ddk_cache.build.teacher import Teacher, load_teacher
+    from ddk_cache.corpus.sources import Source, find_sources
+    from ddk_cache.hf import load_tokenizer
     from ddk_cache.read.cache import Cache, open_cache
 
 __all__ = [
     "FORMAT_VERSION",
     "SPLITS",
+    "BuildConfig",
     "Cache",
     "CacheError",
     "CacheSpec",
@@ -38,17 +45,34 @@ __all__ = [
     "MismatchError",
     "NotACacheError",
     "Rows",
+    "Source",
     "SparseTargets",
     "TargetSpec",
+    "Teacher",
     "UnfinishedCacheError",
+    "build_cache",
+    "find_sources",
+    "load_teacher",
+    "load_tokenizer",
     "open_cache",
     "rows_at",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in {"Cache", "open_cache"}:
-        from ddk_cache.read import cache as reader
+LAZY = {
+    "Cache": "ddk_cache.read.cache",
+    "Source": "ddk_cache.corpus.sources",
+    "Teacher": "ddk_cache.build.teacher",
+    "build_cache": "ddk_cache.build.job",
+    "find_sources": "ddk_cache.corpus.sources",
+    "load_teacher": "ddk_cache.build.teacher",
+    "load_tokenizer": "ddk_cache.hf",
+    "open_cache": "ddk_cache.read.cache",
+}
+"""Name → the module that is imported when the name is first used."""
 
-        return getattr(reader, name)
+
+def __getattr__(name: str) -> Any:
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

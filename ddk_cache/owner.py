@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import time
 from functools import cache
@@ -27,6 +28,11 @@ which moves when the clock is set. No host reuses a process number that fast."""
 def current() -> str:
     """Return the name of this process, usable as part of a file name."""
     return f"{_host()}+{os.getpid()}+{_started(os.getpid()):.0f}"
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text has the form of `current()`."""
+    return re.fullmatch(r"[^+]+\+[0-9]+\+[0-9]+", text) is not None
 
 
 def alive(name: str, age: float) -> bool:

@@ -15,10 +15,10 @@ from functools import partial
 
 import numpy as np
 
-from ddk_cache.build.writer import TOKEN_ARRAYS
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.layout import TOKENIZER, object_name, record_name
 from ddk_cache.format.plan import ShardKey, rows_at
+from ddk_cache.format.spec import TOKEN_ARRAYS
 from ddk_cache.format.zarr_shard import bodies
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.local import LocalStorage

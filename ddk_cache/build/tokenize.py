@@ -118,7 +118,5 @@ def _write_portion(
 
 
 def _with_metadata(store: ShardWriter, domain: str, plan: DomainPlan) -> DomainPlan:
-    """Return the plan with its Zarr documents, which are written too."""
-    plan = dataclasses.replace(plan, metadata=store.metadata(domain, plan))
-    store.restore_metadata(plan)
-    return plan
+    """Return the plan with its Zarr documents, both of which the caller writes."""
+    return dataclasses.replace(plan, metadata=store.metadata(domain, plan))

@@ -13,7 +13,7 @@ from typing import Any
 
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.audit_summary import sound
-from ddk_cache.format.documents import dump, parse, read, typed, understand
+from ddk_cache.format.documents import dump, parse, typed, understand
 from ddk_cache.format.layout import COMMITS, record_name
 from ddk_cache.format.manifest import Manifest
 from ddk_cache.format.plan import ShardKey, shard_at
@@ -81,11 +81,17 @@ def read_record(storage: Storage, manifest: Manifest, key: ShardKey) -> Record:
     """Read the record of a planned shard.
 
     Raises:
-        CorruptCacheError: it is damaged, or of another shard, plan or cache.
+        CorruptCacheError: it is missing, damaged, or of another shard, plan or cache.
     """
-    name, spec = record_name(key), manifest.spec
-    where = storage.uri(name)
-    body = parse(read(storage, name), where)
+    name = record_name(key)
+    return parse_record(storage.get(name), storage.uri(name), manifest, key)
+
+
+def parse_record(data: bytes | None, where: str, manifest: Manifest, key: ShardKey) -> Record:
+    """Return the record in a document found at `where`; see `read_record` for the errors."""
+    if data is None:
+        raise CorruptCacheError(f"{where} cannot be read: it is missing.")
+    spec, body = manifest.spec, parse(data, where)
 
     def build() -> Record:
         return Record(

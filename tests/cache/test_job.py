@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from ddk_cache import CacheError, InputError, MismatchError
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.codec import ProbCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.read.cache import Cache, open_cache
@@ -86,17 +86,17 @@ BUILDER = """
 import sys, time
 import torch
 from pathlib import Path
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.corpus.sources import find_sources
 from tests.conftest import BUILD, byte_tokenizer, random_teacher
 teacher = random_teacher()
 def slow(tokens):
     time.sleep(0.02)
     return teacher.logits(tokens)
 print("ready", flush=True)
-build(sys.argv[1], find_sources(sys.argv[2]), Teacher(slow, teacher.vocab_size, teacher.identity),
-      byte_tokenizer(), **BUILD)
+slow = Teacher(slow, teacher.vocab_size, teacher.identity)
+build_cache(sys.argv[1], sys.argv[2], slow, byte_tokenizer(), BuildConfig(**BUILD))
 """
 
 
@@ -156,7 +156,7 @@ def test_ctrl_c_says_how_to_go_on(corpus: Path, tmp_path: Path) -> None:
     ("change", "field"),
     [
         ({"seq_len": 8}, "seq_len"),
-        ({"target_spec": "topk:4"}, "targets"),
+        ({"targets": "topk:4"}, "targets"),
         ({"holdout": 0.2}, "holdout"),
         ({"teacher": random_teacher(seed=1)}, "teacher"),
         ({"batch_rows": 3}, "batch_rows"),
@@ -175,7 +175,7 @@ def test_another_tokenizer_is_refused_and_the_old_one_stays(cache: Cache, corpus
     before, other = tree(cache.root), byte_tokenizer()
     other.chat_template = "{{ messages }}"
     with pytest.raises(MismatchError, match="  tokenizer: the cache has"):
-        build(cache.root, find_sources(corpus), random_teacher(), other, **BUILD)
+        build_cache(cache.root, corpus, random_teacher(), other, BuildConfig(**BUILD))
     assert tree(cache.root) == before
 
 
@@ -236,7 +236,7 @@ def test_conversations_are_cached_with_their_mask(tmp_path: Path) -> None:
         "{% if add_generation_prompt %}<a>{% endif %}"
     )
     path = tmp_path / "mix.zarr"
-    build(path, find_sources(tmp_path / "chat"), random_teacher(), tokenizer, **BUILD)
+    build_cache(path, tmp_path / "chat", random_teacher(), tokenizer, BuildConfig(**BUILD))
     made = open_cache(path)
     rows = made.read("talk", "train", made.row_numbers("talk", "train"))
     labels = rows.tokens[:, 1:][rows.loss_mask]

@@ -43,9 +43,9 @@ def test_topk_agrees_with_a_float64_softmax(
         np.take_along_axis(p, scores.ids.numpy(), -1), top, rtol=1e-12
     )  # the ids may differ among equals, their probabilities may not
     rest = np.sort(p, -1)[..., : vocab - k].sum(-1)
-    np.testing.assert_allclose(scores.tail.double().exp().numpy(), rest, rtol=1e-5)
+    np.testing.assert_allclose(scores.tail_logprob.double().exp().numpy(), rest, rtol=1e-5)
     label = np.take_along_axis(p, labels.numpy()[..., None], -1)[..., 0]
-    np.testing.assert_allclose(scores.label.double().exp().numpy(), label, rtol=2e-6)
+    np.testing.assert_allclose(scores.label_logprob.double().exp().numpy(), label, rtol=2e-6)
 
 
 def test_the_tail_of_a_sure_teacher_is_not_lost_to_cancellation() -> None:
@@ -53,15 +53,15 @@ def test_the_tail_of_a_sure_teacher_is_not_lost_to_cancellation() -> None:
     logits[..., 3] = 30.0
     scores = targets.extract(logits, torch.zeros(1, 1, dtype=torch.long), TargetSpec("topk", 1))
     expected = np.log(99.0) - np.logaddexp(30.0, np.log(99.0))
-    assert scores.tail.item() == pytest.approx(expected, rel=1e-6)
+    assert scores.tail_logprob.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_tail_is_exactly_empty_where_everything_is_kept() -> None:
     scores = targets.extract(
         torch.randn(1, 3, 4), torch.zeros(1, 3, dtype=torch.long), TargetSpec("topk", 4)
     )
-    assert torch.isneginf(scores.tail).all()
-    assert (LogprobCodec().encode(scores.tail.numpy()) == ZERO).all()
+    assert torch.isneginf(scores.tail_logprob).all()
+    assert (LogprobCodec().encode(scores.tail_logprob.numpy()) == ZERO).all()
 
 
 CODEC = LogprobCodec()
@@ -178,7 +178,7 @@ def test_a_distribution_with_fewer_ids_than_entries_is_kept_whole() -> None:
         kept = scores.targets("sampled")
         dense = torch.zeros(3, 50).scatter_(-1, kept.ids, kept.probs)
         torch.testing.assert_close(dense, logits.softmax(-1))
-        assert torch.isneginf(scores.tail).all()
+        assert torch.isneginf(scores.tail_logprob).all()
 
 
 @pytest.mark.parametrize("vocab", [5, 100, 257, 5000])
@@ -198,7 +198,7 @@ def test_the_mass_outside_is_kept_at_declared_temperatures() -> None:
         p = (logits.double() / temperature).softmax(-1)
         outside = p.scatter(-1, scores.ids, 0.0).sum(-1)
         np.testing.assert_allclose(
-            scores.tempered[..., place].exp(), outside, rtol=1e-5, atol=1e-30
+            scores.tempered_tail_logprob[..., place].exp(), outside, rtol=1e-5, atol=1e-30
         )
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from ddk_cache import MismatchError, open_cache
-from ddk_cache.build.job import build
-from ddk_cache.corpus.sources import find_sources
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.read.cache import Cache
 from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
@@ -39,8 +39,8 @@ def grow(folder: Path) -> None:
     (folder / "two.jsonl").write_text(lines(0, 30, "xyz"))
 
 
-def make(folder: Path, tokenizer: Any, path: Path, **settings: Any) -> Cache:
-    build(path, find_sources(folder), random_teacher(), tokenizer, **BUILD | settings)
+def make(folder: Path, tokenizer: Any, path: Path, *, grow: bool = False) -> Cache:
+    build_cache(path, folder, random_teacher(), tokenizer, BuildConfig(**BUILD), grow=grow)
     return open_cache(path)
 
 
