@@ -106,9 +106,10 @@ def _require(
     bad = ~good.reshape(len(good), -1).all(-1)
     rows = np.flatnonzero(bad)
     worst = "" if figure is None else f", for example {figure[~good].flat[0]:.6g}"
+    places = "1 place" if (~good).sum() == 1 else f"{int((~good).sum()):,} places"
     raise CacheError(
-        f"{what} at {int((~good).sum()):,} places of {where} (rows {rows[0]}–{rows[-1]} of it"
-        f"{worst}). Nothing of it was committed. {advice}".rstrip()
+        f"{what} at {places} of {where} (rows {rows[0]}–{rows[-1]} of it{worst}). Nothing of it "
+        f"was committed. {advice}".rstrip()
     )
 
 
