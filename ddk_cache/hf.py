@@ -36,7 +36,7 @@ def load(
     import transformers
 
     path = Path(name).expanduser()
-    if path.exists():
+    if str(name) and path.exists():
         source, offline = str(path), False
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise InputError(f"there is no {what} at {name}.")
@@ -49,7 +49,7 @@ def load(
         )
     except Exception as error:  # transformers raises many kinds for one cause: it is not there
         reason = textwrap.shorten(str(error), 300)
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             reason = "it comes with code of its own, which runs only with --trust-remote-code."
         elif offline:
             reason = (

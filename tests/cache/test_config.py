@@ -37,7 +37,7 @@ def test_wrong_settings_are_refused_by_name(setting: dict[str, Any], said: str) 
         BuildConfig(**setting)
 
 
-@pytest.mark.parametrize("targets", ["topk:1", "sampled:16", "topk:30000"])
+@pytest.mark.parametrize("targets", ["topk:1", "sampled:16", "topk:2000"])
 @pytest.mark.parametrize("seq_len", [1, 1000, 1024, 100_000])
 def test_chunks_and_shards_have_about_their_tokens_and_fit_in_memory(
     targets: str, seq_len: int

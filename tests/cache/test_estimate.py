@@ -42,7 +42,7 @@ def test_a_teacher_that_breaks_on_the_probe_is_found(corpus: Path, tokenizer: An
         VOCAB,
         good.identity,
     )
-    with pytest.raises(CacheError, match="not finite at .* of the probe") as caught:
+    with pytest.raises(CacheError, match=r"not finite at .* of the probe") as caught:
         estimate_cache("x", find_sources(corpus), tokenizer, teacher, CONFIG)
     assert caught.value.exit_code == 1
 
