@@ -60,10 +60,16 @@ def _written(path: Path, data: bytes, flush: bool = True) -> Iterator[Path]:
 def sweep(top: Path) -> None:
     """Remove the temporary files of dead processes below a directory, and no other file."""
     for folder, _, names in os.walk(top):  # tolerates folders deleted during the walk
-        for path in (Path(folder, name) for name in names if name.endswith(PARTIAL)):
-            _, mark, who = path.name.removesuffix(PARTIAL).rpartition("~")
-            if mark and owner.is_name(who) and not owner.alive(who, owner.age(path)):
+        for path in (Path(folder, name) for name in names):
+            who = maker(path.name)
+            if who and not owner.alive(who, owner.age(path)):
                 path.unlink(missing_ok=True)
+
+
+def maker(name: str) -> str | None:
+    """Return the process that made a temporary file, by its name; None where it is not such."""
+    _, mark, who = name.removesuffix(PARTIAL).rpartition("~")
+    return who if name.endswith(PARTIAL) and mark and owner.is_name(who) else None
 
 
 def sync(path: Path) -> None:

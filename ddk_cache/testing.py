@@ -11,7 +11,7 @@ VOCAB = 300
 
 BUILD: dict[str, Any] = {
     "seq_len": 16,
-    "target_spec": "topk:8",
+    "targets": "topk:8",
     "holdout": 0.3,
     "batch_rows": 4,
     "chunk_rows": 2,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ddk_cache import Cache, InputError, MismatchError, atomic
-from ddk_cache.hf import identify_tokenizer, load, load_tokenizer
+from ddk_cache.hf import identify_tokenizer, load, load_model, load_tokenizer
 from ddk_train.lora import is_adapted, load_adapter
 from ddk_train.provenance import IDENTITY
 
@@ -35,7 +35,7 @@ def load_student(name: str, cache: Cache, seed: int) -> Any:
         config = load("student config", "AutoConfig", name)
         student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
-        student = load("student", "AutoModelForCausalLM", name, dtype=torch.float32)
+        student = load_model("student", name, dtype=torch.float32)
         check_tokenizer(name, cache)
     width = student.config.get_text_config().vocab_size
     needed = len(load_tokenizer(cache.tokenizer_path))

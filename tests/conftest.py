@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.read.cache import Cache, open_cache
@@ -86,7 +87,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
     def make(path: str | Path, **settings: Any) -> Cache:
         teacher = settings.pop("teacher", random_teacher())
-        build(path, find_sources(corpus), teacher, tokenizer, **BUILD | settings)
+        config = BuildConfig(**BUILD | settings)
+        build_cache(path, find_sources(corpus), teacher, tokenizer, config)
         return open_cache(path)
 
     return make

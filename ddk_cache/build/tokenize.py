@@ -122,7 +122,5 @@ def _write_portion(
 
 
 def _with_metadata(store: ShardWriter, domain: str, plan: DomainPlan) -> DomainPlan:
-    """Write the Zarr documents of a plan; return the plan with them."""
-    plan = dataclasses.replace(plan, metadata=store.metadata(domain, plan))
-    store.restore_metadata(plan)
-    return plan
+    """Return the plan with its Zarr documents, both of which the caller writes."""
+    return dataclasses.replace(plan, metadata=store.metadata(domain, plan))

@@ -67,7 +67,7 @@ class TargetSpec:
         if kind not in TARGET_KINDS:
             raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
         least = TARGET_KINDS[kind]
-        if not size.isdecimal() or int(size) < least:
+        if not (size.isascii() and size.isdecimal()) or int(size) < least:
             raise InputError(
                 f"targets {text!r} need a size of at least {least}, for example '{kind}:12'."
             )
@@ -96,6 +96,10 @@ MOST_TEMPERATURES = 16
 
 COMPRESSIONS = ("small", "fast")
 """zstd for fewer bytes, lz4 for less work at every reading."""
+
+TOKEN_ARRAYS = ("tokens", "loss_mask")
+"""Written when the rows are planned, before the teacher runs."""
+
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned, before the teacher runs."""

@@ -59,6 +59,11 @@ class Leases:
             if name in self._held or not self._fresh(name):
                 self.release(name)
 
+    def others(self) -> bool:
+        """Return whether another live process holds a lease."""
+        names = self.storage.list_dir(LEASES)
+        return any(name not in self._held and self._fresh(name) for name in names)
+
     def beat(self) -> None:
         """Renew all leases, if the last renewal is `BEAT` seconds ago."""
         if time.monotonic() - self._renewed < BEAT:

@@ -103,9 +103,11 @@ def test_what_is_written_comes_back(cache: Cache, tmp_path: Path) -> None:
             for name, layout in cache.spec.arrays.items()
         }
         store.restore_metadata(DomainPlan((), store.metadata("some", plan)))
-        store.write(key, arrays)
+        written = store.write(key, arrays)
         for name, array in arrays.items():
-            np.testing.assert_array_equal(store.read(key, name, rows), array)
+            read = store.read(key, name, rows)
+            np.testing.assert_array_equal(read.rows, array)
+            assert read.object == written[name]
 
 
 @pytest.mark.parametrize("row", [-1, 10**6, 10**12])

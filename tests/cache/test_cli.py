@@ -22,13 +22,14 @@ from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 from ddk_train.config import TrainConfig
 
+SETTINGS = (
+    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
+    "--shard-rows --batch-rows --dtype --device --trust-remote-code"
+)
+
 OPTIONS = {
-    "ddk-cache plan": "--teacher --tokenizer --seq-len --targets --temperature --seed "
-    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
-    "--probe-rows --student-speed --json",
-    "ddk-cache build": "--teacher --tokenizer --seq-len --targets --temperature --seed "
-    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
-    "--batch-rows --grow --rank --world",
+    "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
+    "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",
@@ -123,20 +124,19 @@ def test_build_refuses_what_does_not_exist(tmp_path: Path, corpus: Path, teacher
         (["--targets", "tokp:4"], "Did you mean 'topk'"),
         (["--targets", "topk:301"], "more entries than the teacher's vocabulary has (300)"),
         (["--dtype", "float23"], "Did you mean 'float32'"),
-        (["--holdout", "1.5"], "1.5 is not in the range"),
-        (["--seq-len", "0"], "0 is not in the range"),
+        (["--holdout", "1.5"], "1.5"),
+        (["--seq-len", "0"], "seq_len: got 0, expected a whole number from 1"),
         (["--sequence", "8"], "No such option"),
-        (["--seq-len", "100000"], "do not fill one training row"),
+        (["--seq-len", "100000"], "seq_len: got 100,000, expected at most 64, the positions"),
         (["--chunk-rows", "3", "--shard-rows", "8"], "not a whole number of chunks"),
     ],
 )
 def test_build_refuses_settings_by_name(
     words: list[str], said: str, tmp_path: Path, corpus: Path, teacher_dir: Path
 ) -> None:
-    result = call(
-        cache_main, "build", corpus, tmp_path / "mix.zarr", "--teacher", teacher_dir, *words
-    )
-    refused(result, 2, said)
+    base = [corpus, tmp_path / "mix.zarr", "--teacher", teacher_dir, "--seq-len", 16]
+    refused(call(cache_main, "build", *base, *words), 2, said)
+    assert not (tmp_path / "mix.zarr").exists()
 
 
 def test_build_leaves_another_directory_alone(
@@ -171,22 +171,24 @@ def test_verify_fails_on_a_changed_byte(cache: Cache, tmp_path: Path) -> None:
     assert f"BAD  {victim} has changed" in result.stdout
 
 
-def test_plan_counts_exactly_and_measures_with_a_teacher(
+def test_estimate_counts_exactly_and_measures_with_a_teacher(
     corpus: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "mix.zarr"
     words = ["--seq-len", 16, "--targets", "topk:8", "--holdout", 0.3, "--shard-rows", 8]
     words += ["--chunk-rows", 2]
-    result = call(cache_main, "plan", corpus, out, "--tokenizer", teacher_dir, *words, "--json")
+    result = call(cache_main, "estimate", corpus, out, "--tokenizer", teacher_dir, *words, "--json")
     assert result.exit_code == 0, result.output
     counted = json.loads(result.stdout)
     assert not out.exists()
     assert counted["hours"] is None
-    result = call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words, "--json")
+    result = call(cache_main, "estimate", corpus, out, "--teacher", teacher_dir, *words, "--json")
     planned = json.loads(result.stdout)
     assert planned["hours"] > 0
     assert planned["domains"] == counted["domains"]
-    assert call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words).exit_code == 0
+    assert (
+        call(cache_main, "estimate", corpus, out, "--teacher", teacher_dir, *words).exit_code == 0
+    )
     built = call(cache_main, "build", corpus, out, "--teacher", teacher_dir, *words)
     assert built.exit_code == 0, built.output
     facts = json.loads(call(cache_main, "info", out, "--json").stdout)
@@ -200,8 +202,20 @@ def test_plan_counts_exactly_and_measures_with_a_teacher(
     assert "teacher on 5 rows" in result.stdout
 
 
-def test_plan_needs_something_to_count_with(corpus: Path, tmp_path: Path) -> None:
-    refused(call(cache_main, "plan", corpus, tmp_path / "x"), 2, "at least --tokenizer")
+def test_estimate_needs_something_to_count_with(corpus: Path, tmp_path: Path) -> None:
+    refused(call(cache_main, "estimate", corpus, tmp_path / "x"), 2, "at least --tokenizer")
+
+
+def test_estimate_refuses_what_cannot_be_built(
+    corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    base = [corpus, tmp_path / "x", "--tokenizer", teacher_dir]
+    result = call(cache_main, "estimate", *base, "--seq-len", 100_000)
+    refused(result, 2, "do not fill one training row")
+    result = call(cache_main, "estimate", *base, "--student-speed", "nan")
+    refused(result, 2, "student_speed: got nan")
+    result = call(cache_main, "estimate", *base, "--device", "tpu")
+    refused(result, 2, "unknown device 'tpu'")
 
 
 def test_verify_refuses_another_teacher_and_drops_what_is_bad(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ddk_cache import Cache, open_cache
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.describe import Facts, describe, printable, show
 from tests.conftest import BUILD, random_teacher
@@ -67,7 +68,9 @@ def test_a_domain_without_held_out_rows_is_warned_about(
     corpus: Path, tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = BUILD | {"holdout": 0.0}
-    build(tmp_path / "c", find_sources(corpus), random_teacher(), tokenizer, **settings)
+    build_cache(
+        tmp_path / "c", find_sources(corpus), random_teacher(), tokenizer, BuildConfig(**settings)
+    )
     facts = describe(open_cache(tmp_path / "c"))
     assert facts["domains"]["notes"]["teacher_loss"] is None
     assert "notes has no held-out rows" in " ".join(facts["warnings"])

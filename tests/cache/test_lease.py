@@ -128,3 +128,14 @@ def test_rank_and_world_come_from_the_launcher(
 def test_a_rank_beyond_the_world_is_refused(given: Any) -> None:
     with pytest.raises(InputError, match="has to be below"):
         which_process(*given)
+
+
+def test_leases_of_others_are_seen(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    mine, other = Leases(storage), Leases(storage)
+    assert not mine.others()
+    assert mine.take("a")
+    assert not mine.others()
+    assert other.others()
+    storage.put("claims/b", b"gone+99999999+1")
+    assert mine.others()  # of another host, and young

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ddk_cache import open_cache
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
@@ -27,7 +28,13 @@ def write_mix(folder: Path, documents: int, tokens: int) -> Path:
 
 
 def make(folder: Path, mix: Path, tokenizer: Any, name: str = "mix.zarr", **settings: Any) -> Path:
-    build(folder / name, find_sources(mix), random_teacher(), tokenizer, **BUILD | settings)
+    build_cache(
+        folder / name,
+        find_sources(mix),
+        random_teacher(),
+        tokenizer,
+        BuildConfig(**BUILD | settings),
+    )
     return folder / name
 
 
@@ -84,4 +91,6 @@ def test_a_chat_domain_that_cannot_count_is_refused_before_the_teacher_runs(
         (tmp_path / "c" / "a.jsonl").write_text("\n".join(lines))
         sources, settings = find_sources(tmp_path / "c"), BUILD | {"batch_rows": 2}
         with pytest.raises(InputError, match=said):
-            build(tmp_path / f"{role}.zarr", sources, teacher, tokenizer, **settings)
+            build_cache(
+                tmp_path / f"{role}.zarr", sources, teacher, tokenizer, BuildConfig(**settings)
+            )

@@ -17,7 +17,8 @@ from ddk_cache import (
     UnfinishedCacheError,
     open_cache,
 )
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.cli import main
 from ddk_cache.corpus.sources import find_sources
@@ -105,7 +106,7 @@ def test_token_rows_are_made_again_only_from_the_same_documents(
     text = (other / "digits.csv").read_text()
     (other / "digits.csv").write_text(text.replace("1", "2"))
     with pytest.raises(MismatchError, match="its documents are not those"):
-        build(copy, find_sources(other), random_teacher(), tokenizer, **BUILD)
+        build_cache(copy, find_sources(other), random_teacher(), tokenizer, BuildConfig(**BUILD))
 
 
 @pytest.mark.parametrize("name", ["../evil/zarr.json", "domains/../../zarr.json", "domains/x"])
