@@ -89,7 +89,7 @@ def test_a_control_token_in_a_message_is_text() -> None:
 
 
 def test_tool_calls_need_no_content() -> None:
-    messages = [
+    messages: list[dict[str, Any]] = [
         {"role": "user", "content": "look"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]},
         {"role": "tool", "content": "seen"},

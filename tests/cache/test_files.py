@@ -76,7 +76,7 @@ def test_json_comes_as_lines_an_array_or_columns(tmp_path: Path) -> None:
 
 def test_columns_that_nobody_asks_for_do_not_matter(tmp_path: Path) -> None:
     lines = [{"text": "x" * 100_000, "id": 1} for _ in range(120)]
-    lines += [{"text": "late", "id": "s4", "meta": {"a": [1]}}, {"id": 2}]  # type: ignore[list-item]
+    lines += [{"text": "late", "id": "s4", "meta": {"a": [1]}}, {"id": 2}]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert values(path)[-2:] == ["late", None]
