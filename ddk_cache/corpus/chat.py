@@ -131,16 +131,12 @@ def _spans(
                 "the chat template rewrites earlier turns, so the assistant's part is unknown. "
                 "Give the template {% generation %} marks."
             )
-        turn = upto.rstrip()  # a template may put a newline behind the token that ends the turn
+        turn = upto.rstrip()  # a template may put a newline after the token that ends the turn
         spans.append((len(before), len(turn if turn.endswith(control) else upto)))
     return text, spans
 
 
 def _common_start(one: str, other: str) -> str:
     """Return what two texts begin with alike."""
-    return "".join(
-        a
-        for a, _ in itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(one, other, strict=False)
-        )
-    )
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return one[: sum(1 for _ in alike)]

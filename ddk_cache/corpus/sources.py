@@ -95,19 +95,18 @@ def find_sources(corpus: str | Path) -> list[Source]:
 
 
 def _check_names(sources: Sequence[Source]) -> None:
-    """Raise InputError where two names are one, at least on a disk that ignores case."""
+    """Raise InputError where two names are the same on a file system that ignores case."""
     seen: dict[str, Source] = {}
     for source in sources:
         other = seen.setdefault(source.name.lower(), source)
-        if other is not source:
-            names = f"{other.name!r}" + (
-                f" and {source.name!r}, which differ only in case"
-                if source.name != other.name
-                else ""
-            )
-            raise InputError(
-                f"two domains are named {names}: {other.place} and {source.place}. Rename one."
-            )
+        if other is source:
+            continue
+        names = repr(source.name)
+        if source.name != other.name:
+            names = f"{other.name!r} and {source.name!r}, which differ only in case"
+        raise InputError(
+            f"two domains are named {names}: {other.place} and {source.place}. Rename one."
+        )
 
 
 def _warn_of_shared_files(sources: Sequence[Source]) -> None:

@@ -105,7 +105,7 @@ def test_token_rows_are_made_again_only_from_the_same_documents(
     shutil.copytree(corpus, other)
     text = (other / "digits.csv").read_text()
     (other / "digits.csv").write_text(text.replace("1", "2"))
-    with pytest.raises(MismatchError, match="its documents are not those"):
+    with pytest.raises(MismatchError, match="its documents differ from those"):
         build_cache(copy, find_sources(other), random_teacher(), tokenizer, BuildConfig(**BUILD))
 
 
