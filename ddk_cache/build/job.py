@@ -195,12 +195,14 @@ class Planning:
             return None
         while not self.leases.take(self.lease(name)):
             pause(self.leases)
-        plan = read_plan(store.storage, store.spec, name)
-        advance = partial(self.advance, name)
-        if store.missing_tokens(name, plan):
-            mend_tokens(store, source, self.tokenizer, advance, plan)
-        grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
-        self.leases.release(self.lease(name))
+        try:
+            plan = read_plan(store.storage, store.spec, name)
+            advance = partial(self.advance, name)
+            if store.missing_tokens(name, plan):
+                mend_tokens(store, source, self.tokenizer, advance, plan)
+            grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
+        finally:
+            self.leases.release(self.lease(name))
         return grown if grown != plan else None
 
     def fix(self, name: str, plan: DomainPlan) -> None:
