@@ -91,7 +91,7 @@ def open_for_building(
 ) -> None:
     """Create the cache, or check that it is the one asked for; nothing is written before that.
 
-    A cache that grows learns of its new domains later, when they are planned: `add_sources`.
+    The new domains of a cache that grows are added later, when they are planned: `add_sources`.
 
     Raises:
         InputError: the place holds something else.
@@ -134,7 +134,7 @@ def _agree(
     planned: Mapping[str, Any],
     leases: Leases,
 ) -> None:
-    """Compare the sources of a cache; those of domains not planned yet give way to new ones."""
+    """Compare the sources of a cache with those given, which replace those of unplanned domains."""
     where = store.storage.uri()
     if was.sources == described:
         return

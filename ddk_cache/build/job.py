@@ -195,12 +195,14 @@ class Planning:
             return None
         while not self.leases.take(self.lease(name)):
             pause(self.leases)
-        plan = read_plan(store.storage, store.spec, name)
-        advance = partial(self.advance, name)
-        if store.missing_tokens(name, plan):
-            mend_tokens(store, source, self.tokenizer, advance, plan)
-        grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
-        self.leases.release(self.lease(name))
+        try:
+            plan = read_plan(store.storage, store.spec, name)
+            advance = partial(self.advance, name)
+            if store.missing_tokens(name, plan):
+                mend_tokens(store, source, self.tokenizer, advance, plan)
+            grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
+        finally:
+            self.leases.release(self.lease(name))
         return grown if grown != plan else None
 
     def fix(self, name: str, plan: DomainPlan) -> None:
@@ -209,7 +211,7 @@ class Planning:
         write_plan(self.store.storage, self.store.spec, name, plan)
 
     def advance(self, name: str, tokens: int) -> None:
-        """Count tokens of a domain as done, and stay alive for other processes."""
+        """Count tokens of a domain as done, and renew the leases that are held."""
         self.leases.beat()
         self.progress.advance(tokens, name)
 
@@ -234,13 +236,14 @@ def score_shards(
         domain: TargetCodec(spec, plan.frequent_ids) for domain, plan in manifest.plans.items()
     }
     scorer = Scorer(teacher, spec, manifest.root.batch_rows)
-    with Progress("scoring", 0, "tokens") as progress:
-        job = Scoring(store, leases, manifest, planned, codecs, scorer, progress)
-        progress.total = sum(planned[key].rows for key in job.todo()) * spec.seq_len
-        if write_behind is None:
-            write_behind = teacher.device.type != "cpu"
-        with ThreadPoolExecutor(1) if write_behind else contextlib.nullcontext() as job.writer:
-            share(job, leases, *place)
+    progress = Progress("scoring", 0, "tokens")
+    job = Scoring(store, leases, manifest, planned, codecs, scorer, progress)
+    progress.total = sum(planned[key].rows for key in job.todo()) * spec.seq_len
+    if write_behind is None:
+        write_behind = teacher.device.type != "cpu"
+    thread = ThreadPoolExecutor(1) if write_behind else contextlib.nullcontext()
+    with progress, thread as job.writer:
+        share(job, leases, *place)
 
 
 @dataclass
@@ -316,7 +319,7 @@ class Scoring:
         self.leases.release(self.lease(key))
 
     def advance(self, note: str, tokens: int) -> None:
-        """Count tokens as scored, and stay alive for other processes."""
+        """Count tokens as scored, and renew the leases that are held."""
         self.leases.beat()
         self.progress.advance(tokens, note)
 

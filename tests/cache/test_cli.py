@@ -16,7 +16,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from ddk_cache import InputError
 from ddk_cache.cli import main as cache_main
+from ddk_cache.cli import which_process
 from ddk_cache.console import Progress
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
@@ -139,11 +141,57 @@ def test_build_refuses_settings_by_name(
     assert not (tmp_path / "mix.zarr").exists()
 
 
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        ({}, (None, None), (0, 1)),
+        ({}, (2, 4), (2, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (None, None), (3, 8)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 2), (0, 2)),
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4"}, (None, None), (0, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (None, None), (1, 2)),
+    ],
+)
+def test_rank_and_world_come_from_the_launcher(
+    names: dict[str, str], given: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert which_process(*given) == expected
+
+
+@pytest.mark.parametrize("given", [(4, 4), (1, None)])
+def test_a_rank_beyond_the_world_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match="rank: got"):
+        which_process(*given)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_launcher_that_gives_no_numbers_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
+) -> None:
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", name: "x"}.items():
+        monkeypatch.setenv(variable, value)
+    result = call(cache_main, "build", corpus, tmp_path / "x", "--teacher", "/none")
+    refused(result, 2, f"{name}: got 'x', expected a whole number")
+
+
+def test_one_rank_speaks(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my mix.zarr"
+    base = ["build", corpus, out, "--teacher", teacher_dir, "--seq-len", 16, "--world", 2]
+    quiet = call(cache_main, *base, "--rank", 1)
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    spoken = call(cache_main, *base, "--rank", 0)
+    assert spoken.exit_code == 0
+    assert f"ddk-train run '{out}' RUN" in spoken.stderr
+
+
 def test_build_leaves_another_directory_alone(
     tmp_path: Path, corpus: Path, teacher_dir: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    result = call(cache_main, "build", corpus, tmp_path, "--teacher", teacher_dir)
+    # A taken place is reported before the teacher is looked for.
+    result = call(cache_main, "build", corpus, tmp_path, "--teacher", "/none/at/all")
     refused(result, 2, "exists and is not a cache")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

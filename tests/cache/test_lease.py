@@ -8,12 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ddk_cache import InputError, owner
-from ddk_cache.cli import which_process
+from ddk_cache import owner
 from ddk_cache.owner import current
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.lease import Leases
@@ -103,31 +101,6 @@ def test_whoever_is_waited_for_is_said_once(
     assert "code.train.3 is leased by another machine, far-away, which renewed" in message
     assert "20 s ago" in message
     assert "taken over in 100 s" in message
-
-
-@pytest.mark.parametrize(
-    ("names", "given", "expected"),
-    [
-        ({}, (None, None), (0, 1)),
-        ({}, (2, 4), (2, 4)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (None, None), (3, 8)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 2), (0, 2)),
-        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4"}, (None, None), (0, 4)),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (None, None), (1, 2)),
-    ],
-)
-def test_rank_and_world_come_from_the_launcher(
-    names: dict[str, str], given: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    assert which_process(*given) == expected
-
-
-@pytest.mark.parametrize("given", [(4, 4), (1, None)])
-def test_a_rank_beyond_the_world_is_refused(given: Any) -> None:
-    with pytest.raises(InputError, match="has to be below"):
-        which_process(*given)
 
 
 def test_leases_of_others_are_seen(tmp_path: Path) -> None:

@@ -86,15 +86,16 @@ def test_a_growth_that_fails_leaves_a_finished_cache_as_it_was(
     documents = tree(path / "plans") | tree(path / "commits")
     root = (path / "zarr.json").read_bytes()
     grow(growing)
-    (growing / "bad.jsonl").write_text("")
-    with pytest.raises(InputError, match="bad"):
+    (growing / "zero.jsonl").write_text("")
+    with pytest.raises(InputError, match="zero"):
         make(growing, tokenizer, path, grow=True)
     assert (path / "zarr.json").read_bytes() == root
     assert {n: (tree(path / "plans") | tree(path / "commits"))[n] for n in documents} == documents
     opened = open_cache(path)
     assert opened.domains == before.domains
     assert not verify(opened, quiet)
-    (growing / "bad.jsonl").unlink()
+    (growing / "zero.jsonl").unlink()
+    assert (path / "plans/two.json").exists()
     # What the failed growth had planned of `two` is of other documents now.
     (growing / "two.jsonl").write_text(lines(0, 30, "uvw"))
     after = make(growing, tokenizer, path, grow=True)
