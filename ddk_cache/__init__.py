@@ -22,6 +22,7 @@ from ddk_cache.types import SPLITS, Rows, SparseTargets
 
 if TYPE_CHECKING:
     from ddk_cache.read.cache import Cache, open_cache
+    from ddk_cache.storage.shard_cache import parse_size
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,6 +43,7 @@ __all__ = [
     "TargetSpec",
     "UnfinishedCacheError",
     "open_cache",
+    "parse_size",
     "rows_at",
 ]
 
@@ -51,4 +53,8 @@ def __getattr__(name: str) -> Any:
         from ddk_cache.read import cache as reader
 
         return getattr(reader, name)
+    if name == "parse_size":
+        from ddk_cache.storage.shard_cache import parse_size
+
+        return parse_size
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

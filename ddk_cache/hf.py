@@ -29,14 +29,16 @@ def load(what: str, auto: str, name: str | Path, **options: Any) -> Any:
         raise InputError(f"there is no {what} at {name}.")
     transformers.utils.logging.disable_progress_bar()  # it would break into our own
     try:
+        # Without an explicit False, transformers would ask on the terminal and wait.
+        options = {"trust_remote_code": False} | options
         return getattr(transformers, auto).from_pretrained(str(name), **options)
     except Exception as error:  # transformers raises many kinds for one cause: it is not there
         raise InputError(f"no {what} could be loaded from {str(name)!r}: {error}") from error
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer. Raises InputError where there is none, or it has no end-of-text token."""
-    tokenizer = load("tokenizer", "AutoTokenizer", name)
+    tokenizer = load("tokenizer", "AutoTokenizer", name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {str(name)!r} has no end-of-text (eos) token to put between documents."

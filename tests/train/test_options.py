@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ddk_cache import InputError, MismatchError
 from ddk_train import TrainConfig
 from ddk_train.optim import learning_rate
-from ddk_train.trainer import Trainer, train
+from ddk_train.job import train
 from tests.conftest import Configure, tree
 
 

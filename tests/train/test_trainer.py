@@ -20,7 +20,7 @@ from ddk_cache.read.cache import Cache
 from ddk_train import TrainConfig
 from ddk_train.optim import learning_rate
 from ddk_train.run import open_run
-from ddk_train.trainer import Trainer, train
+from ddk_train.job import train
 from ddk_train.weights import RULES, Gaps, Settings, update
 from tests.conftest import Configure, byte_tokenizer, command, finish, tree
 
