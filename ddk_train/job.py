@@ -146,7 +146,7 @@ def prepare(loaded: Student, config: TrainConfig, processes: Processes) -> Any:
     if config.lora_rank:
         if Path(config.student).suffix == ".json":
             raise InputError(
-                "--lora-rank is for a trained student; the frozen weights of a fresh one are random."
+                "--lora-rank is for a trained student; a fresh one has nothing to freeze."
             )
         model = add_adapter(model, config.lora_rank)
     if config.gradient_checkpointing:
