@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ddk_cache.hf import load_tokenizer
     from ddk_cache.read.cache import Cache, open_cache
     from ddk_cache.read.split import Domain, Split
+    from ddk_cache.storage.shard_cache import parse_size
 
 __all__ = [
     "FORMAT_VERSION",
@@ -69,6 +70,7 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "open_cache",
+    "parse_size",
     "rows_at",
 ]
 
@@ -83,6 +85,7 @@ LAZY = {
     "load_teacher": "ddk_cache.build.teacher",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",
+    "parse_size": "ddk_cache.storage.shard_cache",
 }
 """Name → the module that is imported when the name is first used."""
 

@@ -92,13 +92,18 @@ def sync_tree(top: Path) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Yield an empty directory to fill; afterwards it is flushed and takes the name `path`.
 
-    What stood at `path` before is replaced. After an error it still stands.
+    What stood at `path` before is replaced. After an error it still stands, and what was written
+    is removed.
     """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    sync_tree(partial)
+    try:
+        yield partial
+        sync_tree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync(path.parent)

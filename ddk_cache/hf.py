@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from ddk_cache.errors import InputError, unknown
 from ddk_cache.hashing import canonical, digest
@@ -131,3 +132,12 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError):  # by kind of device
         raise InputError(f"device {name!r}: torch cannot use it here. Give another.") from None
     return device
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """Return a content hash of all weights of a model, by name."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return state.hexdigest()

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
@@ -200,3 +201,17 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     """Wait for a process; return its exit code, stdout and stderr."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+CLOCK = {"seconds", "tokens_per_second", "wait", "eval_share", "eval_seconds"}
+"""Metrics and columns that say how long something took."""
+
+
+def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return metrics or history without times."""
+    return [{k: v for k, v in line.items() if k not in CLOCK} for line in metrics]
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a saved student."""
+    return load_file(path / "model.safetensors")

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from ddk_cache.errors import InputError, unknown
 from ddk_cache.hashing import canonical, digest
-from ddk_cache.hf import load_model, pick_device
+from ddk_cache.hf import hash_weights, load_model, pick_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -116,13 +115,9 @@ def identify(model: torch.nn.Module) -> dict[str, str]:
     config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(name, None)
-    weights = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return {
         "class": type(model).__name__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "config": digest(canonical(config)),
-        "weights": weights.hexdigest(),
+        "weights": hash_weights(model),
     }

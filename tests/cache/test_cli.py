@@ -35,7 +35,8 @@ OPTIONS = {
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",
-    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha --weights "
+    "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
+    "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "
     "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
     "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
