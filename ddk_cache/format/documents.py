@@ -69,7 +69,7 @@ def typed(value: Any, kind: type[T], least: float = 0, most: float = 2**62) -> T
 
 def file_name(name: Any) -> str:
     """Return a name that is one plain file in a folder. Raises ValueError on any other."""
-    if Path(typed(name, str)).name != name or name.startswith("."):
+    if not typed(name, str) or Path(name).name != name or name.startswith("."):
         raise ValueError(f"{name!r} is not the name of a file")
     return str(name)
 

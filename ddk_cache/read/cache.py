@@ -170,7 +170,7 @@ class Cache(Mapping[str, Domain]):
         """Close files and connections, and free the memory of what was read."""
         if self._storage:
             self._storage.close()
-        if self._reader:
+        if self._reader and self._process == os.getpid():
             self._reader.close()
         self._storage = self._reader = None
 

@@ -31,3 +31,8 @@ def test_the_nearest_known_name_is_offered() -> None:
         "unknown split 'trian'. Did you mean 'train'? Known: train, validation."
     )
     assert unknown("split", "x", []) == "unknown split 'x'. Known: ."
+
+
+def test_the_nearest_known_word_is_pointed_out() -> None:
+    message = unknown("weighting", "dkd", ["ddk", "uniform"])
+    assert message == "unknown weighting 'dkd'. Did you mean 'ddk'? Known: ddk, uniform."
