@@ -28,8 +28,8 @@ from ddk_cache.build.writer import ShardWriter
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey
 from ddk_cache.read.cache import Cache, object_sizes
 from ddk_cache.storage.local import LocalStorage
+from ddk_cache.testing import BUILD
 from ddk_cache.verify import verify
-from tests.conftest import BUILD
 
 
 def pairs(cache: Cache) -> list[tuple[str, str]]:

@@ -24,7 +24,8 @@ from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.codec import ProbCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.read.cache import Cache, open_cache
-from tests.conftest import BUILD, VOCAB, byte_tokenizer, random_teacher, tree
+from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
+from tests.helpers import BUILDER, tree
 
 Make = Callable[..., Cache]
 
@@ -80,24 +81,6 @@ def test_a_teacher_that_fails_leaves_committed_shards_and_a_cache_that_goes_on(
     assert list((tmp_path / "mix.zarr" / "commits").rglob("*.json"))
     make_cache(tmp_path / "mix.zarr")
     assert tree(tmp_path / "mix.zarr") == tree(cache.root)
-
-
-BUILDER = """
-import sys, time
-import torch
-from pathlib import Path
-from ddk_cache.build.job import build
-from ddk_cache.build.teacher import Teacher
-from ddk_cache.corpus.sources import find_sources
-from tests.conftest import BUILD, byte_tokenizer, random_teacher
-teacher = random_teacher()
-def slow(tokens):
-    time.sleep(0.02)
-    return teacher.logits(tokens)
-print("ready", flush=True)
-build(sys.argv[1], find_sources(sys.argv[2]), Teacher(slow, teacher.vocab_size, teacher.identity),
-      byte_tokenizer(), **BUILD)
-"""
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -22,9 +22,8 @@ from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_train import TrainConfig, train
-from tests.conftest import command, finish, tree
+from tests.helpers import command, finish, timeless, tree
 from tests.s3 import Flaky, Server
-from tests.train.test_trainer import timeless
 
 
 def upload(cache: Cache, url: str) -> str:

@@ -131,7 +131,7 @@ FORGETFUL = "{% for m in messages[-2:] %}{{ m.content }};{% endfor %}"
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED])
 def test_only_the_assistants_part_of_a_conversation_counts(template: str) -> None:
-    from tests.conftest import byte_tokenizer
+    from ddk_cache.testing import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
@@ -145,7 +145,7 @@ def test_only_the_assistants_part_of_a_conversation_counts(template: str) -> Non
 
 @pytest.mark.parametrize(("template", "said"), [("", "no chat template"), (FORGETFUL, "rewrites")])
 def test_a_template_that_cannot_mark_the_assistant_is_refused(template: str, said: str) -> None:
-    from tests.conftest import byte_tokenizer
+    from ddk_cache.testing import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template

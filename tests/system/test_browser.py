@@ -22,7 +22,7 @@ import pytest
 
 from ddk_train.report.page import write_page
 from ddk_train.report.run_report import load
-from tests.train.test_report import NAMES, Page, write_run
+from tests.runs import NAMES, Page, write_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 

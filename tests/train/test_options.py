@@ -16,7 +16,7 @@ from ddk_cache import InputError, MismatchError
 from ddk_train import TrainConfig
 from ddk_train.optim import learning_rate
 from ddk_train.trainer import Trainer, train
-from tests.conftest import Configure, tree
+from tests.helpers import Configure, tree
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:

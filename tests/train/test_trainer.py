@@ -17,18 +17,13 @@ import torch
 
 from ddk_cache import DDKError, InputError, MismatchError
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import byte_tokenizer
 from ddk_train import TrainConfig
 from ddk_train.optim import learning_rate
 from ddk_train.run import open_run
 from ddk_train.trainer import Trainer, train
 from ddk_train.weights import RULES, Gaps, Settings, update
-from tests.conftest import Configure, byte_tokenizer, command, finish, tree
-
-
-def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return metrics or history without what the clock says."""
-    clock = {"seconds", "tokens_per_second", "wait", "eval_share", "eval_seconds"}
-    return [{k: v for k, v in line.items() if k not in clock} for line in metrics]
+from tests.helpers import Configure, command, finish, timeless, tree
 
 
 def test_a_student_learns_and_loads_as_an_ordinary_model(configure: Configure) -> None:
@@ -209,7 +204,7 @@ def test_a_live_teacher_gives_the_run_of_its_cache(configure: Configure) -> None
     from ddk_cache import SparseTargets
     from ddk_cache.build import targets
     from ddk_cache.format.spec import TargetSpec
-    from tests.conftest import random_teacher
+    from ddk_cache.testing import random_teacher
 
     teacher = random_teacher()
 
