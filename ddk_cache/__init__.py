@@ -51,4 +51,8 @@ def __getattr__(name: str) -> Any:
         from ddk_cache.read import cache as reader
 
         return getattr(reader, name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ddk-distill")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

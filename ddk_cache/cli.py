@@ -71,7 +71,7 @@ def options(*groups: list[Any]) -> Callable[[Command], Command]:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="ddk")
+@click.version_option(package_name="ddk-distill")
 def main() -> None:
     """Pay for the teacher once: plan, build and check caches of its next-token targets."""
 

@@ -15,4 +15,8 @@ def __getattr__(name: str) -> Any:
         from ddk_train.trainer import train
 
         return train
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ddk-distill")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -32,7 +32,7 @@ def setting(name: str, help: str, type: Any = None) -> Callable[[Command], Comma
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="ddk")
+@click.version_option(package_name="ddk-distill")
 def main() -> None:
     """Spend the cache many times: train students from it, and look at how they did."""
 
