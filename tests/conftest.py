@@ -1,7 +1,7 @@
-"""Material for the tests: a byte tokenizer, a corpus of three domains, a teacher, a cache.
+"""Fixtures: a byte tokenizer, a corpus of three domains, a teacher, a cache, a student, a store.
 
-Everything is small and real: real files, a real tokenizer, a real Llama of a few thousand weights.
-Tests on the shared corpus read its place from DDK_DATA and skip, saying so, where it is unset.
+Everything is small and real (`ddk_cache.testing`). Tests on real text need DDK_DATA, a folder with
+corpus/ and teacher/, and are skipped with that reason where it is unset.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from ddk_cache import testing
 from ddk_cache.build.job import build
@@ -22,6 +23,18 @@ from ddk_cache.read.cache import Cache, open_cache
 from ddk_train import TrainConfig
 from tests.helpers import RUN, Configure
 from tests.s3 import Server
+
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI") == "true":
+    settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs CUDA where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
 
 
 @pytest.fixture(scope="session")
