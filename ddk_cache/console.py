@@ -7,6 +7,7 @@ seconds, because a bar that is redrawn into a file is unreadable.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -58,6 +59,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a DDKError or Ctrl-C becomes its message and exit code."""
         signal.signal(signal.SIGTERM, _interrupt)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets "?" for "→"
+                stream.reconfigure(errors="replace")
         show_logs()
         try:
             return super().invoke(ctx)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_train.report.compare import particulars
+from ddk_train.report.compare import by_seed, particulars
 from ddk_train.report.run_report import load
 from ddk_train.report.table import show
 from tests.runs import NAMES, Page, page_of, write_run
@@ -53,6 +53,21 @@ def test_seeds_are_taken_together(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "Over seeds" not in page_of(tmp_path, runs[0], runs[3])
 
 
+def test_runs_of_one_seed_have_no_spread(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = [write_run(tmp_path / name, shift=shift) for name, shift in (("a", 0.0), ("b", 0.2))]
+    (group,) = by_seed(load(same))
+    assert (group.seeds, group.loss()) == ("same seed", "2.600")
+    show(load(same))
+    assert "same seed" in (out := capsys.readouterr().out)
+    assert "±" not in out
+    other = write_run(tmp_path / "c", shift=0.3, seed=1)
+    (group,) = by_seed(load([*same, other]))
+    assert group.seeds == "2"
+    assert group.loss() == f"2.700 ± {np.std([2.6, 2.8], ddof=1):.3f}"  # a seed counts once
+
+
 def test_mean_is_over_shared_domains(tmp_path: Path) -> None:
     runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", (*NAMES, "math"))
     page = Page(page_of(tmp_path, *runs))
@@ -62,7 +77,7 @@ def test_mean_is_over_shared_domains(tmp_path: Path) -> None:
 
 def test_other_held_out_rows_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = write_run(tmp_path / "a"), write_run(tmp_path / "b", ("code", "books"))
-    assert "on different scales" in page_of(tmp_path, *runs)
+    assert "not comparable" in page_of(tmp_path, *runs)
     show(load(runs))
-    assert "differ" in capsys.readouterr().out
-    assert "on different scales" not in page_of(tmp_path, runs[0], write_run(tmp_path / "c"))
+    assert "not comparable" in capsys.readouterr().out
+    assert "not comparable" not in page_of(tmp_path, runs[0], write_run(tmp_path / "c"))

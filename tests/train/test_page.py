@@ -69,7 +69,7 @@ def test_all_figures_are_drawn(tmp_path: Path) -> None:
         "KL to the teacher by domain over steps",
         "Weights of domains over steps",
         "Training loss over steps",
-        "Tokens a second over steps",
+        "Tokens per second over steps",
         "Share of time waiting for data",
     ]
     ends = ["".join(text.itertext()) for text in drawn[0].findall(".//svg[@class='ends']/text")]

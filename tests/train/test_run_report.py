@@ -25,6 +25,27 @@ def test_json_holds_the_facts(tmp_path: Path) -> None:
     assert facts["settings"]["weighting"] == "ddk"
 
 
+DAMAGE = {
+    "metrics.jsonl": [b'{"step": 10, "loss"\n', b'{"loss": 1.0}\n', b"[]\n"],
+    "history.parquet": [b"", b"PAR1 cut short"],
+    "config.json": [b"{}", b"[]", b'{"settings": 3}', b'{"settings": {}, "provenance": [1]}'],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_run_is_a_named_error(tmp_path: Path, name: str) -> None:
+    for n, content in enumerate(DAMAGE[name]):
+        run = write_run(tmp_path / str(n))
+        (run / name).write_bytes(content)
+        with pytest.raises(DDKError, match=re.escape(str(run))):
+            load([run])
+
+
+def test_names_hold_nothing_that_a_terminal_would_obey(tmp_path: Path) -> None:
+    (report,) = load([write_run(tmp_path / "a\x1b[31m\nb")])
+    assert report.name == "a?[31m?b"
+
+
 def test_equal_directory_names_are_told_apart(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / part / "final") for part in ("x", "y")]
     assert [report.name for report in load([*runs, runs[0]])] == ["x/final", "y/final"]

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from ddk_train.report.run_report import load
 from ddk_train.report.table import show
+from tests.helpers import command, finish
 from tests.runs import write_run
 
 
 def test_terminal_has_every_domain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = ("[red]books[/]", "code", "a name of a domain that is longer than most columns are")
+    names = (
+        "[red]books[/]",
+        "[/]",
+        "code",
+        "a name of a domain that is longer than most columns are",
+    )
     show(load([write_run(tmp_path / "a", names), write_run(tmp_path / "[b]", names)]))
     out = capsys.readouterr().out
     assert all(out.count(name) >= 3 for name in names)
     assert "\n[b]\n" in out
     assert f"{math.exp(1.5):.2f}" in out
     assert "300 steps, 128 tokens/s, mean held-out loss 2.500" in out
+
+
+def report(*words: object, **environment: str) -> tuple[int, str, str]:
+    return finish(command("ddk-train", "report", *words, env=os.environ | environment))
+
+
+def test_report_writes_json_and_page_on_request(tmp_path: Path) -> None:
+    run, page = write_run(tmp_path / "a"), tmp_path / "page.html"
+    code, out, _ = report("--json", run)
+    assert (code, json.loads(out)[0]["name"]) == (0, "a")
+    assert not list(tmp_path.rglob("*.html"))
+    code, out, err = report("--json", "--html", page, run)
+    assert (code, json.loads(out)[0]["name"]) == (0, "a")
+    assert str(page) in err
+    assert page.exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_any_encoding_and_any_run_name_can_be_printed(tmp_path: Path, encoding: str) -> None:
+    runs = write_run(tmp_path / "ü[/nope]→"), write_run(tmp_path / "b", seed=1)
+    code, out, err = report(*runs, PYTHONIOENCODING=encoding, PYTHONUTF8="0")
+    assert code == 0, err
+    assert "[/nope]" in out
