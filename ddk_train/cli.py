@@ -101,7 +101,7 @@ def run(**settings: Any) -> None:
 @click.option("--html", type=click.Path(path_type=Path),
               help="Where to write the page.  [default: report.html in the first run]")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True,
-              help="Print JSON instead of tables; the page is then written only with --html.")  # fmt: skip
+              help="Print JSON instead of tables; a page only with --html.")  # fmt: skip
 def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     """Compare RUNS in tables and on one HTML page."""
     from ddk_train.report.page import write_page

@@ -126,8 +126,8 @@ def lines(
     """Return a line chart over steps 0 … `end`; an empty string if no value can be drawn.
 
     `title` is for screen readers, `unit` is printed above the axis. `base` is a reference value
-    that the axis must include, drawn as a heavier rule, for example zero or the teacher. `log` requests
-    a logarithmic axis; None chooses one for positive values that span more than a decade.
+    that the axis must include, drawn as a heavier rule, for example zero or the teacher. `log`
+    requests a logarithmic axis; None chooses one for positive values that span more than a decade.
     """
     behind_first = sorted(series, key=lambda one: not one.faint)
     drawn = [one for one in map(_drawable, behind_first) if len(one.x)]

@@ -42,7 +42,8 @@ const charts = [...document.querySelectorAll("svg.chart")].map(c => ({
   label: c.getAttribute("aria-label"), size: box(c),
   marks: [...c.querySelectorAll("polyline, .band rect")].map(box)}));
 document.title = JSON.stringify({charts,
-  hidden: [...document.querySelectorAll(".wide")].map(e => e.scrollWidth - e.clientWidth), wide: document.documentElement.scrollWidth});
+  hidden: [...document.querySelectorAll(".wide")].map(e => e.scrollWidth - e.clientWidth),
+  wide: document.documentElement.scrollWidth});
 </script>"""
 
 

@@ -20,7 +20,7 @@ def test_terminal_has_every_domain(tmp_path: Path, capsys: pytest.CaptureFixture
         "[red]books[/]",
         "[/]",
         "code",
-        "a name of a domain that is longer than most columns are",
+        "a domain name that is longer than most columns are",
     )
     show(load([write_run(tmp_path / "a", names), write_run(tmp_path / "[b]", names)]))
     out = capsys.readouterr().out
