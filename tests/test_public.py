@@ -25,7 +25,7 @@ CACHE = [
     "rows_at",
 ]  # fmt: skip
 TRAIN = ["TrainConfig", "train"]
-COMMANDS = {
+COMMANDS: dict[click.Group, list[str]] = {
     cache_main: ["build", "info", "plan", "verify"],
     train_main: ["report", "run"],
 }
