@@ -93,4 +93,8 @@ LAZY = {
 def __getattr__(name: str) -> Any:
     if name in LAZY:
         return getattr(import_module(LAZY[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ddk-distill")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

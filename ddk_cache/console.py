@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import io
 import itertools
 import logging
 import os
@@ -65,6 +66,9 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a DDKError or Ctrl-C becomes its message and exit code."""
         signal.signal(signal.SIGTERM, _interrupt)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets "?" for "→"
+                stream.reconfigure(errors="replace")
         show_logs(first=os.environ.get("RANK", "0") == "0")
         try:
             return super().invoke(ctx)

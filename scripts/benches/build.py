@@ -1,4 +1,4 @@
-"""What a cache costs beside its teacher: extraction, and everything around it.
+"""The cost of a cache compared with its teacher: extraction, and the whole build.
 
 The teacher's forward pass alone, with extraction, and a whole build are timed over the same rows
 in the same batches, in turn. A build may take little longer than forward and extraction: auditing,
@@ -151,7 +151,7 @@ def whole(
 @click.option("--large/--no-large", default=True, show_default=True, help="The 150 M teacher too.")
 @json_option
 def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:
-    """Time extraction beside the teacher's forward pass, and a build beside both."""
+    """Compare extraction with the teacher's forward pass, and a build with both."""
     settings = {"kinds": kinds, "repeats": repeats, "documents": documents}
     settings |= {"threads": torch.get_num_threads(), "seq_len": SEQ_LEN, "rows": BATCH_ROWS}
     record = Record("build", settings, ["torch", "transformers", "zarr"])
@@ -160,7 +160,7 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
     rows = extraction(teacher, BATCH_ROWS, names, repeats)
     if large:
         rows += extraction(large_teacher(), 4, names, repeats)
-    record.table("extraction beside the forward pass", rows)
+    record.table("extraction compared with the forward pass", rows)
     tokenizer = load_tokenizer(str(place))
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"
@@ -169,5 +169,5 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
             table = parquet.read_table(data() / f"corpus/{name}.parquet")
             parquet.write_table(table.slice(0, documents), corpus / f"{name}.parquet")
         built = [whole(Path(scratch), teacher, tokenizer, name, repeats) for name in names]
-    record.table("a build beside forward and extraction", built)
+    record.table("a build compared with forward and extraction", built)
     record.write(json_path)

@@ -3,8 +3,8 @@
 The teacher is two small random matrices, scaled so that its entropy is that of a language model
 on text (two to three nats); it costs seconds. The build is the real one, so whatever a cache holds
 is stored as it always is. Multiplying repeats its shards under new numbers, each with a record of
-its own: as copies where bytes have to be read from the disk, or as links, and only where asked,
-where their number is what matters.
+its own: as copies if bytes must be read from the disk, or as links if only their number
+matters.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DOMAIN = "noise"
 
 
 def teacher() -> Teacher:
-    """Return a teacher whose word depends on two tokens, so that hardly two positions agree."""
+    """Return a teacher whose output depends on two tokens, so that few positions are alike."""
     generator = torch.Generator().manual_seed(0)
     into = torch.randn(2, VOCAB, 48, generator=generator)
     out = torch.randn(48, VOCAB, generator=generator) * 0.35

@@ -73,7 +73,7 @@ def packed(name: str, array: Array, spec: CacheSpec) -> int:
 def bytes_of(
     spec: CacheSpec, scores: targets.Scores, tokens: torch.Tensor, frequent: Array
 ) -> tuple[dict[str, float], Targets]:
-    """Return bytes a token of each array, and the targets as they come back from a cache."""
+    """Return bytes per token of each array, and the targets after a round trip through a cache."""
     codec, S = TargetCodec(spec, frequent.tolist()), SEQ_LEN
     stored = codec.encode(as_arrays([scores]))
     stored["tokens"], stored["loss_mask"] = tokens.numpy(), np.ones((len(tokens), S))
@@ -175,7 +175,7 @@ def main(
                     more, _ = bytes_of(spec, spread, batch, frequent * WIDE // vocab_size)
                     wide[kind].append(sum(more.values()))
                 compare(made, stored, logits, batch, student, errors)
-        record.table(f"logits / {sharpness:g}: bytes a token", cost(sizes, wide, errors))
+        record.table(f"logits / {sharpness:g}: bytes per token", cost(sizes, wide, errors))
         record.table(
             f"logits / {sharpness:g}: what is lost",
             [{"target": name} | error.row() for name, error in errors.items()],

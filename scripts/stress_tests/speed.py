@@ -1,4 +1,4 @@
-"""What `verify` costs beside reading and hashing the same bytes plainly."""
+"""The speed of `verify` compared with plain reading and hashing of the same bytes."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ from ddk_cache.hashing import canonical, digest
 from ddk_cache.read.cache import Cache
 from ddk_cache.read.chunks import ChunkKey
 from ddk_cache.storage.local import LocalStorage
+from ddk_cache.testing import BUILD
 from ddk_cache.verify import bytes_to_hash, verify
-from tests.conftest import BUILD
 
 
 def pairs(cache: Cache) -> list[tuple[str, str]]:

@@ -127,5 +127,5 @@ def test_targets_at_a_declared_temperature_are_those_of_a_softened_teacher() -> 
 
 @pytest.mark.parametrize("frequent", [[300], [-1], [4, 4]])
 def test_a_numbering_of_other_ids_is_refused(frequent: list[int]) -> None:
-    with pytest.raises(ValueError, match="frequent ids"):
+    with pytest.raises(ValueError, match="frequent id"):
         Numbering.of(frequent, 300)

@@ -15,7 +15,8 @@ from ddk_cache.build.create import check_place
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.local import LocalStorage
-from tests.conftest import BUILD, VOCAB, random_teacher, tree
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
+from tests.helpers import tree
 
 Make = Callable[..., Cache]
 

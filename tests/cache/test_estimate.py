@@ -12,7 +12,7 @@ from ddk_cache import BuildConfig, CacheError, InputError, Teacher, build_cache,
 from ddk_cache.build.estimate import estimate_cache
 from ddk_cache.describe import describe
 from ddk_cache.read.cache import open_cache
-from tests.conftest import BUILD, VOCAB, random_teacher
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
 
 CONFIG = BuildConfig(**BUILD)
 

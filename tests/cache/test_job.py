@@ -24,8 +24,9 @@ from ddk_cache.build.teacher import Teacher
 from ddk_cache.format.codec import ProbCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.read.cache import Cache, open_cache
+from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
 from ddk_cache.verify import verify
-from tests.conftest import BUILD, VOCAB, byte_tokenizer, random_teacher, tree
+from tests.helpers import BUILDER, tree
 
 Make = Callable[..., Cache]
 
@@ -81,24 +82,6 @@ def test_a_teacher_that_fails_leaves_committed_shards_and_a_cache_that_resumes(
     assert list((tmp_path / "mix.zarr" / "commits").rglob("*.json"))
     make_cache(tmp_path / "mix.zarr")
     assert tree(tmp_path / "mix.zarr") == tree(cache.root)
-
-
-BUILDER = """
-import sys, time
-import torch
-from pathlib import Path
-from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.job import build_cache
-from ddk_cache.build.teacher import Teacher
-from tests.conftest import BUILD, byte_tokenizer, random_teacher
-teacher = random_teacher()
-def slow(tokens):
-    time.sleep(0.02)
-    return teacher.logits(tokens)
-print("ready", flush=True)
-slow = Teacher(slow, teacher.vocab_size, teacher.identity)
-build_cache(sys.argv[1], sys.argv[2], slow, byte_tokenizer(), BuildConfig(**BUILD))
-"""
 
 
 @pytest.mark.parametrize("seed", [0, 1])

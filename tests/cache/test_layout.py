@@ -10,7 +10,7 @@ import pytest
 from ddk_cache import Cache
 from ddk_cache.format import layout
 from ddk_cache.format.plan import ShardKey
-from tests.conftest import tree
+from tests.helpers import tree
 
 PACKAGE = Path(layout.__file__).parents[1]
 

@@ -16,8 +16,7 @@ from ddk_cache.owner import current
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.local import LocalStorage
-from tests.cache.test_job import BUILDER
-from tests.conftest import tree
+from tests.helpers import BUILDER, tree
 
 
 def test_three_processes_build_the_same_cache_as_one(

@@ -11,7 +11,7 @@ import torch
 from ddk_cache import BuildConfig, InputError, Teacher
 from ddk_cache.build.scoring import Scorer, rows_that_fit
 from ddk_cache.format.plan import ShardKey
-from tests.conftest import VOCAB, random_teacher
+from ddk_cache.testing import VOCAB, random_teacher
 
 KEY = ShardKey("web", "train", 3)
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (7, 17))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ddk_cache import InputError, Teacher, load_teacher
-from tests.conftest import VOCAB, random_teacher
+from ddk_cache.testing import VOCAB, random_teacher
 
 
 def test_a_model_is_loaded_with_its_limits(teacher_dir: Path) -> None:

@@ -14,8 +14,8 @@ from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
-from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer
-from tests.conftest import random_teacher, tree
+from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
+from tests.helpers import tree
 
 
 def write_mix(folder: Path, documents: int, tokens: int) -> Path:

@@ -24,32 +24,16 @@ from ddk_cache.cli import main
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
 from ddk_cache.verify import Problem, bytes_to_hash, drop_bad, replay, require_sound, verify
-from tests.conftest import BUILD, VOCAB, random_teacher, tree
+from tests.helpers import VICTIMS, quiet, tree
 
 Make = Callable[..., Cache]
-
-
-def quiet(amount: int) -> None:
-    """Hear of progress."""
 
 
 @pytest.fixture
 def copy(cache: Cache, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cache.root, tmp_path / "mix.zarr"))
-
-
-VICTIMS = [
-    "domains/letters/train/target_ids/c/1/0/0/0",
-    "domains/notes/validation/label_logprob/c/0/0",
-    "domains/digits/train/tokens/c/0/0",
-    "domains/digits/train/loss_mask/c/1/0",
-    "domains/digits/train/tokens/zarr.json",
-    "domains/letters/zarr.json",
-    "domains/zarr.json",
-    "commits/letters/train/0.json",
-    "tokenizer/tokenizer.json",
-]
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,10 @@ from ddk_cache import InputError, MismatchError, open_cache
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import BUILD, random_teacher
 from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
-from tests.cache.test_verify import quiet
-from tests.conftest import BUILD, random_teacher, timeless, tree
-
-
-def lines(first: int, last: int, letters: str) -> str:
-    generator = np.random.default_rng(0)
-    texts = ["".join(generator.choice(list(letters), 40)) for _ in range(last)]
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts[first:])
+from tests.helpers import grow, lines, quiet, timeless, tree
 
 
 @pytest.fixture
@@ -31,11 +24,6 @@ def growing(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "one.jsonl").write_text(lines(0, 40, "abc"))
     return folder
-
-
-def grow(folder: Path) -> None:
-    (folder / "one.jsonl").write_text(lines(0, 70, "abc"))
-    (folder / "two.jsonl").write_text(lines(0, 30, "xyz"))
 
 
 def make(folder: Path, tokenizer: Any, path: Path, *, grow: bool = False) -> Cache:

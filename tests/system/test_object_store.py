@@ -23,12 +23,10 @@ from ddk_cache.errors import StorageError
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.remote import RemoteStorage
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
 from ddk_cache.verify import drop_bad, verify
-from tests.cache.test_job import BUILDER
-from tests.cache.test_verify import VICTIMS, quiet
-from tests.conftest import BUILD, VOCAB, command, finish, random_teacher, tree
+from tests.helpers import BUILDER, VICTIMS, command, finish, grow, lines, quiet, tree
 from tests.s3 import Flaky, Server
-from tests.system.test_growth import grow, lines
 
 Make = Callable[..., Cache]
 URL = "s3://bucket/mix.zarr"
