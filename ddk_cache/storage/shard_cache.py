@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -79,13 +80,14 @@ class ShardCache:
         path = self.folder / (digest(self.uri(name).encode()) + SUFFIX)
         with self._lock:
             if path.exists():
-                os.utime(path)
+                _touch(path)
                 return Handle(str(path))
         data = self.get(name)
         if data is None:
             raise CorruptCacheError(f"{self.uri(name)} is missing.")
         with self._lock:
             atomic.replace(path, data)
+            _touch(path)
             handle = Handle(str(path))
             self._make_room(path)
         return handle
@@ -104,3 +106,9 @@ class ShardCache:
         """End the threads, and close the storage."""
         self._pool.close()
         self.storage.close()
+
+
+def _touch(path: Path) -> None:
+    """Note that a copy is used now, finer than the clock of the file system."""
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-import ddk_cache
-import ddk_train
 from ddk_cache.errors import CorruptCacheError, InputError, MismatchError
 from ddk_cache.format.spec import CacheSpec, TargetSpec, check_name
 from tests.helpers import make_spec
@@ -83,15 +81,3 @@ def test_a_temperature_that_was_not_declared_is_refused_with_the_reason_and_the_
         declared.temperature_place(3.0)
     with pytest.raises(MismatchError, match="drawn at temperature 1 and are biased at any other"):
         make_spec(targets="sampled:8").temperature_place(2.0)
-
-
-def test_the_public_names_are_these() -> None:
-    assert " ".join(ddk_cache.__all__) == (
-        "FORMAT_VERSION SPLITS TRAIN VALIDATION Cache CacheError CacheSpec CorruptCacheError "
-        "DDKError Domain DomainPlan Extent FormatVersionError InputError MismatchError "
-        "NotACacheError RowRangeError Rows SparseTargets Split StorageError TargetSpec "
-        "UnfinishedCacheError UnknownNameError open_cache rows_at"
-    )
-    assert ddk_train.__all__ == ["TrainConfig", "train"]
-    for package in (ddk_cache, ddk_train):
-        assert all(hasattr(package, name) for name in package.__all__)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ddk_cache import open_cache
 from ddk_cache.build.config import BuildConfig
@@ -27,13 +28,16 @@ def write_mix(folder: Path, documents: int, tokens: int) -> Path:
     return mix
 
 
-def make(folder: Path, mix: Path, tokenizer: Any, name: str = "mix.zarr", **settings: Any) -> Path:
+def make(
+    folder: Path, mix: Path, tokenizer: Any, name: str = "mix.zarr", *, grow: bool = False
+) -> Path:
     build_cache(
         folder / name,
         find_sources(mix),
         random_teacher(),
         tokenizer,
-        BuildConfig(**BUILD | settings),
+        BuildConfig(**BUILD),
+        grow=grow,
     )
     return folder / name
 
@@ -76,15 +80,17 @@ def test_a_cache_built_inside_its_corpus_is_not_read(tmp_path: Path, tokenizer: 
     assert open_cache(path).domains == ["data"]
 
 
-def test_a_chat_domain_that_cannot_count_is_refused_before_the_teacher_runs(
-    tmp_path: Path,
-) -> None:
-    def fail(tokens: Any) -> Any:
-        raise AssertionError("the teacher was run")
+def test_a_chat_domain_that_cannot_count_is_refused_before_it_is_scored(tmp_path: Path) -> None:
+    scored = []
+    random = random_teacher()
+
+    def count(tokens: torch.Tensor) -> torch.Tensor:
+        scored.append(bool(tokens.any()))  # a first batch, of zeros, is to try the teacher
+        return random.logits(tokens)
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
-    teacher = Teacher(fail, VOCAB, {"class": "none"})
+    teacher = Teacher(count, VOCAB, {"class": "none"})
     (tmp_path / "c").mkdir()
     for role, said in {"gpt": "conversation 1: message 1: got role", "user": "no assist"}.items():
         lines = [json.dumps({"messages": [{"role": role, "content": f"{n}"}]}) for n in range(50)]
@@ -94,3 +100,4 @@ def test_a_chat_domain_that_cannot_count_is_refused_before_the_teacher_runs(
             build_cache(
                 tmp_path / f"{role}.zarr", sources, teacher, tokenizer, BuildConfig(**settings)
             )
+    assert not any(scored)
