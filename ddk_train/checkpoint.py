@@ -105,7 +105,7 @@ def load(path: Path, parts: Trained) -> State:
         set_random(randoms[processes.rank], processes.device)
     else:
         log.warning(
-            f"resumed with {processes.world} processes instead of {len(randoms)}: random numbers, "
+            f"resumed in {processes.world} process(es) instead of {len(randoms)}: random numbers, "
             "such as those of dropout, differ from those of an uninterrupted run"
         )
     return state

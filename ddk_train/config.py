@@ -131,7 +131,7 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two lines of metrics."""
     report_to: str = ""
-    """Trackers to log to besides metrics.jsonl, separated by commas: tensorboard, wandb, …"""
+    """Trackers to log to besides metrics.jsonl, separated by commas, for example tensorboard."""
 
     def __post_init__(self) -> None:
         """Raise InputError where a setting has another type or a value that makes no sense."""
