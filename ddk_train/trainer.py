@@ -102,7 +102,15 @@ class Trainer:
         self.domains = sorted(rows)
         given = given_weights(parse_weights(config.weights), self.domains)
         self.settings = Settings(config.alpha, given)
-        self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.processes)
+        self.meter = GapMeter(
+            self.cache,
+            rows,
+            config.eval_rows,
+            config.micro,
+            self.processes.device,
+            share=self.processes.share,
+            total=self.processes.total,
+        )
         check_measured(config.weighting, [n for n, r in self.meter.rows.items() if not len(r)])
         self.mixture = Mixture(
             {name: rows[name][TRAIN] for name in self.domains},
