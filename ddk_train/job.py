@@ -84,7 +84,15 @@ def assemble(
     weights = DomainWeights(
         config.weighting, sorted(rows), alpha=config.alpha, given=parse_weights(config.weights)
     )
-    meter = GapMeter(cache, rows, config.eval_rows, config.micro, processes)
+    meter = GapMeter(
+        cache,
+        rows,
+        config.eval_rows,
+        config.micro,
+        processes.device,
+        share=processes.share,
+        total=processes.total,
+    )
     check_measured(config.weighting, [n for n, r in meter.rows.items() if not len(r)])
     student = prepare(loaded, config, processes)
     trainer = Trainer(
