@@ -1,4 +1,4 @@
-"""ddk-train run | report.
+"""ddk-train run | report | cut.
 
 Options mirror `TrainConfig` field by field; a test holds the two together.
 """
@@ -115,3 +115,17 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     page = html or runs[0] / "report.html"
     write_page(reports, page)
     click.echo(f"page: {page}")
+
+
+@main.command()
+@click.argument("teacher")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", help="Layers to keep, counted from 0, for example 0,3,6.")
+@click.option("--keep", type=int, help="Number of layers to keep, evenly spaced, first and last "
+              "included.")  # fmt: skip
+def cut(teacher: str, out: Path, layers: str | None, keep: int | None) -> None:
+    """Save a student of some layers of TEACHER, a directory or hub id, in OUT."""
+    from ddk_train.cut import cut_student, parse_layers
+
+    cut_student(teacher, out, layers=parse_layers(layers) if layers else None, keep=keep)
+    say(f"the student is in {out}; train it:  ddk-train run CACHE RUN --student {out}")
