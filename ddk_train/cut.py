@@ -111,7 +111,8 @@ def find_layers(model: Any) -> str:
     decoder = model.get_decoder()
     for module in decoder.modules():  # outer modules first, so a list of experts comes later
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:
-            return next(name for name, found in model.named_modules() if found is module)
+            names = (str(name) for name, found in model.named_modules() if found is module)
+            return next(names)
     raise InputError(
         f"{type(model).__name__}: found no list of its {count} decoder layers. Cut it by hand."
     )

@@ -1,6 +1,6 @@
 """Let a model continue a line of each kind of text of the corpus, greedily.
 
-    python generate.py MODEL
+Run as `python generate.py MODEL`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-TEXTS = ["The \"if\" statement is used for", "import os\nimport sys\n\n\ndef main("]
+TEXTS = ['The "if" statement is used for', "import os\nimport sys\n\n\ndef main("]
 QUESTION = "There are 4 boxes with 25 eggs in each. 10 eggs are given away. How many eggs are left?"
 TOKENS = 40
 
