@@ -5,15 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddk_train.config import TrainConfig
+    from ddk_train.cut import cut_student
     from ddk_train.job import train
     from ddk_train.weights import DomainWeights, Gaps
 
-__all__ = ["DomainWeights", "Gaps", "TrainConfig", "train"]
+__all__ = ["DomainWeights", "Gaps", "TrainConfig", "cut_student", "train"]
 
 _HOMES = {
     "DomainWeights": "weights",
     "Gaps": "weights",
     "TrainConfig": "config",
+    "cut_student": "cut",
     "train": "job",
 }
 """The module of each name; it is imported when the name is first used, and torch with some."""

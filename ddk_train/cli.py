@@ -1,4 +1,4 @@
-"""ddk-train run | report: options and printing.
+"""ddk-train run | report | cut: options and printing.
 
 The options of `run` are the fields of `TrainConfig`, so there is one text for each setting. Heavy
 modules are imported inside the commands, so that `--help` answers at once.
@@ -84,3 +84,17 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
         page = html or runs[0] / "report.html"
         write_page(reports, page)
         say(f"The page is {page}.")
+
+
+@main.command()
+@click.argument("teacher")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layers", help="Layers to keep, counted from 0, for example 0,3,6.")
+@click.option("--keep", type=int, help="Number of layers to keep, evenly spaced, first and last "
+              "included.")  # fmt: skip
+def cut(teacher: str, out: Path, layers: str | None, keep: int | None) -> None:
+    """Save a student of some layers of TEACHER, a directory or hub id, in OUT."""
+    from ddk_train.cut import cut_student, parse_layers
+
+    cut_student(teacher, out, layers=parse_layers(layers) if layers else None, keep=keep)
+    say(f"The student is in {out}. Train it:  ddk-train run CACHE RUN --student {out}")

@@ -29,7 +29,8 @@ from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
 from ddk_cache.hf import load_tokenizer
-from ddk_train import TrainConfig, train
+from ddk_train import TrainConfig, cut_student, train
+from ddk_train.cut import parse_layers
 from ddk_train.report.run_report import load
 from ddk_train.run import Run
 
@@ -138,19 +139,6 @@ def fresh_config(path: Path, vocab_size: int) -> None:
     """Write the config of a fresh student."""
     kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     path.write_text(json.dumps(kind | STUDENT | {"vocab_size": vocab_size}))
-
-
-def cut_from(teacher: Path, path: Path, layers: str) -> None:
-    """Write a student that is some layers of the teacher: near to it after little training."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    kept = [model.model.layers[int(number)] for number in layers.split(",")]
-    for place, layer in enumerate(kept):
-        layer.self_attn.layer_idx = place
-    model.model.layers = torch.nn.ModuleList(kept)
-    model.config.num_hidden_layers = len(kept)
-    model.save_pretrained(path)
 
 
 def full_distributions(teacher: Path) -> Callable[[torch.Tensor], SparseTargets[torch.Tensor]]:
@@ -291,7 +279,8 @@ def main(json_path: Path | None, work: Path, **options: Any) -> None:
     cache = open_cache(path)
     if layers := options["layers"]:
         student, runs = work / f"layers-{layers}", work / f"runs-{layers}"
-        cut_from(data() / "teacher", student, layers)
+        if not student.exists():
+            cut_student(data() / "teacher", student, layers=parse_layers(layers))
     else:
         student, runs = work / "student.json", work / "runs"
         fresh_config(student, cache.spec.vocab_size)
