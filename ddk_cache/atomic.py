@@ -86,7 +86,7 @@ def sync_tree(top: Path) -> None:
 def whole(path: Path) -> Iterator[Path]:
     """Give an empty directory to fill; when that is done it is flushed and takes the name `path`.
 
-    What stood at `path` before is replaced. After an error it still stands, and the new one is gone.
+    What stood at `path` before is replaced. After an error it still stands.
     """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)

@@ -22,7 +22,7 @@ from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_train import TrainConfig, train
-from tests.conftest import command, finish, tree, timeless
+from tests.conftest import command, finish, timeless, tree
 from tests.s3 import Flaky, Server
 
 

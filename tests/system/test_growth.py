@@ -16,7 +16,7 @@ from ddk_cache.read.cache import Cache
 from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
 from tests.cache.test_verify import quiet
-from tests.conftest import BUILD, random_teacher, tree, timeless
+from tests.conftest import BUILD, random_teacher, timeless, tree
 
 
 def lines(first: int, last: int, letters: str) -> str:

@@ -1,4 +1,4 @@
-"""Resuming: bit for bit, past damage, and with the checkpoint before where one cannot be written."""
+"""Resuming: bit for bit, past a damaged checkpoint, and after one that could not be written."""
 
 from __future__ import annotations
 

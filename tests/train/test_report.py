@@ -264,7 +264,7 @@ def test_equal_directory_names_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         load([tmp_path])
     with pytest.raises(DDKError, match="no measurement yet"):
         load([write_run(tmp_path / "a", measurements=0)])

@@ -112,7 +112,7 @@ def test_a_damaged_tokenizer_of_a_cache_is_not_saved_with_a_student(
     for path in {copied / "tokenizer", cache.tokenizer_path}:
         file = path / "tokenizer.json"
         file.write_text(file.read_text().replace('"a":', '"a" :'))
-    with pytest.raises(CorruptCacheError, match="tokenizer.json"):
+    with pytest.raises(CorruptCacheError, match=r"tokenizer\.json"):
         save_student(student, student.model, cache, tmp_path / "saved", {})
     assert not (tmp_path / "saved").exists()
 
@@ -144,7 +144,7 @@ def test_a_student_with_too_few_position_embeddings_is_refused(
     enough = write_config(tmp_path / "enough.json", **gpt2, n_positions=16)
     assert load_student(enough, cache)
     short = write_config(tmp_path / "short.json", **gpt2, n_positions=15)
-    with pytest.raises(InputError, match="has 15 positions; rows of .* have 16"):
+    with pytest.raises(InputError, match=r"has 15 positions; rows of .* have 16"):
         load_student(short, cache)
     assert not caplog.records
     rotary = write_config(tmp_path / "llama.json", **llama_config(max_position_embeddings=8))
@@ -158,8 +158,8 @@ def test_code_of_a_student_runs_only_where_it_is_trusted(
 ) -> None:
     model = tmp_path / "foreign"
     model.mkdir()
-    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ImportError('foreign code')"
-    (model / "evil.py").write_text(code)
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\nraise ImportError('foreign code')"
+    (model / "evil.py").write_text(evil)
     auto = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     (model / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
     words = ["--student", model, *(["--trust-remote-code"] if flag else [])]
