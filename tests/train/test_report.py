@@ -292,7 +292,7 @@ def test_json_holds_the_facts(tmp_path: Path) -> None:
     assert facts["tokens_per_second"] == 128
     assert facts["domains"]["code"]["kl"] == 0.25
     assert facts["eval_share"] == pytest.approx(6 / (6 + 150))
-    assert facts["settings"]["weighting"] == "ddk"
+    assert facts["settings"]["weighting"] == "excess"
 
 
 # --- drawing ---
