@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import io
 import itertools
 import logging
 import os
@@ -48,9 +49,9 @@ class Handler(logging.Handler):
         say(record.getMessage())
 
 
-def show_logs() -> None:
-    """Write the library's log records to stderr: those of rank 0, and warnings of every rank."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+def show_logs(first: bool) -> None:
+    """Write log records to stderr: all of the first process, warnings of the others."""
+    level = logging.INFO if first else logging.WARNING
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -65,7 +66,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a DDKError or Ctrl-C becomes its message and exit code."""
         signal.signal(signal.SIGTERM, _interrupt)
-        show_logs()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets "?" for "→"
+                stream.reconfigure(errors="replace")
+        show_logs(first=os.environ.get("RANK", "0") == "0")
         try:
             return super().invoke(ctx)
         except DDKError as error:

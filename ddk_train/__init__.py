@@ -22,4 +22,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"ddk_train.{_HOMES[name]}"), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ddk-distill")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

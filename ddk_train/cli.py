@@ -67,9 +67,10 @@ def run(**settings: Any) -> None:
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--html", type=click.Path(path_type=Path),
               help="Where to write the page.  [default: report.html in the first run]")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the facts as JSON instead.")
+@click.option("--json", "as_json", is_flag=True,
+              help="Print JSON instead of tables; a page only with --html.")  # fmt: skip
 def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
-    """Show runs as a table, and draw them on one page, side by side."""
+    """Compare RUNS in tables and on one HTML page."""
     from ddk_train.report.page import write_page
     from ddk_train.report.run_report import load, to_json
     from ddk_train.report.table import show
@@ -77,8 +78,9 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     reports = load(list(runs))
     if as_json:
         click.echo(json.dumps(to_json(reports), indent=1))
-        return
-    show(reports)
-    page = html or runs[0] / "report.html"
-    write_page(reports, page)
-    click.echo(f"page: {page}")
+    else:
+        show(reports)
+    if html or not as_json:
+        page = html or runs[0] / "report.html"
+        write_page(reports, page)
+        say(f"The page is {page}.")

@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from ddk_cache import Cache, CorruptCacheError, InputError, MismatchError, atomic
 from ddk_cache.hashing import canonical, digest
-from ddk_cache.hf import identify_tokenizer, load, load_tokenizer
+from ddk_cache.hf import hash_weights, identify_tokenizer, load, load_model, load_tokenizer
 from ddk_train.lora import is_adapted, load_adapter
 from ddk_train.provenance import IDENTITY
 
@@ -77,15 +76,9 @@ def fresh_student(name: str, trust_remote_code: bool) -> Student:
 def trained_student(name: str, cache: Cache, trust_remote_code: bool) -> Student:
     """Return a student from a model directory or the hub."""
     trust = {"trust_remote_code": trust_remote_code}
-    options = {"dtype": torch.float32, "output_loading_info": True, **trust}
-    model, info = load("student", "AutoModelForCausalLM", name, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise InputError(
-            f"the student {name!r} lacks {len(missing)} weights, for example {missing[0]!r}. Give "
-            "a complete causal language model."
-        )
+    model = load_model("student", name, dtype=torch.float32, **trust)
     tokenizer = own_tokenizer(name, cache, **trust)
-    return Student(model, weights_hash(model), tokenizer, stored_dtype(name, **trust))
+    return Student(model, hash_weights(model), tokenizer, stored_dtype(name, **trust))
 
 
 def stored_dtype(name: str, **trust: bool) -> torch.dtype:
@@ -95,15 +88,6 @@ def stored_dtype(name: str, **trust: bool) -> torch.dtype:
     named = load("student config", "AutoConfig", name, **trust).dtype
     found = getattr(torch, named, None) if isinstance(named, str) else named
     return found or torch.float32
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """Return a content hash of all weights, by name."""
-    state = xxhash.xxh3_128()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return state.hexdigest()
 
 
 def own_tokenizer(name: str, cache: Cache, **trust: bool) -> Any:

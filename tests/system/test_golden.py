@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ddk_cache.testing import student_config
 from ddk_train import TrainConfig, train
-from tests.conftest import llama_config
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "golden_losses.json"
@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
 
 def losses(folder: Path) -> dict[str, list[float]]:
     """Return what the run says, step by step and measurement by measurement."""
-    (folder / "student.json").write_text(json.dumps(llama_config()))
+    (folder / "student.json").write_text(json.dumps(student_config()))
     student, run = str(folder / "student.json"), str(folder / "run")
     done = train(TrainConfig(cache=str(DATA / "v2.zarr"), run=run, student=student, **SETTINGS))
     metrics, history = done.metrics(), done.history()

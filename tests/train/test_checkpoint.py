@@ -12,7 +12,7 @@ import pytest
 
 from ddk_cache import DDKError
 from ddk_train import train
-from tests.conftest import Configure, timeless, tree
+from tests.helpers import Configure, timeless, tree
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(

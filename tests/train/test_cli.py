@@ -15,7 +15,7 @@ from ddk_cache.read.cache import Cache
 from ddk_train.cli import main
 from ddk_train.config import TrainConfig
 from ddk_train.run import Run
-from tests.conftest import command, finish
+from tests.helpers import command, finish
 
 FAST = ["--steps", 2, "--interval", 2, "--rows", 4, "--eval-rows", 2]
 

@@ -14,7 +14,7 @@ from ddk_cache import DDKError, InputError, MismatchError
 from ddk_cache.read.cache import Cache
 from ddk_train import train
 from ddk_train.run import Run
-from tests.conftest import Configure, command, finish, timeless, tree
+from tests.helpers import Configure, command, finish, timeless, tree
 
 
 @pytest.mark.parametrize(

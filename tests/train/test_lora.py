@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddk_train import train
-from tests.conftest import Configure, read_weights, tree
+from tests.helpers import Configure, read_weights, tree
 
 
 @pytest.fixture

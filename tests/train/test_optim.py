@@ -10,7 +10,7 @@ import pytest
 from ddk_cache import InputError
 from ddk_train import TrainConfig, train
 from ddk_train.optim import learning_rate
-from tests.conftest import Configure
+from tests.helpers import Configure
 
 
 def test_the_learning_rate_warms_up_and_falls_to_its_floor() -> None:

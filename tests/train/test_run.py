@@ -9,7 +9,7 @@ import pytest
 
 from ddk_cache import DDKError, InputError, MismatchError
 from ddk_train.run import Run, open_run
-from tests.conftest import Configure, tree
+from tests.helpers import Configure, tree
 
 ROW = {"step": 0, "domain": "code", "weight": 1.0, "weight_before": None}
 

@@ -13,7 +13,7 @@ import pytest
 from ddk_cache.read.cache import Cache
 from ddk_train.run import open_run
 from ddk_train.signals import stop_requests
-from tests.conftest import command, finish
+from tests.helpers import command, finish
 
 
 def test_the_first_signal_is_a_request_and_the_second_an_interrupt() -> None:

@@ -14,13 +14,14 @@ import torch
 
 from ddk_cache import DDKError
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import random_teacher
 from ddk_train import TrainConfig, train
 from ddk_train.distributed import Processes
 from ddk_train.job import assemble
 from ddk_train.run import Run
 from ddk_train.trainer import Trainer, peak_memory
 from ddk_train.weights import RULES, Gaps, Settings, update
-from tests.conftest import Configure, command, finish, random_teacher, read_weights
+from tests.helpers import Configure, command, finish, read_weights
 
 
 def open_trainer(config: TrainConfig) -> Trainer:
