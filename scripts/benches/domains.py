@@ -252,7 +252,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
     record.table("rows drawn, %", drawn)
     if LIVE in found and "DDK" in found:
         live = side_by_side(found["DDK"], found[LIVE], domains)
-        record.table("DDK: cached targets compared with full distributions of a live teacher", live)
+        record.table("DDK: cached targets compared with a live teacher", live)
 
 
 @click.command()
