@@ -148,14 +148,12 @@ def whole(
 @click.command()
 @click.option("--kinds", default="topk:64,sampled:16", show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-@click.option(
-    "--documents", default=7, show_default=True, help="Documents per domain to build from."
-)
+@click.option("--documents", default=7, show_default=True, help="Documents per domain.")
 @click.option(
     "--large/--no-large",
     default=True,
     show_default=True,
-    help="Also measure a teacher of 150 M parameters.",
+    help="Also a teacher of 150 M.",
 )
 @json_option
 def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:

@@ -27,7 +27,7 @@ json_option = click.option(
     "--json",
     "json_path",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Write the figures as JSON.",
+    help="Write JSON.",
 )
 
 

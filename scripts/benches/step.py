@@ -339,7 +339,7 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
 @click.option(
     "--head-positions",
     default=0,
-    help="Also measure the output projection alone, at this many positions.",
+    help="Positions for the projection alone.",
 )
 @click.option("--repeats", default=7, show_default=True)
 @click.option("--threads", default=0, help="Torch threads; 0 keeps torch's default.")

@@ -138,12 +138,10 @@ class Errors:
     "--warm-steps",
     default=150,
     show_default=True,
-    help="Training steps of the student before measuring.",
+    help="Training steps before.",
 )
 @click.option("--targets", "names", default=NAMES, show_default=True)
-@click.option(
-    "--start", type=click.Path(path_type=Path), help="File that keeps the pre-trained student."
-)
+@click.option("--start", type=click.Path(path_type=Path), help="File of the pre-trained student.")
 @json_option
 def main(
     rows: int, warm_steps: int, names: str, start: Path | None, json_path: Path | None
