@@ -25,7 +25,7 @@ VOCAB = 300
 
 BUILD: dict[str, Any] = {
     "seq_len": 16,
-    "target_spec": "topk:8",
+    "targets": "topk:8",
     "holdout": 0.3,
     "batch_rows": 4,
     "chunk_rows": 2,
@@ -84,13 +84,14 @@ def tiny_cache(path: str | Path, *, teacher: Teacher | None = None, **settings: 
 
     `settings` go to the build, over those of `BUILD`.
     """
-    from ddk_cache.build.job import build
-    from ddk_cache.corpus.sources import find_sources
+    from ddk_cache.build.config import BuildConfig
+    from ddk_cache.build.job import build_cache
     from ddk_cache.read.cache import open_cache
 
+    config = BuildConfig(**BUILD | settings)
     with tempfile.TemporaryDirectory() as work:
-        sources = find_sources(write_corpus(Path(work) / "corpus"))
-        build(path, sources, teacher or random_teacher(), byte_tokenizer(), **BUILD | settings)
+        corpus = write_corpus(Path(work) / "corpus")
+        build_cache(path, corpus, teacher or random_teacher(), byte_tokenizer(), config)
     return open_cache(path)
 
 

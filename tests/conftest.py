@@ -17,7 +17,8 @@ import torch
 from hypothesis import settings
 
 from ddk_cache import testing
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_train import TrainConfig
@@ -51,7 +52,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
     def make(path: str | Path, **settings: Any) -> Cache:
         teacher = settings.pop("teacher", testing.random_teacher())
-        build(path, find_sources(corpus), teacher, tokenizer, **testing.BUILD | settings)
+        config = BuildConfig(**testing.BUILD | settings)
+        build_cache(path, find_sources(corpus), teacher, tokenizer, config)
         return open_cache(path)
 
     return make

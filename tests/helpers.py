@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from ddk_cache import CacheSpec
 from ddk_train import TrainConfig
@@ -32,17 +33,17 @@ RUN: dict[str, Any] = {
 
 BUILDER = """
 import sys, time
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.testing import BUILD, byte_tokenizer, random_teacher
 teacher = random_teacher()
 def slow(tokens):
     time.sleep(0.02)
     return teacher.logits(tokens)
 print("ready", flush=True)
-build(sys.argv[1], find_sources(sys.argv[2]), Teacher(slow, teacher.vocab_size, teacher.identity),
-      byte_tokenizer(), **BUILD)
+slow = Teacher(slow, teacher.vocab_size, teacher.identity)
+build_cache(sys.argv[1], sys.argv[2], slow, byte_tokenizer(), BuildConfig(**BUILD))
 """
 """A slow build of argv[2] at argv[1], for a process that is killed; it prints one line first."""
 
@@ -142,3 +143,8 @@ def divergence_by_definition(name: str, t: torch.Tensor, q: torch.Tensor) -> tor
         "jsd": lambda: share * kl(t, mixed) + (1 - share) * kl(q, mixed),
         "skew_kl": lambda: kl(t, mixed),
     }[base]()
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of a saved student."""
+    return load_file(path / "model.safetensors")

@@ -19,14 +19,18 @@ from ddk_cache.cli import main as cache_main
 from ddk_train.cli import main as train_main
 
 CACHE = [
-    "CacheError", "CacheSpec", "Cache", "CorruptCacheError", "DDKError", "DomainPlan", "Extent",
-    "FORMAT_VERSION", "FormatVersionError", "InputError", "MismatchError", "NotACacheError",
-    "Rows", "SPLITS", "SparseTargets", "TargetSpec", "UnfinishedCacheError", "open_cache",
+    "FORMAT_VERSION", "SPLITS", "TRAIN", "VALIDATION",
+    "BuildConfig", "Cache", "CacheSpec", "Domain", "DomainPlan", "Extent", "Rows", "Source",
+    "SparseTargets", "Split", "TargetSpec", "Teacher",
+    "CacheError", "CorruptCacheError", "DDKError", "FormatVersionError", "InputError",
+    "MismatchError", "NotACacheError", "RowRangeError", "StorageError", "UnfinishedCacheError",
+    "UnknownNameError",
+    "build_cache", "find_sources", "load_teacher", "load_tokenizer", "open_cache", "parse_size",
     "rows_at",
 ]  # fmt: skip
-TRAIN = ["TrainConfig", "train"]
+TRAIN = ["DomainWeights", "TrainConfig", "train"]
 COMMANDS: dict[click.Group, list[str]] = {
-    cache_main: ["build", "info", "plan", "verify"],
+    cache_main: ["build", "estimate", "info", "verify"],
     train_main: ["report", "run"],
 }
 HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "zarr"}

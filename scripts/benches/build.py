@@ -23,9 +23,9 @@ from pyarrow import parquet
 from benches.common import Record, data, json_option, middle
 from ddk_cache import TargetSpec
 from ddk_cache.build import targets
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher, load_teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.layout import COMMITS
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import open_cache
@@ -115,12 +115,11 @@ def whole(
 
     The rows are planned by a first build, which is not timed, so that both do the same work.
     """
-    sources = find_sources(folder / "corpus", lambda _: None)
+    config = BuildConfig(
+        seq_len=SEQ_LEN, targets=kind, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS
+    )
     path = folder / "cache.zarr"
-    make = partial(
-        build, path, sources, teacher, tokenizer,
-        seq_len=SEQ_LEN, target_spec=kind, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS,
-    )  # fmt: skip
+    make = partial(build_cache, path, folder / "corpus", teacher, tokenizer, config)
     make()
     cache = open_cache(path)
     parts = [

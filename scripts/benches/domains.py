@@ -24,10 +24,10 @@ import yaml
 from benches.common import Floats, Record, data, json_option, plus_minus, spread_of
 from benches.shared import SEQ_LEN, STUDENT
 from ddk_cache import InputError, MismatchError, SparseTargets, open_cache
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, train
 from ddk_train.report.run_report import load
@@ -125,11 +125,13 @@ def make_cache(path: Path, place: Path, tokens: int, holdout: float, kind: str) 
     }
     mix = path.with_name("corpus.yaml")
     mix.write_text(yaml.safe_dump({"domains": shares}))
-    build(
-        path, find_sources(mix), load_teacher(str(place / "teacher")),
+    build_cache(
+        path,
+        mix,
+        load_teacher(str(place / "teacher")),
         load_tokenizer(str(place / "teacher")),
-        seq_len=SEQ_LEN, target_spec=kind, holdout=holdout,
-    )  # fmt: skip
+        BuildConfig(seq_len=SEQ_LEN, targets=kind, holdout=holdout),
+    )
 
 
 def fresh_config(path: Path, vocab_size: int) -> None:

@@ -8,6 +8,7 @@ stored; an id of random sampling counts three bytes, as its authors count.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -206,7 +207,7 @@ def compare(
         labels_P = tokens[some, 1:].reshape(-1)
         for name, make in made.items():
             if name in stored:
-                kept = SparseTargets(*(part[places] for part in vars(stored[name]).values()))
+                kept = stored[name].map(operator.itemgetter(places))
             else:
                 kept = make(logits_PV, labels_P)
             errors[name].add(kept, t_PV, q_PV)

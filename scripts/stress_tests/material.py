@@ -42,9 +42,8 @@ def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any
     """Build with a teacher that is a function of two matrices with a delay."""
     import torch
 
-    from ddk_cache.build.job import build
-    from ddk_cache.build.teacher import Teacher
-    from ddk_cache.corpus.sources import find_sources
+    from ddk_cache import BuildConfig, Teacher
+    from ddk_cache.build import job
 
     generator = torch.Generator().manual_seed(0)
     into = torch.randn(VOCAB, 12, generator=generator)
@@ -56,7 +55,7 @@ def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any
 
     tokenizer, teacher = byte_tokenizer(), Teacher(logits, VOCAB, {"class": "matrices"})
     ready()
-    build(cache, find_sources(corpus), teacher, tokenizer, **BUILD)
+    job.build_cache(cache, corpus, teacher, tokenizer, BuildConfig(**BUILD))
 
 
 @main.command(hidden=True)

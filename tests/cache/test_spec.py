@@ -1,22 +1,10 @@
-"""The shared vocabulary: names, specs, errors, public surface."""
+"""What decides the bytes of a cache: names, targets, specs; and the public surface."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-import ddk_cache
-import ddk_train
-from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
-from ddk_cache.format.plan import (
-    DomainPlan,
-    Extent,
-    Portion,
-    extents,
-    rows_at,
-    shard_at,
-    shard_count,
-)
+from ddk_cache.errors import CorruptCacheError, InputError, MismatchError
 from ddk_cache.format.spec import CacheSpec, TargetSpec, check_name
 from tests.helpers import make_spec
 
@@ -25,11 +13,6 @@ from tests.helpers import make_spec
 def test_names_that_are_no_path_part_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="not usable"):
         check_name(name)
-
-
-def test_the_nearest_known_word_is_pointed_out() -> None:
-    message = unknown("weighting", "dkd", ["ddk", "uniform"])
-    assert message == "unknown weighting 'dkd'. Did you mean 'ddk'? Known: ddk, uniform."
 
 
 @pytest.mark.parametrize("text", ["topk", "topk:0", "topk:x", "tokp:3", ""])
@@ -98,32 +81,3 @@ def test_a_temperature_that_was_not_declared_is_refused_with_the_reason_and_the_
         declared.temperature_place(3.0)
     with pytest.raises(MismatchError, match="drawn at temperature 1 and are biased at any other"):
         make_spec(targets="sampled:8").temperature_place(2.0)
-
-
-def test_an_extent_begins_a_new_shard() -> None:
-    one = Portion(1, 1, "one", {"train": 9, "validation": 0})
-    two = Portion(2, 2, "two", {"train": 3, "validation": 1})
-    plan = DomainPlan((one, two))
-    assert extents(plan, "train", 8) == [Extent(0, 9), Extent(16, 3)]
-    assert shard_count(plan, "train", 8) == 3
-    found = [shard_at(plan, "train", 8, number) for number in range(3)]
-    assert found == [(8, "one"), (1, "one"), (3, "two")]
-    assert extents(plan, "validation", 8) == [Extent(0, 1)]
-    assert shard_count(plan, "validation", 8) == 1
-    assert shard_at(plan, "validation", 8, 0) == (1, "two")
-    for number in (-1, 3):
-        with pytest.raises(IndexError):
-            shard_at(plan, "train", 8, number)
-    places = np.arange(12)
-    assert rows_at(extents(plan, "train", 8), places).tolist() == [*range(9), 16, 17, 18]
-
-
-def test_the_public_names_are_these() -> None:
-    assert " ".join(ddk_cache.__all__) == (
-        "FORMAT_VERSION SPLITS Cache CacheError CacheSpec CorruptCacheError DDKError DomainPlan "
-        "Extent FormatVersionError InputError MismatchError NotACacheError Rows SparseTargets "
-        "TargetSpec UnfinishedCacheError open_cache rows_at"
-    )
-    assert ddk_train.__all__ == ["TrainConfig", "train"]
-    for package in (ddk_cache, ddk_train):
-        assert all(hasattr(package, name) for name in package.__all__)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import load_teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import open_cache
 from ddk_cache.testing import student_config
@@ -29,15 +29,12 @@ def cache_path(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "mix.yaml").write_text(json.dumps({"domains": domains}))
     teacher = str(data / "teacher")
-    build(
+    build_cache(
         folder / "mix.zarr",
-        find_sources(folder / "mix.yaml"),
+        folder / "mix.yaml",
         load_teacher(teacher),
         load_tokenizer(teacher),
-        seq_len=128,
-        target_spec="topk:32",
-        holdout=0.3,
-        shard_rows=128,
+        BuildConfig(seq_len=128, targets="topk:32", holdout=0.3, shard_rows=128),
     )
     return folder / "mix.zarr"
 

@@ -25,7 +25,7 @@ DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "golden_losses.json"
 SETTINGS: dict[str, Any] = {
     "steps": 30, "interval": 10, "rows": 8, "micro_rows": 3, "lr": 1e-2, "gamma": 0.5,
-    "eval_rows": 4, "log_every": 1, "device": "cpu", "precision": "fp32",
+    "eval_rows": 4, "log_every": 1, "device": "cpu", "precision": "fp32", "weighting": "ddk",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ddk_train.trainer import train
+from ddk_train.job import train
 from tests.helpers import Configure
 
 TASK = """
