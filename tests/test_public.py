@@ -28,7 +28,7 @@ CACHE = [
     "build_cache", "find_sources", "load_teacher", "load_tokenizer", "open_cache", "parse_size",
     "rows_at",
 ]  # fmt: skip
-TRAIN = ["DomainWeights", "TrainConfig", "train"]
+TRAIN = ["DomainWeights", "Gaps", "TrainConfig", "train"]
 COMMANDS: dict[click.Group, list[str]] = {
     cache_main: ["build", "estimate", "info", "verify"],
     train_main: ["report", "run"],

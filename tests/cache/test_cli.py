@@ -334,7 +334,7 @@ def test_run_refuses_settings_by_name(
 
 
 def test_report_refuses_what_is_no_run(tmp_path: Path) -> None:
-    refused(call(train_main, "report", tmp_path), 2, "is no run directory")
+    refused(call(train_main, "report", tmp_path), 2, "is not a run directory")
 
 
 def test_run_and_report_as_a_person_would(

@@ -15,7 +15,7 @@ from tests.runs import write_run
 
 
 def test_json_holds_the_facts(tmp_path: Path) -> None:
-    (facts,) = to_json(load([write_run(tmp_path / "a")]))
+    (facts,) = to_json(load([write_run(tmp_path / "a", weighting="ddk")]))
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["domains"]["code"]["last_loss"] == 2.5
     assert facts["domains"]["code"]["ratio"] == pytest.approx(math.exp(0.5))
@@ -53,7 +53,7 @@ def test_equal_directory_names_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         load([tmp_path])
     with pytest.raises(DDKError, match="no measurement yet"):
         load([write_run(tmp_path / "a", measurements=0)])
