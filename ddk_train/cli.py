@@ -83,7 +83,7 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     if html or not as_json:
         page = html or runs[0] / "report.html"
         write_page(reports, page)
-        say(f"The page is {page}.")
+        click.echo(f"page: {page}", err=as_json)
 
 
 @main.command()

@@ -1,7 +1,7 @@
 """Optimizers and learning rates by name.
 
 Matrices decay, vectors (norms, biases) do not. The fused AdamW costs one kernel per step; with
-8-bit states it needs a quarter of the memory for them, and CUDA and bitsandbytes.
+8-bit states it needs a quarter of the memory for them, and bitsandbytes.
 """
 
 from __future__ import annotations

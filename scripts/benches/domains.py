@@ -242,7 +242,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
     record.table("rows drawn, %", drawn)
     if LIVE in found and "DDK" in found:
         live = side_by_side(found["DDK"], found[LIVE], domains)
-        record.table("DDK: cached targets compared with full distributions of a live teacher", live)
+        record.table("DDK: cached targets compared with a live teacher", live)
 
 
 @click.command()
@@ -256,12 +256,12 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 @click.option("--steps", default=150, show_default=True)
 @click.option("--interval", default=25, show_default=True)
 @click.option("--rows", default=8, show_default=True, help=f"Rows of {SEQ_LEN} tokens per step.")
-@click.option("--eval-rows", default=24, show_default=True, help="Of each domain.")
+@click.option("--eval-rows", default=24, show_default=True, help="Rows per domain.")
 @click.option("--gamma", default=0.2, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--warm-steps", default=300, show_default=True)
 @click.option("--warm-lr", default=3e-3, show_default=True)
-@click.option("--tokens", default=1_200_000, show_default=True, help="Of the whole cache.")
+@click.option("--tokens", default=1_200_000, show_default=True, help="Tokens in the cache.")
 @click.option("--holdout", default=0.2, show_default=True)
 @click.option("--targets", default="sampled:16", show_default=True)
 @json_option

@@ -134,10 +134,15 @@ class Errors:
 
 
 @click.command()
-@click.option("--rows", default=2 * CHUNK_ROWS, show_default=True, help="Of every domain.")
-@click.option("--warm-steps", default=150, show_default=True, help="Of the student's training.")
+@click.option("--rows", default=2 * CHUNK_ROWS, show_default=True, help="Rows per domain.")
+@click.option(
+    "--warm-steps",
+    default=150,
+    show_default=True,
+    help="Training steps before.",
+)
 @click.option("--targets", "names", default=NAMES, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path), help="Keep the warmed student here.")
+@click.option("--start", type=click.Path(path_type=Path), help="File of the pre-trained student.")
 @json_option
 def main(
     rows: int, warm_steps: int, names: str, start: Path | None, json_path: Path | None
