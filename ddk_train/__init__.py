@@ -1,18 +1,46 @@
 """Spend the cache many times: train students whose domain weights follow their gaps."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ddk_train.config import TrainConfig
-
 if TYPE_CHECKING:
+    from ddk_train.config import TrainConfig
+    from ddk_train.data.dataset import CacheDataset
+    from ddk_train.evaluate import measure_gaps
+    from ddk_train.integrations.hf import DistillationMixin, DistillationTrainer, GapCallback
+    from ddk_train.loss.objective import distillation_loss
     from ddk_train.trainer import train
+    from ddk_train.weights import DomainWeights, Gaps
 
-__all__ = ["TrainConfig", "train"]
+__all__ = [
+    "CacheDataset",
+    "DistillationMixin",
+    "DistillationTrainer",
+    "DomainWeights",
+    "GapCallback",
+    "Gaps",
+    "TrainConfig",
+    "distillation_loss",
+    "measure_gaps",
+    "train",
+]
+
+_HOMES = {
+    "CacheDataset": "data.dataset",
+    "DistillationMixin": "integrations.hf",
+    "DistillationTrainer": "integrations.hf",
+    "DomainWeights": "weights",
+    "GapCallback": "integrations.hf",
+    "Gaps": "weights",
+    "TrainConfig": "config",
+    "distillation_loss": "loss.objective",
+    "measure_gaps": "evaluate",
+    "train": "trainer",
+}
+"""The module of each name; it is imported when the name is first used, and torch with some."""
 
 
 def __getattr__(name: str) -> Any:
-    if name == "train":
-        from ddk_train.trainer import train
-
-        return train
+    if name in _HOMES:
+        return getattr(import_module(f"ddk_train.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

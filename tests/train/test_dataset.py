@@ -88,7 +88,7 @@ def test_an_epoch_has_every_row_exactly_once_over_ranks_and_workers(
     settings = {"weights": "proportional", "epochs": 1, "split": split, "world": 3}
     ranks = [dataset(cache, rank=rank, **settings) for rank in range(3)]
     found = [rows_of(workers(data, count) if count else data) for data in ranks]
-    assert sorted(sum(found, [])) == every_row(cache, split)
+    assert sorted(pair for rows in found for pair in rows) == every_row(cache, split)
 
 
 def test_ranks_share_the_rows_of_one_process(cache: Cache) -> None:
@@ -110,7 +110,7 @@ def test_rank_and_world_come_from_the_launcher(
 
 
 def played(data: CacheDataset, first: int) -> list[tuple[str, dict[str, Any]]]:
-    """Return the state before and the content of batches to the tenth; every third moves weights."""
+    """Return the state before and content of each batch to the tenth; weights move often."""
     found, batches = [], iter(data)
     for number in range(first, 10):
         if number % 3 == 2:
