@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from ddk_train.data.dataset import CacheDataset
     from ddk_train.evaluate import measure_gaps
     from ddk_train.integrations.hf import DistillationMixin, DistillationTrainer, GapCallback
+    from ddk_train.job import train
     from ddk_train.loss.objective import distillation_loss
-    from ddk_train.trainer import train
     from ddk_train.weights import DomainWeights, Gaps
 
 __all__ = [
@@ -35,7 +35,7 @@ _HOMES = {
     "TrainConfig": "config",
     "distillation_loss": "loss.objective",
     "measure_gaps": "evaluate",
-    "train": "trainer",
+    "train": "job",
 }
 """The module of each name; it is imported when the name is first used, and torch with some."""
 
@@ -43,4 +43,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(f"ddk_train.{_HOMES[name]}"), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("ddk-distill")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

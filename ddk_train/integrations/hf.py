@@ -21,7 +21,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
-from ddk_cache import InputError, atomic, open_cache
+from ddk_cache import InputError, atomic
 from ddk_train.data.dataset import CacheDataset, Weights
 from ddk_train.evaluate import GapMeter, Measured, gap_meter, measure_with
 from ddk_train.loss.objective import distillation_loss
@@ -189,8 +189,7 @@ class GapCallback(TrainerCallback):  # type: ignore[misc]
 
     def _move(self, state: Any, model: Any, dataset: CacheDataset, at: int) -> None:
         if self._meter is None:
-            cache = open_cache(dataset.path)
-            self._meter = gap_meter(model, cache, self.rows, self.batch_rows)
+            self._meter = gap_meter(model, dataset.cache, self.rows, self.batch_rows)
         found = measure_with(self._meter, model)
         dataset.set_weights(self.weights.update(found), at=at)
         line: dict[str, float] = {"step": state.global_step}

@@ -1,4 +1,4 @@
-"""CacheDataset: every row exactly once and in order, with workers, ranks, resume and new weights."""
+"""CacheDataset: every row once and in order, with workers, ranks, resume and new weights."""
 
 from __future__ import annotations
 

@@ -18,14 +18,14 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(
-    ("target_spec", "temperature"),
+    ("targets", "temperature"),
     [("topk:8", 1.0), ("topk:8", 2.0), ("sampled:6", 1.0), ("sampled:300", 1.0)],
 )
 def test_rows_are_those_of_the_numpy_codec(
-    split: str, target_spec: str, temperature: float, make_cache: Any, tmp_path: Path
+    split: str, targets: str, temperature: float, make_cache: Any, tmp_path: Path
 ) -> None:
     settings = {"temperatures": (2.0,)} if temperature != 1 else {}
-    cache = make_cache(tmp_path / "mix.zarr", target_spec=target_spec, **settings)
+    cache = make_cache(tmp_path / "mix.zarr", targets=targets, **settings)
     decode = Dequantizer(cache, cache.domains, CPU, temperature)
     for number, name in enumerate(cache.domains):
         row_B = cache.row_numbers(name, split)[-3:]

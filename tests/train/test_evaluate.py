@@ -12,17 +12,17 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ddk_cache import SPLITS
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import student_config
 from ddk_train import DomainWeights, measure_gaps
 from ddk_train.evaluate import GapMeter, sample
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
-from tests.conftest import llama_config
 
 
 @pytest.fixture(scope="module")
 def model() -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**llama_config())
+    config = AutoConfig.for_model(**student_config())
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 

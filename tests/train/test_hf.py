@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from ddk_cache import InputError
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import student_config
 from ddk_train import (
     CacheDataset,
     DistillationMixin,
@@ -24,7 +24,6 @@ from ddk_train import (
     train,
 )
 from ddk_train.optim import learning_rate, optimizer
-from tests.conftest import llama_config
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -60,7 +59,7 @@ def sft() -> Any:
 
 def model() -> Any:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**llama_config())
+    config = AutoConfig.for_model(**student_config())
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
@@ -85,7 +84,10 @@ def optimizers(student: Any) -> tuple[Any, Any]:
     """Return the optimizer of `ddk-train` and its learning rate, as a Trainer takes them."""
     config = TrainConfig(cache="", run="", student="", **SETTINGS)
     adamw = optimizer(student, config)
-    rate: Callable[[int], float] = lambda step: learning_rate(config, step) / config.lr
+
+    def rate(step: int) -> float:
+        return learning_rate(config, step) / config.lr
+
     return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, rate)
 
 
@@ -102,7 +104,7 @@ def trainer(kind: Any, cache: Cache, args: Any, **settings: Any) -> Any:
 def wanted(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of `ddk-train run`."""
     folder = tmp_path_factory.mktemp("ours")
-    (folder / "s.json").write_text(json.dumps(llama_config()))
+    (folder / "s.json").write_text(json.dumps(student_config()))
     paths = {
         "cache": str(cache.root),
         "run": str(folder / "run"),

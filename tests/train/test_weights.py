@@ -176,9 +176,9 @@ def test_a_state_of_other_domains_starts_over() -> None:
 def test_domain_weights_refuse_what_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"unknown weighting 'dkd'\. Did you mean 'ddk'"):
         DomainWeights("dkd", ["a"])
-    for rule, given in (("fixed", None), ("ddk", {"a": 1.0})):
+    for rule, named in (("fixed", None), ("ddk", {"a": 1.0})):
         with pytest.raises(InputError, match="belong together"):
-            DomainWeights(rule, ["a"], given=given)
+            DomainWeights(rule, ["a"], given=named)
 
 
 # --- what is refused ---
