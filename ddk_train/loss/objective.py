@@ -22,13 +22,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ddk_cache import InputError, SparseTargets
+from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of a position that does not count, as in transformers."""
 
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
