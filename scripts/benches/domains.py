@@ -30,9 +30,9 @@ from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
 from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, cut_student, train
-from ddk_train.cut import parse_layers
 from ddk_train.report.run_report import load
 from ddk_train.run import Run
+from ddk_train.student.cut import parse_layers
 
 METHODS: dict[str, dict[str, Any]] = {
     "CPT": {"gamma": 0.0, "weighting": "proportional"},

@@ -12,7 +12,7 @@ import torch
 from ddk_cache import InputError, atomic
 from ddk_cache.testing import VOCAB
 from ddk_train import cut_student
-from ddk_train.cut import NOTE, evenly_spaced
+from ddk_train.student.cut import NOTE, evenly_spaced
 from tests.helpers import command, finish, tree
 
 SMALL: dict[str, Any] = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ddk_cache import InputError, SparseTargets
-from ddk_train.lora import add_adapter
 from ddk_train.loss.fused import Targets, Terms
 from ddk_train.loss.objective import Objective, distillation_loss, parts_of
+from ddk_train.student.lora import add_adapter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,

@@ -15,7 +15,7 @@ from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.testing import VOCAB, byte_tokenizer
 from ddk_cache.testing import student_config as llama_config
 from ddk_train import train
-from ddk_train.student import load_student, save_student
+from ddk_train.student.load import load_student, save_student
 from tests.helpers import Configure, command, finish, read_weights, tree
 
 
