@@ -41,6 +41,7 @@ OPTIONS = {
     "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
     "--precision --gradient-checkpointing --compile --checkpoint-every --keep --patience "
     "--new-rows --log-every --report-to",
+    "ddk-train cut": "--layers --keep",
     "ddk-train report": "--html --json",
 }
 
@@ -170,6 +171,7 @@ def test_a_launcher_that_gives_no_numbers_is_refused(
 def test_one_rank_speaks(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "my mix.zarr"
     base = ["build", corpus, out, "--teacher", teacher_dir, "--seq-len", 16, "--world", 2]
+    base += ["--holdout", 0.3]
     quiet = call(cache_main, *base, "--rank", 1)
     assert (quiet.exit_code, quiet.output) == (0, "")
     spoken = call(cache_main, *base, "--rank", 0)

@@ -15,7 +15,7 @@ from tests.runs import write_run
 
 
 def test_json_holds_the_facts(tmp_path: Path) -> None:
-    (facts,) = to_json(load([write_run(tmp_path / "a", weighting="ddk")]))
+    (facts,) = to_json(load([write_run(tmp_path / "a")]))
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["domains"]["code"]["last_loss"] == 2.5
     assert facts["domains"]["code"]["ratio"] == pytest.approx(math.exp(0.5))
