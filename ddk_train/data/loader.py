@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
@@ -60,7 +61,7 @@ class Batch:
         """Yield the batch in pieces of at most `size` rows."""
         for first in range(0, len(self.tokens), size):
             part = slice(first, first + size)
-            targets = self.targets.map(lambda values: values[part])
+            targets = self.targets.map(itemgetter(part))
             yield Batch(self.draw, self.tokens[part], self.loss_mask[part], targets, self.state)
 
 
