@@ -59,6 +59,17 @@ HOW = [
 """How the teacher is run."""
 
 
+SERVED = [
+    click.option("--model",
+                 help="Name of the model, where --teacher is the http:// address of a server.  "
+                 "[default: its only one]"),
+    click.option("--head",
+                 help="Head file (see 'ddk-cache head') or checkpoint: use hidden states of the "
+                 "server, not log-probabilities."),
+]  # fmt: skip
+"""How a teacher behind a serving engine is used."""
+
+
 def options(*groups: list[Any]) -> Callable[[Command], Command]:
     """Give a command the options of several groups, in order."""
 
@@ -79,8 +90,10 @@ def main() -> None:
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache")
-@click.option("--teacher", help="Model directory or hub id, to measure bytes and hours with.")
-@options(WHAT, HOW)
+@click.option("--teacher",
+              help="Model directory, hub id, or http://host:port of a server, to measure bytes and "
+              "hours with.")  # fmt: skip
+@options(WHAT, HOW, SERVED)
 @click.option("--probe-rows", type=click.IntRange(1), default=16, show_default=True,
               help="Rows to run through the teacher.")  # fmt: skip
 @click.option("--student-speed", type=click.FloatRange(0), default=50_000.0, show_default=True,
@@ -98,6 +111,8 @@ def plan(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    model: str | None,
+    head: str | None,
     **settings: Any,
 ) -> None:
     """Say what building CACHE from CORPUS will cost. Nothing is written."""
@@ -110,17 +125,20 @@ def plan(
     from ddk_cache.build import estimate
     from ddk_cache.build.job import make_spec
     from ddk_cache.build.scoring import Scorer, first_batch
-    from ddk_cache.build.teacher import Teacher, load_teacher, no_teacher
+    from ddk_cache.build.teacher import no_teacher
     from ddk_cache.format.plan import ShardKey
     from ddk_cache.hf import load_tokenizer
 
-    words = load_tokenizer(tokenizer or str(teacher))
-    model: Teacher = no_teacher(len(words))
+    words = load_tokenizer(tokenizer or tokenizer_beside(str(teacher), head))
+    loaded = no_teacher(len(words))
     if teacher:
-        model = load_teacher(
-            teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-        )
-    spec = make_spec(model, words, target_spec=targets, **settings)
+        how: dict[str, Any] = {
+            "dtype": dtype,
+            "device": device,
+            "trust_remote_code": trust_remote_code,
+        }
+        loaded = find_teacher(teacher, words, targets, model, head, **how)
+    spec = make_spec(loaded, words, target_spec=targets, **settings)
     with Progress("counting", 0, "tokens") as progress:
         counted = estimate.count(
             sources,
@@ -132,7 +150,7 @@ def plan(
         )
     probed = None
     if teacher:
-        scorer = Scorer(model, spec, first_batch(model, spec))
+        scorer = Scorer(loaded, spec, first_batch(loaded, spec))
         key = ShardKey("probe", "train", 0)
         probed = estimate.probe(
             spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None).arrays
@@ -147,8 +165,9 @@ def plan(
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache")
-@click.option("--teacher", required=True, help="Model directory or hub id.")
-@options(WHAT, HOW)
+@click.option("--teacher", required=True,
+              help="Model directory, hub id, or http://host:port of a server.")  # fmt: skip
+@options(WHAT, HOW, SERVED)
 @click.option("--batch-rows", type=click.IntRange(1),
               help="Rows in one call to the teacher.  [default: by memory]")  # fmt: skip
 @click.option("--grow", is_flag=True,
@@ -168,6 +187,8 @@ def build(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    model: str | None,
+    head: str | None,
     rank: int | None,
     world: int | None,
     **settings: Any,
@@ -186,14 +207,71 @@ def build(
     sources = find_sources(corpus, say)
 
     from ddk_cache.build.job import build
-    from ddk_cache.build.teacher import load_teacher
     from ddk_cache.hf import load_tokenizer
 
-    words = load_tokenizer(tokenizer or teacher)
-    model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    words = load_tokenizer(tokenizer or tokenizer_beside(teacher, head))
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    loaded = find_teacher(teacher, words, targets, model, head, **how)
     settings |= {"target_spec": targets, "rank": place[0], "world": place[1]}
-    build(cache, sources, model, words, **settings)
+    build(cache, sources, loaded, words, **settings)
     say(f"{cache} is finished. Train from it:  ddk-train run {cache} RUN --student …")
+
+
+def tokenizer_beside(teacher: str, head: str | None) -> str:
+    """Return where the tokenizer of a teacher is, if it is not named.
+
+    Raises:
+        InputError: it must be named.
+    """
+    if "://" not in teacher:
+        return teacher
+    if head and Path(head).is_dir():
+        return head
+    raise InputError(f"{teacher} is a server: give the --tokenizer of its model.")
+
+
+def find_teacher(
+    teacher: str,
+    words: Any,
+    targets: str,
+    model: str | None,
+    head: str | None,
+    *,
+    trust_remote_code: bool,
+    **how: Any,
+) -> Any:
+    """Load a teacher, or connect to the server that runs it.
+
+    Raises:
+        InputError: there is no such teacher, or the options do not belong together.
+    """
+    from ddk_cache.build.served import is_address, load_served
+    from ddk_cache.build.teacher import load_teacher
+
+    if is_address(teacher):
+        spec = TargetSpec.parse(targets)
+        return load_served(teacher, words, model=model, head=head, targets=spec, **how)
+    if model or head:
+        raise InputError("--model and --head are for a --teacher that is an http:// address.")
+    return load_teacher(teacher, trust_remote_code=trust_remote_code, **how)
+
+
+@main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def head(model: str, out: Path, trust_remote_code: bool) -> None:
+    """Copy the output head of MODEL, a directory or hub id, to the file OUT.
+
+    With --head, a build needs nothing else of a model that a server runs. The rest of the
+    checkpoint is not read.
+    """
+    from ddk_cache.head import extract_head
+
+    found = extract_head(model, trust_remote_code=trust_remote_code)
+    found.save(out)
+    size = f"{found.vocab_size:,} × {found.hidden_size:,}"
+    say(f"{out} holds the head of {model}: {size}, hash {found.hash()}")
 
 
 def which_process(rank: int | None, world: int | None) -> tuple[int, int]:

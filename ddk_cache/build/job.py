@@ -241,7 +241,7 @@ class Work:
             positions=int(mask.sum()),
             teacher_loss=float(-scores["label_logprob"][mask].sum(dtype=np.float64)),
             batch_rows=batch_rows,
-            audit=seen | {"fidelity": scored.fidelity},
+            audit=seen | ({"fidelity": scored.fidelity} if scored.fidelity else {}),
         )
         self.claims.release(str(key).replace("/", "."))
 

@@ -18,7 +18,7 @@ import torch
 
 from ddk_cache.build import fidelity, targets
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, DDKError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
@@ -66,6 +66,8 @@ class Scorer:
             batch = torch.from_numpy(tokens[done : done + self.batch_rows])
             try:
                 scores, seen = self._call(batch.to(self.teacher.device), key, done)
+            except DDKError:
+                raise
             except Exception as error:
                 if self._halved(error):
                     continue
@@ -83,15 +85,16 @@ class Scorer:
     ) -> tuple[targets.Scores, dict[str, float]]:
         """Score rows first … of a shard, and compare one position of each with what is kept."""
         offsets, chosen = chances(self.spec, key, first, len(batch))
-        logits = self.teacher.logits(batch[:, :-1])
-        scores = targets.extract(
-            logits,
-            batch[:, 1:],
+        scores, logits = self.teacher.scores(
+            batch,
+            chosen,
             self.spec.targets,
             temperatures=self.spec.temperatures,
-            offsets_BS=torch.from_numpy(offsets).to(logits.device),
+            offsets_BS=torch.from_numpy(offsets).to(batch.device),
         )
         scores = targets.Scores(*(field.cpu() for field in scores))
+        if logits is None:
+            return scores, {}
         rows = torch.arange(len(batch))
         at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
         kept = self.codec.targets(self.codec.encode(as_arrays([at])))
@@ -99,7 +102,7 @@ class Scorer:
             *(torch.from_numpy(part[:, 0]).to(logits.device) for part in vars(kept).values())
         )
         sampled = self.spec.targets.kind == "sampled"
-        return scores, fidelity.compare(logits[rows, chosen], stored, sampled=sampled)
+        return scores, fidelity.compare(logits, stored, sampled=sampled)
 
     def _halved(self, error: Exception) -> bool:
         """Halve the batch if memory ran out and there is something to halve."""
@@ -150,7 +153,8 @@ def first_batch(teacher: Teacher, spec: CacheSpec) -> int:
     room = LOGITS_BYTES
     if teacher.device.type == "cuda":
         room = torch.cuda.mem_get_info(teacher.device)[0] // 4
-    rows = max(1, min(spec.shard_rows, room // (4 * spec.seq_len * spec.vocab_size)))
+    rows = teacher.batch_rows or max(1, room // (4 * spec.seq_len * spec.vocab_size))
+    rows = min(spec.shard_rows, rows)
     scorer = Scorer(teacher, spec, rows)
     tokens = torch.zeros(rows, spec.seq_len + 1, dtype=torch.long).numpy()
     scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None)

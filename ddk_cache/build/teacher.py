@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import xxhash
 
+from ddk_cache.build.targets import Scores, extract
 from ddk_cache.errors import InputError, unknown
+from ddk_cache.format.spec import TargetSpec
 from ddk_cache.hashing import canonical, digest
 from ddk_cache.hf import load, pick_device
 
@@ -34,6 +36,30 @@ class Teacher:
     """Hashes by content; two teachers of one identity give one cache."""
     name: str = "a callable"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    positions: int | None = None
+    """The longest row that the teacher was made for, where there is such a limit."""
+    batch_rows: int | None = None
+    """Rows of one call, where that is not for the memory of their logits to decide."""
+
+    def scores(
+        self,
+        tokens_BS1: torch.Tensor,
+        chosen_B: torch.Tensor,
+        targets: TargetSpec,
+        *,
+        temperatures: tuple[float, ...],
+        offsets_BS: torch.Tensor,
+    ) -> tuple[Scores, torch.Tensor | None]:
+        """Return the targets of B rows, and the logits (B, V) of one position of each row.
+
+        `chosen_B` are those positions; a teacher that has no logits returns None for them.
+        """
+        logits = self.logits(tokens_BS1[:, :-1])
+        labels_BS, rows = tokens_BS1[:, 1:], torch.arange(len(tokens_BS1))
+        scores = extract(
+            logits, labels_BS, targets, temperatures=temperatures, offsets_BS=offsets_BS
+        )
+        return scores, logits[rows, chosen_B]
 
 
 def no_teacher(vocab_size: int) -> Teacher:

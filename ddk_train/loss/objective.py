@@ -15,16 +15,10 @@ from typing import Any
 
 import torch
 
+from ddk_cache.head import scale_and_cap
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
 
 log = logging.getLogger(__name__)
-
-SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-"""Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
-Granite)."""
-
-CAP = "final_logit_softcapping"
-"""The soft cap by its name in configurations (Gemma)."""
 
 PROBE_SIZE = 100.0
 """Size of the largest logit when parts and model are compared; caps are near 30."""
@@ -105,10 +99,7 @@ def take_apart(student: Any) -> Parts | str:
     linear, body = model.get_output_embeddings(), getattr(model, model.base_model_prefix, None)
     if type(linear) is not torch.nn.Linear or body is None:
         return f"{type(model).__name__} has no plain linear head on a body of its own."
-    config, scale = model.config.get_text_config(), 1.0
-    for name, exponent in SCALES.items():
-        scale *= float(getattr(config, name, None) or 1.0) ** exponent
-    parts = Parts(body, linear, scale, float(getattr(config, CAP, None) or 0.0))
+    parts = Parts(body, linear, *scale_and_cap(model.config.get_text_config()))
     error = difference(model, parts)
     if error > 1e-3:
         return f"what {type(model).__name__} does after its head is not known (off by {error:.2g})."
