@@ -33,7 +33,7 @@ from ddk_cache.build.teacher import DTYPES, Teacher
 from ddk_cache.errors import CacheError, InputError, unknown
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, load_head
-from ddk_cache.hf import pick_device
+from ddk_cache.hf import load, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -154,13 +154,28 @@ def _logprob_teacher(
     _require_topk(found["server"], targets, ())
     found["identity"] |= {"answers": "log-probabilities"}
     found["positions"] = found["positions"] and found["positions"] - 2
-    vocab_size = 1 + max(tokenizer.get_vocab().values())
+    vocab_size = outputs(tokenizer)
     check_logprobs(found["server"], tokens, targets.size, vocab_size)
 
     def logits(_: torch.Tensor) -> torch.Tensor:
         raise InputError(f"{found['name']} has no logits, only those of its likeliest ids.")
 
     return LogprobTeacher(logits, vocab_size, **found)
+
+
+def outputs(tokenizer: Any) -> int:
+    """Return how many ids a model has: by the configuration beside its tokenizer, if there is one.
+
+    A head is often wider than its tokenizer.
+    """
+    width = 1 + max(tokenizer.get_vocab().values())
+    if not tokenizer.name_or_path:
+        return width
+    try:
+        config = load("model", "AutoConfig", tokenizer.name_or_path)
+    except InputError:
+        return width
+    return max(width, int(config.get_text_config().vocab_size))
 
 
 # --- the two teachers -----------------------------------------------------------------------------
@@ -245,6 +260,12 @@ class LogprobTeacher(Teacher):
             )
         )
         ids_BSK = torch.from_numpy(np.stack([answer.ids for answer in answers]))
+        if (largest := int(ids_BSK.max())) >= self.vocab_size:
+            raise InputError(
+                f"{self.server.url}: got token id {largest:,}, expected ids below "
+                f"{self.vocab_size:,}. Give as --tokenizer the directory of the model that is "
+                "served, with its config.json."
+            )
         logprobs_BSK = torch.from_numpy(np.stack([answer.logprobs for answer in answers]))
         label_BS = torch.from_numpy(np.stack([answer.label for answer in answers]))
         tail_BS = (1 - logprobs_BSK.exp().sum(-1)).clamp(min=0).log()

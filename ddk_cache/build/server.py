@@ -1,8 +1,8 @@
 """An OpenAI-compatible server: models, token ids, hidden states and prompt log-probabilities.
 
 One prompt per request, since a serving engine makes batches of its own and a request is what is
-sent again. A method sends once and raises `NoAnswerError` where asking again may help; who waits, and
-for how long, is for the caller to decide, so no thread here sleeps.
+sent again. A method sends once and raises `NoAnswerError` where asking again may help. How long to
+wait is for the caller to decide, so no thread here sleeps.
 """
 
 from __future__ import annotations
