@@ -86,7 +86,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
     def make(path: str | Path, **settings: Any) -> Cache:
         teacher = settings.pop("teacher", random_teacher())
-        build(path, find_sources(corpus), teacher, tokenizer, **BUILD | settings)
+        words = settings.pop("tokenizer", tokenizer)
+        build(path, find_sources(corpus), teacher, words, **BUILD | settings)
         return open_cache(path)
 
     return make

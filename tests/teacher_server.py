@@ -144,9 +144,14 @@ def serving(model: Path, **settings: Any) -> Iterator[TeacherServer]:
 
 
 if __name__ == "__main__":
+    import transformers
+
     parser = argparse.ArgumentParser()
     parser.add_argument("model", type=Path)
     parser.add_argument("port", type=int)
-    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("when", type=Path, help="File to wait for, with all imports done.")
     given = parser.parse_args()
-    TeacherServer(given.model, given.port, delay=given.delay).serve_forever()
+    transformers.logging.disable_progress_bar()
+    while not given.when.exists():
+        time.sleep(0.02)
+    TeacherServer(given.model, given.port, delay=0.01).serve_forever()

@@ -169,25 +169,14 @@ def test_hidden_states_may_be_sent_as_bfloat16(
 # --- a server that fails --------------------------------------------------------------------------
 
 
-def start(model: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start a server as a process."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.teacher_server", str(model), str(port), "--delay", "0.01"]
-    )
-
-
-def load_when_up(port: int, words: Any, model: Path) -> Teacher:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            return load_served(f"http://127.0.0.1:{port}", words, head=model, targets=TOP8)
-        except InputError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
+def start(model: Path, port: int, when: Path) -> subprocess.Popen[bytes]:
+    """Start a server as a process, which listens as soon as a file is there."""
+    words = map(str, (model, port, when))
+    return subprocess.Popen([sys.executable, "-m", "tests.teacher_server", *words])
 
 
 def test_a_build_waits_for_a_server_that_is_killed_and_comes_back(
+    server: TeacherServer,
     model: Path,
     make_cache: Make,
     words: Any,
@@ -195,34 +184,46 @@ def test_a_build_waits_for_a_server_that_is_killed_and_comes_back(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     port, path = free_port(), tmp_path / "mix.zarr"
-    processes = [start(model, port)]
+    first, second = (start(model, port, tmp_path / when) for when in ("first", "second"))
 
-    def kill_and_restart() -> None:
+    def kill_and_replace() -> None:
         while not list(path.glob("commits/**/*.json")):
             time.sleep(0.01)
-        processes[0].kill()
-        processes[0].wait()
-        time.sleep(1.5)
-        processes.append(start(model, port))
+        first.kill()
+        first.wait()
+        time.sleep(1)
+        (tmp_path / "second").touch()
 
     try:
-        teacher = load_when_up(port, words, model)
-        killer = threading.Thread(target=kill_and_restart)
+        (tmp_path / "first").touch()
+        teacher = load_when_up(f"http://127.0.0.1:{port}", words, model)
+        killer = threading.Thread(target=kill_and_replace)
         killer.start()
         with caplog.at_level(logging.WARNING):
             make_cache(path, teacher=teacher)
         killer.join()
-        assert len(processes) == 2
-        assert "does not answer" in caplog.text
-        assert "the server answers again" in caplog.text
-        make_cache(tmp_path / "quiet", teacher=teacher)
     finally:
-        for process in processes:
+        for process in (first, second):
             process.kill()
             process.wait()
+    assert "does not answer" in caplog.text
+    assert "the server answers again" in caplog.text
+    quiet = load_served(server.url, words, head=model, targets=TOP8)
+    make_cache(tmp_path / "quiet", teacher=quiet)
     one, other = tree(path), tree(tmp_path / "quiet")
-    one.pop("zarr.json"), other.pop("zarr.json")
+    assert one.pop("zarr.json") != other.pop("zarr.json")  # which tells the address
     assert one == other
+
+
+def load_when_up(url: str, words: Any, model: Path) -> Teacher:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return load_served(url, words, head=model, targets=TOP8)
+        except InputError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def test_a_server_that_stays_away_ends_the_build_and_the_same_call_resumes(
