@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import xxhash
 
+from ddk_cache import atomic
 from ddk_cache.errors import InputError
 
 FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
@@ -88,17 +89,15 @@ class Head:
         Raises:
             InputError: the file cannot be written.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {"weight": self.weight.contiguous()}
         if self.bias is not None:
             tensors["bias"] = self.bias
         numbers = {"scale": repr(self.scale), "cap": repr(self.cap)}
         metadata = {"format": FORMAT, "hash": self.hash()} | numbers
-        partial = Path(f"{path}.partial")
         try:
-            save_file(tensors, partial, metadata)
-            partial.replace(path)
+            atomic.replace(Path(path), save(tensors, metadata))
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}. Give another path.") from error
 

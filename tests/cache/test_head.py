@@ -1,4 +1,4 @@
-"""Heads of checkpoints: the model's own logits from its hidden states, and a file that keeps them."""
+"""Heads of checkpoints: the model's own logits from its hidden states, and a file of one."""
 
 from __future__ import annotations
 
