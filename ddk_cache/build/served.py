@@ -29,11 +29,11 @@ import torch
 
 from ddk_cache.build.server import NoAnswerError, NotOfferedError, Server
 from ddk_cache.build.targets import Scores, extract
-from ddk_cache.build.teacher import DTYPES, Teacher
+from ddk_cache.build.teacher import DTYPES, Teacher, load_teacher
 from ddk_cache.errors import CacheError, InputError, unknown
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, load_head
-from ddk_cache.hf import load, pick_device
+from ddk_cache.hf import load, load_tokenizer, pick_device
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +71,36 @@ that the banks would not hold. They moved the animals to the hill and waited for
 """The text on which a server's answers are checked."""
 
 
-def is_address(teacher: str) -> bool:
-    """Return whether a teacher is named by the address of a server."""
-    return teacher.startswith(("http://", "https://"))
+def find_teacher(
+    name: str,
+    tokenizer: str | None,
+    targets: str,
+    *,
+    model: str | None = None,
+    head: str | None = None,
+    vocab_size: int | None = None,
+    trust_remote_code: bool = False,
+    **how: Any,
+) -> tuple[Teacher, Any]:
+    """Return a teacher by directory, hub id or address, and its tokenizer.
+
+    `model`, `head` and `vocab_size` are those of `load_served`; `how` is a dtype and a device.
+
+    Raises:
+        InputError: there is no such teacher or tokenizer, or the options do not belong together.
+    """
+    if "://" not in name:
+        if model or head:
+            raise InputError("--model and --head are for a --teacher that is an http:// address.")
+        words = load_tokenizer(tokenizer or name, trust_remote_code=trust_remote_code)
+        return load_teacher(name, trust_remote_code=trust_remote_code, **how), words
+    if tokenizer is None and head and Path(head).is_dir():
+        tokenizer = head
+    if tokenizer is None:
+        raise InputError(f"{name} is a server: give the --tokenizer of its model.")
+    words = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    how |= {"targets": TargetSpec.parse(targets), "vocab_size": vocab_size}
+    return load_served(name, words, model=model, head=head, **how), words
 
 
 def load_served(
@@ -83,6 +110,7 @@ def load_served(
     model: str | None = None,
     head: str | Path | None = None,
     targets: TargetSpec,
+    vocab_size: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     patience: float = PATIENCE,
@@ -95,6 +123,8 @@ def load_served(
         model: Its name on the server; by default the only one.
         head: A head file or checkpoint: hidden states are used. Without it, log-probabilities are.
         targets: What will be asked for.
+        vocab_size: Number of the model's outputs, if known. With a head it is the head's; without,
+            by default, that of the configuration beside the tokenizer, or the tokenizer's own.
         dtype: What the server computes in, if known. It becomes part of the identity, and hidden
             states are sent in it.
         device: Where the head is applied.
@@ -126,7 +156,7 @@ def load_served(
         tokens = probe_tokens(server, tokenizer, found["positions"])
         if head is not None:
             return _hidden_teacher(found, load_head(head), dtype, tokens)
-        return _logprob_teacher(found, tokenizer, targets, tokens)
+        return _logprob_teacher(found, vocab_size or outputs(tokenizer), targets, tokens)
     except NoAnswerError as error:
         raise InputError(f"{error}. Start the server, or give its address.") from error
     except NotOfferedError as error:
@@ -149,12 +179,11 @@ def _hidden_teacher(
 
 
 def _logprob_teacher(
-    found: dict[str, Any], tokenizer: Any, targets: TargetSpec, tokens: list[int]
+    found: dict[str, Any], vocab_size: int, targets: TargetSpec, tokens: list[int]
 ) -> LogprobTeacher:
     _require_topk(found["server"], targets, ())
     found["identity"] |= {"answers": "log-probabilities"}
     found["positions"] = found["positions"] and found["positions"] - 2
-    vocab_size = outputs(tokenizer)
     check_logprobs(found["server"], tokens, targets.size, vocab_size)
 
     def logits(_: torch.Tensor) -> torch.Tensor:
@@ -168,7 +197,7 @@ def outputs(tokenizer: Any) -> int:
 
     A head is often wider than its tokenizer.
     """
-    width = 1 + max(tokenizer.get_vocab().values())
+    width = 1 + int(max(tokenizer.get_vocab().values()))
     if not tokenizer.name_or_path:
         return width
     try:

@@ -27,7 +27,8 @@ from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, extract_head
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import Cache
-from tests.conftest import llama_config, tree
+from ddk_cache.testing import student_config
+from tests.helpers import tree
 from tests.s3 import free_port
 from tests.teacher_server import CALLS, TeacherServer, serving
 
@@ -44,7 +45,7 @@ def model(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("served") / "model"
     torch.manual_seed(0)
-    config = LlamaConfig(**llama_config(hidden_size=32, initializer_range=0.2))
+    config = LlamaConfig(**student_config(hidden_size=32, initializer_range=0.2))
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
@@ -84,8 +85,8 @@ def test_hidden_states_give_the_cache_of_the_local_teacher(
 ) -> None:
     spec = TargetSpec.parse(targets)
     teacher = load_served(server.url, words, head=model, targets=spec)
-    local = make_cache(tmp_path / "l", teacher=load_teacher(str(model)), target_spec=targets)
-    cache = make_cache(tmp_path / "s", teacher=teacher, target_spec=targets, batch_rows=None)
+    local = make_cache(tmp_path / "l", teacher=load_teacher(str(model)), targets=targets)
+    cache = make_cache(tmp_path / "s", teacher=teacher, targets=targets, batch_rows=None)
     assert cache.spec.teacher == {
         "class": "served",
         "engine": "tests",
@@ -152,7 +153,7 @@ def test_targets_of_given_hidden_states_are_exact(
     monkeypatch.setitem(served.HEAD_BYTES, "cpu", 5 * 4 * head.vocab_size)
     chunked, _ = teacher.scores(tokens, chosen, spec, temperatures=temperatures, offsets_BS=offsets)
     assert torch.equal(chunked.ids, expected.ids)
-    torch.testing.assert_close(chunked.label, expected.label)
+    torch.testing.assert_close(chunked.label_logprob, expected.label_logprob)
 
 
 def test_hidden_states_may_be_sent_as_bfloat16(
@@ -365,7 +366,10 @@ def test_commands_build_a_cache_with_a_head_file(
     built = run(*words, "--tokenizer", model)
     assert built.exit_code == 0, built.output
     assert "is finished" in built.output
-    refused = run("build", corpus, cache, "--teacher", model, "--model", "tiny")
+    checked = run("verify", cache, "--teacher", server.url, "--head", head, "--rows", "4")
+    assert checked.exit_code == 0, checked.output
+    assert "teacher on 4 rows" in checked.output
+    refused = run("build", corpus, tmp_path / "other", "--teacher", model, "--model", "tiny")
     assert refused.exit_code == 2
     assert "are for a --teacher that is" in refused.output
 

@@ -99,9 +99,11 @@ def agree(teacher: Teacher, model: Path, tokenizer: Any) -> None:
     """Check label log-probabilities to 1e-3 nats, and 99.9 % of ids."""
     tokens = rows(tokenizer)
     got, expected = scores(teacher, tokens), scores(load_teacher(str(model)), tokens)
-    torch.testing.assert_close(got.label, expected.label, atol=1e-3, rtol=0)
+    torch.testing.assert_close(got.label_logprob, expected.label_logprob, atol=1e-3, rtol=0)
     torch.testing.assert_close(got.logprobs, expected.logprobs, atol=1e-3, rtol=0)
-    torch.testing.assert_close(got.tail.exp(), expected.tail.exp(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        got.tail_logprob.exp(), expected.tail_logprob.exp(), atol=1e-4, rtol=0
+    )
     assert (got.ids == expected.ids).double().mean() > 0.999
 
 
@@ -115,7 +117,7 @@ def test_hidden_states_of_vllm(
         assert teacher.identity["engine"] == "vllm"
         agree(teacher, model, tokenizer)
         make_cache(
-            tmp_path / "mix.zarr", teacher=teacher, tokenizer=tokenizer, target_spec="sampled:16"
+            tmp_path / "mix.zarr", teacher=teacher, tokenizer=tokenizer, targets="sampled:16"
         ).require_finished()
         with pytest.raises(InputError, match="does not return log-probabilities"):
             load_served(url, tokenizer, targets=TOP64)
