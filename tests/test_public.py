@@ -30,7 +30,7 @@ CACHE = [
 ]  # fmt: skip
 TRAIN = ["DomainWeights", "TrainConfig", "train"]
 COMMANDS: dict[click.Group, list[str]] = {
-    cache_main: ["build", "estimate", "info", "verify"],
+    cache_main: ["build", "estimate", "head", "info", "verify"],
     train_main: ["report", "run"],
 }
 HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "zarr"}
