@@ -38,7 +38,8 @@ class Scored(NamedTuple):
     """`ids` (R, S, K) and log-probabilities, nats: `logprobs` (R, S, K), and each array of the
     cache whose name ends with `_logprob`."""
     fidelity: dict[str, float]
-    """What storing it loses, summed over one position of each row; see `fidelity.compare`."""
+    """What storing it loses, summed over one position of each row; see `fidelity.compare`. Empty
+    where the teacher has no logits."""
 
 
 @dataclass
@@ -86,15 +87,16 @@ class Scorer:
     ) -> tuple[targets.Scores, dict[str, float]]:
         """Score rows first … of a shard; compare one position of each with its stored form."""
         offsets, chosen = draws(self.spec, key, first, len(batch))
-        logits = self.teacher(batch[:, :-1])
-        scores = targets.extract(
-            logits,
-            batch[:, 1:],
+        scores, logits = self.teacher.scores(
+            batch,
+            chosen,
             self.spec.targets,
             temperatures=self.spec.temperatures,
-            offsets_BS=torch.from_numpy(offsets).to(logits.device),
+            offsets_BS=torch.from_numpy(offsets).to(batch.device),
         )
         scores = targets.Scores(*(field.cpu() for field in scores))
+        if logits is None:
+            return scores, {}
         rows = torch.arange(len(batch))
         at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
         kept = self.codec.targets(self.codec.encode(as_arrays([at])))
@@ -102,7 +104,7 @@ class Scorer:
             *(torch.from_numpy(part[:, 0]).to(logits.device) for part in vars(kept).values())
         )
         sampled = self.spec.targets.kind == "sampled"
-        return scores, fidelity.compare(logits[rows, chosen], stored, sampled=sampled)
+        return scores, fidelity.compare(logits, stored, sampled=sampled)
 
     def _halved(self, error: Exception) -> bool:
         """Halve the batch if memory ran out and there is something to halve."""
@@ -141,6 +143,8 @@ def draws(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array,
 
 def rows_that_fit(teacher: Teacher, spec: CacheSpec) -> int:
     """Return how many rows to score in one call, by the memory that their logits take."""
+    if teacher.batch_rows:
+        return min(spec.shard_rows, teacher.batch_rows)
     room = LOGITS_BYTES
     if teacher.device.type == "cuda":
         room = torch.cuda.mem_get_info(teacher.device)[0] // 4

@@ -25,15 +25,16 @@ from ddk_train.cli import main as train_main
 
 SETTINGS = (
     "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
-    "--shard-rows --batch-rows --dtype --device --trust-remote-code"
+    "--shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
 )
 
 OPTIONS = {
     "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
+    "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
-    "--trust-remote-code --json",
+    "--trust-remote-code --model --head --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
     "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import llama_config
+from ddk_cache.testing import student_config as llama_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 

@@ -212,7 +212,9 @@ def test_a_teacher_that_lacks_a_tensor_is_refused(tmp_path: Path, tokenizer: Any
     weights = load_file(file)
     del weights["model.layers.2.mlp.up_proj.weight"]
     save_file(weights, file, {"format": "pt"})
-    with pytest.raises(InputError, match=r"lacks weights of its model: model\.layers\.2\.mlp\.up_proj"):
+    with pytest.raises(
+        InputError, match=r"lacks weights of its model: model\.layers\.2\.mlp\.up_proj"
+    ):
         cut_student(tmp_path / "teacher", tmp_path / "student", keep=2)
 
 
