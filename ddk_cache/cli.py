@@ -110,8 +110,8 @@ def estimate(
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
     from ddk_cache.build.estimate import estimate_cache, show
-    from ddk_cache.build.served import find_teacher
     from ddk_cache.hf import load_tokenizer, pick_device
+    from ddk_cache.served.teacher import find_teacher
 
     pick_device(device)
     if teacher:
@@ -182,7 +182,7 @@ def build(
 
     from ddk_cache.build.create import check_place
     from ddk_cache.build.job import build_cache
-    from ddk_cache.build.served import find_teacher
+    from ddk_cache.served.teacher import find_teacher
 
     check_place(storage)
     how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
@@ -290,7 +290,7 @@ def verify(
         if drop_bad:
             facts["removed"] = verification.drop_bad(opened, problems)
         elif teacher and not problems:
-            from ddk_cache.build.served import find_teacher
+            from ddk_cache.served.teacher import find_teacher
 
             spec, words = opened.spec, str(opened.tokenizer_path)
             how["vocab_size"] = spec.vocab_size

@@ -28,7 +28,7 @@ from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
 from ddk_train.optim import learning_rate, optimizer
 from ddk_train.provenance import identity, known_rows, provenance
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from ddk_train.signals import stop_requests
 from ddk_train.student.load import Student, load_student
 from ddk_train.student.lora import add_adapter

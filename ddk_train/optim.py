@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ddk_cache import InputError
-from ddk_train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ddk_train.config import TrainConfig
 
 
 def optimizer(student: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

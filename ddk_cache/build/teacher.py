@@ -3,7 +3,7 @@
 A teacher is a function with a name, so that the whole pipeline runs on a CPU in seconds with a
 function of a few lines in place of a large model. Scoring is pure prefill, so a plain forward pass
 in large batches is the whole engine. A teacher that needs a serving engine is in
-`ddk_cache.build.served`.
+`ddk_cache.served.teacher`.
 """
 
 from __future__ import annotations

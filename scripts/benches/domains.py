@@ -31,7 +31,7 @@ from ddk_cache.console import say
 from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, cut_student, train
 from ddk_train.report.run_report import load
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from ddk_train.student.cut import parse_layers
 
 METHODS: dict[str, dict[str, Any]] = {

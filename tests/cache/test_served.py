@@ -17,8 +17,6 @@ import torch
 from click.testing import CliRunner, Result
 
 from ddk_cache import CacheError, InputError
-from ddk_cache.build import served
-from ddk_cache.build.served import HiddenTeacher, load_served
 from ddk_cache.build.targets import extract
 from ddk_cache.build.teacher import Teacher, load_teacher
 from ddk_cache.cli import main
@@ -27,6 +25,8 @@ from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, extract_head
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import Cache
+from ddk_cache.served import teacher as served
+from ddk_cache.served.teacher import HiddenTeacher, load_served
 from ddk_cache.testing import student_config
 from tests.helpers import tree
 from tests.s3 import free_port

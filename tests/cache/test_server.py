@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddk_cache import InputError
-from ddk_cache.build.server import message, parse
+from ddk_cache.served.server import message, parse
 
 
 def choice(*positions: dict[str, float]) -> dict[str, Any]:
