@@ -4,7 +4,7 @@ It is for a teacher that only a serving engine can run: the engine returns hidde
 small, and the head makes the full distribution of them here. Only the head's tensors are read from
 a checkpoint, however large it is; their names come from the model built without weights. The price
 is that a model which does more to its logits than a factor and a soft cap is not recognized here.
-The check of a served teacher's answers is what finds it (`ddk_cache.build.served`).
+The check of a served teacher's answers is what finds it (`ddk_cache.build.agreement`).
 """
 
 from __future__ import annotations
