@@ -104,7 +104,7 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
         """Yield this worker's batches, from the position loaded last, or from the beginning."""
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        reader = info and worker
+        reader = worker if info else None
         walk = self._walk = self._at_start()
         self._schedule.begin(reader, walk.batch)
         while self._limit is None or walk.batch * self.rows < self._limit:

@@ -85,7 +85,7 @@ def test_workers_give_the_batches_of_one_process(count: int, context: str, cache
 def test_an_epoch_has_every_row_exactly_once_over_ranks_and_workers(
     split: str, count: int, cache: Cache
 ) -> None:
-    settings = {"weights": "proportional", "epochs": 1, "split": split, "world": 3}
+    settings: dict[str, Any] = {"weights": "proportional", "epochs": 1, "split": split, "world": 3}
     ranks = [dataset(cache, rank=rank, **settings) for rank in range(3)]
     found = [rows_of(workers(data, count) if count else data) for data in ranks]
     assert sorted(pair for rows in found for pair in rows) == every_row(cache, split)

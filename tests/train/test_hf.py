@@ -105,7 +105,7 @@ def wanted(cache: Cache, tmp_path_factory: pytest.TempPathFactory) -> list[float
     """The losses of `ddk-train run`."""
     folder = tmp_path_factory.mktemp("ours")
     (folder / "s.json").write_text(json.dumps(student_config()))
-    paths = {
+    paths: dict[str, Any] = {
         "cache": str(cache.root),
         "run": str(folder / "run"),
         "student": str(folder / "s.json"),
