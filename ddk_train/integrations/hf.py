@@ -62,7 +62,7 @@ class DistillationMixin:
         self.gamma, self.loss = gamma, loss
         # SFTTrainer looks at its data and tokenizes them; this is as good as tokenized.
         stand_in = Dataset.from_list([{"input_ids": [0], "labels": [0]}])
-        super().__init__(*args, **settings, train_dataset=stand_in)  # type: ignore[call-arg]
+        super().__init__(*args, train_dataset=stand_in, **settings)  # type: ignore[call-arg]
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.model_accepts_loss_kwargs = True  # the loss is divided by all counted positions
 

@@ -1,1 +1,1 @@
-"""Student against teacher."""
+"""The loss of a student compared with its teacher."""

@@ -1,13 +1,14 @@
-"""Divergences between teacher and student over buckets: the kept ids, and all the rest as one.
+"""Divergences between teacher and student over buckets: the kept ids, and all other ids as one.
 
-The mass that was not kept is one more bucket, so that each divergence is a proper one of a
-coarse-grained distribution: never negative, zero only where student and teacher agree on every
-kept id and on the rest as a whole. Without it the gradient would pull all kept ids up for ever
-(M·q − t with M < 1; "Sparse Logit Sampling", arXiv 2503.16870).
+The mass that was not kept is one more bucket, so that each divergence is a proper divergence of a
+coarse-grained distribution: never negative, and zero only where student and teacher agree on every
+kept id and on the rest as a whole. Without that bucket the gradient would raise all kept ids
+without end (M·q − t with M < 1; "Sparse Logit Sampling", arXiv 2503.16870).
 
-A divergence gives its value and its slope by the student's log-probabilities of the buckets. The
-slopes are written out rather than left to autograd, because they are all that the head needs to
-make the gradient by the logits in one pass: a few lines each, and a test holds them to autograd.
+A divergence returns its value and its slope by the student's log-probabilities of the buckets. The
+slopes are written out rather than left to autograd, because the head needs nothing else to compute
+the gradient of the logits in one pass. The price is a few lines per divergence, which a test
+compares with autograd.
 
 Shape letters: P positions, B buckets (K kept ids and the rest).
 """
@@ -24,12 +25,12 @@ from ddk_cache import CacheSpec, InputError
 from ddk_cache.errors import unknown
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(P, B) teacher's probabilities t and log-probabilities of the student log q, float32 →
-(P) divergence in nats, (P, B) ∂/∂ log q, each log q taken as free."""
+"""(P, B) teacher's probabilities t and the student's log-probabilities log q, float32 →
+(P) divergence in nats, (P, B) ∂/∂ log q, with every log q independent."""
 
 LEAST = math.log(torch.finfo(torch.float32).tiny)
-"""The log-probability of a bucket to which the teacher gave nothing; reverse KL there is infinite
-in truth."""
+"""The log-probability of a bucket in which the teacher has no mass; the exact reverse KL there is
+infinite."""
 
 
 def forward_kl(t_PB: torch.Tensor, logq_PB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +49,7 @@ def reverse_kl(t_PB: torch.Tensor, logq_PB: torch.Tensor) -> tuple[torch.Tensor,
 def jsd(
     t_PB: torch.Tensor, logq_PB: torch.Tensor, *, beta: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """β KL(t ‖ m) + (1 − β) KL(q ‖ m), m = β t + (1 − β) q (generalised; arXiv 2306.13649)."""
+    """β KL(t ‖ m) + (1 − β) KL(q ‖ m), m = β t + (1 − β) q (generalized; arXiv 2306.13649)."""
     q_PB = logq_PB.exp()
     logm_PB = torch.log(beta * t_PB + (1 - beta) * q_PB)
     of_t_PB = (t_PB * (t_PB.log() - logm_PB)).where(t_PB > 0, 0.0)
@@ -71,7 +72,7 @@ def divergence(name: str) -> Divergence:
     """Return the divergence of a name such as `forward_kl` or `jsd:0.5`.
 
     Raises:
-        InputError: there is none of that name, or its parameter does not lie in (0, 1).
+        InputError: the name is unknown, or its parameter is not in (0, 1).
     """
     base, _, text = name.partition(":")
     if base in PLAIN and not text:
@@ -85,23 +86,23 @@ def divergence(name: str) -> Divergence:
         value = math.nan
     if not 0 < value < 1:
         raise InputError(
-            f"loss {base!r} takes a number between 0 and 1, for example {base}:0.1, not {name!r}."
+            f"loss: got {name!r}, expected a number between 0 and 1, for example {base}:0.1."
         )
     return partial(function, **{parameter: value})
 
 
 def check_targets(name: str, temperature: float, spec: CacheSpec) -> None:
-    """Check that the targets of a cache can give this loss at this temperature.
+    """Check that this loss can be computed on the targets of a cache at this temperature.
 
     Raises:
-        InputError: the loss has no meaning on them.
-        MismatchError: they do not hold the mass outside at that temperature.
+        InputError: the loss is not defined on these targets.
+        MismatchError: the cache does not have the tail at that temperature.
     """
     if spec.targets.kind == "sampled" and name != "forward_kl":
         raise InputError(
-            f"loss {name!r} has no meaning on sampled targets: it needs the teacher's probability "
-            "of what the student likes, and there an id without one was not drawn, which is not "
-            "zero. Use forward_kl, or a cache of topk targets."
+            f"loss: got {name!r}, expected forward_kl on sampled targets. Other losses need the "
+            "teacher's probabilities at the student's likely ids; a sampled cache stores them only "
+            "for drawn ids. Use forward_kl, or a cache with topk targets."
         )
     if temperature != 1:
         spec.temperature_place(temperature)
@@ -113,4 +114,4 @@ WITH_PARAMETER: dict[str, tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]]
     "skew_kl": (skew_kl, "alpha"),
 }
 LOSSES = (*PLAIN, *(f"{name}:{p.upper()}" for name, (_, p) in WITH_PARAMETER.items()))
-"""Every divergence as `--loss` takes it."""
+"""The names that `--loss` accepts."""

@@ -1,9 +1,9 @@
 """The student's output projection fused with its loss, in chunks of positions.
 
-Logits of a chunk are made, turned in place into their own gradient, and spent on the gradients of
-hidden states and head, all in the forward pass: [positions, V] is never in memory, and three
-matrix products are all there are, as for a plain cross-entropy. The price is that the weight of
-the divergence has to be known beforehand, and that the backward pass can run only once.
+The logits of a chunk are computed, replaced in place by their own gradient, and multiplied into
+the gradients of hidden states and head, all in the forward pass: [positions, V] is never in memory,
+and there are three matrix products, as for a plain cross-entropy. The price: the weight of the
+divergence must be known beforehand, and the backward pass can run only once.
 
 Shape letters: P positions, H hidden, V vocabulary, W with the spare output of a narrow head, K kept
 ids, B buckets (K and the rest).
@@ -27,11 +27,11 @@ Targets = SparseTargets[torch.Tensor]
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 """Most bytes of the float32 logits of a chunk. On a CPU with 32 MiB of L3, 4 to 32 MiB differed by
 a fifth for V = 16,384, and 2 MiB took 1.4 times as long. On CUDA: enough to fill the device, little
-beside the activations, and an eighth of the free memory where that is less."""
+compared with the activations, and an eighth of the free memory where that is less."""
 
 LEAST_POSITIONS = 256
-"""Positions of a chunk at least: each chunk goes once through the whole head and its gradient, and
-with 32 of them that alone made V = 128,256 take 1.4 times as long."""
+"""Fewest positions of a chunk: each chunk reads the whole head and its gradient once, and with 32
+positions that alone made V = 128,256 take 1.4 times as long."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Terms:
     divergence: Divergence = forward_kl
     temperature: float = 1.0
     compiled: bool = False
-    """Fuse the passes over a chunk by torch.compile. Meant for CUDA: on a CPU the chunk is in cache
-    anyway, and the compiled passes took twice as long."""
+    """Fuse the passes over a chunk by torch.compile. For CUDA: on a CPU the chunk stays in the CPU
+    cache, and the compiled passes took twice as long."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class Head:
     """
 
     weight: torch.Tensor | None = None
-    """(V, H), W; it may be the embedding too."""
+    """(V, H), the matrix W; it may be tied to the embedding."""
     bias: torch.Tensor | None = None
     """(V)"""
     scale: float = 1.0
     cap: float = 0.0
-    """0 is no cap."""
+    """The soft cap; 0 means none."""
     narrow: bool = False
-    """The teacher's head is wider: one more output, that no one gives anything to, stands for the
-    ids that only the teacher has; see `within`."""
+    """The teacher's head is wider: one spare output without mass stands for the ids that only the
+    teacher has; see `within`."""
 
     def logits(self, hidden_PH: torch.Tensor, out_PV: torch.Tensor) -> torch.Tensor:
         """Write logits to a float32 tensor (P, V), and return it."""
@@ -95,10 +95,10 @@ class Sums(NamedTuple):
     """Sums over positions, in nats."""
 
     loss: torch.Tensor
-    """CE + γ · T² · D; the only one with a gradient."""
+    """CE + γ · T² · D; the only sum with a gradient."""
     ce: torch.Tensor
     divergence: torch.Tensor
-    """With its T², without γ."""
+    """T² · D, without γ."""
 
 
 def fused_loss(
@@ -110,7 +110,7 @@ def fused_loss(
 ) -> Sums:
     """Return the loss of hidden states under a head; see `Terms`.
 
-    The ids of a position differ from one another. Without targets it is cross-entropy alone.
+    The ids of a position must be distinct. Without targets the loss is cross-entropy alone.
     Products are computed in the dtype of the hidden states, everything else in float32.
     """
     with torch.autocast(hidden_PH.device.type, enabled=False):
@@ -128,8 +128,8 @@ def pick(targets: Targets, index: slice | torch.Tensor) -> Targets:
 def within(targets: Targets, V: int) -> Targets:
     """Return targets for a narrow head of V outputs.
 
-    Two heads over one tokenizer may be padded to different widths. What the teacher gave to ids
-    that the student does not have goes to the tail; in their place stands the spare output, V.
+    Two heads over one tokenizer may be padded to different widths. The teacher's mass at ids that
+    the student does not have moves to the tail; the spare output V takes their place.
     """
     beyond = targets.ids >= V
     tail = targets.tail + (targets.probs * beyond).sum(-1)
@@ -143,7 +143,7 @@ def measure(
 ) -> torch.Tensor:
     """Return the sums of cross-entropy and of KL(teacher ‖ student), nats; (2) float64.
 
-    For measuring: there is no gradient, T is 1, and the divergence is the same for every run.
+    There is no gradient, T is 1, and the divergence is the same for every run.
     """
     sums = hidden_PH.new_zeros(2, dtype=torch.float64)
     with torch.autocast(hidden_PH.device.type, enabled=False):
@@ -161,8 +161,8 @@ def measure(
 def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
     """Yield the positions of each chunk and their float32 logits; spare outputs have −∞.
 
-    All chunks lie in the same memory. Freed and taken again, chunks of this size had left the heap
-    of a process on a CPU in pieces, a fifth larger than it had to be.
+    All chunks use the same memory: allocating each chunk anew fragmented the heap of a process on
+    a CPU and made it a fifth larger.
     """
     P, H = hidden_PH.shape
     V = H if head.weight is None else len(head.weight)
@@ -177,7 +177,7 @@ def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torc
 
 
 def chunk_positions(device: torch.device, V: int) -> int:
-    """Return the positions of a chunk, by the memory at hand."""
+    """Return the number of positions of a chunk, by the memory available."""
     most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
@@ -187,7 +187,7 @@ def chunk_positions(device: torch.device, V: int) -> int:
 
 
 class _Fused(torch.autograd.Function):
-    """Loss and gradients at once. What it keeps for the backward pass are the gradients."""
+    """Loss and gradients in one pass; the gradients are kept for the backward pass."""
 
     @staticmethod
     def forward(
@@ -225,10 +225,10 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale the gradients in place: they are not needed again."""
+        """Scale the gradients in place; they are used only once."""
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            raise RuntimeError("the fused loss was asked for its gradient twice")
+            raise RuntimeError("the gradient of the fused loss can be computed only once")
         return *(g if g is None else g.mul_(grads[0]) for g in gradients), None, None, None, None
 
 
@@ -239,7 +239,7 @@ def spread(
     d_hidden_PH: torch.Tensor,
     d_weight_VH: torch.Tensor | None,
 ) -> None:
-    """Spend the gradient of a chunk's logits: write dh, add to dW, which is float32."""
+    """Multiply the gradient of a chunk's logits out: write dh, add to dW."""
     if weight_VH is None:
         d_hidden_PH.copy_(gradient_PV)
         return
@@ -279,12 +279,12 @@ def gradient_(
 
 @cache
 def compiled_gradient() -> Any:
-    """Return `gradient_` compiled, once for any number of positions."""
+    """Return `gradient_`, compiled once for any number of positions."""
     return torch.compile(gradient_, dynamic=True)
 
 
 def softmax_(logits_PV: torch.Tensor) -> torch.Tensor:
-    """Overwrite logits by their softmax; return the log of its normaliser (P, 1)."""
+    """Overwrite logits by their softmax; return the log of its normalizer (P, 1)."""
     top_P1 = logits_PV.amax(-1, keepdim=True)
     sum_P1 = logits_PV.sub_(top_P1).exp_().sum(-1, keepdim=True)
     logits_PV.div_(sum_P1)
@@ -294,7 +294,7 @@ def softmax_(logits_PV: torch.Tensor) -> torch.Tensor:
 def divergence_(
     logits_PV: torch.Tensor, targets: Targets, divergence: Divergence, weight: float, of_q: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Overwrite logits by weight · ∂D/∂logits + of_q · q; return log normaliser (P, 1) and D (P).
+    """Overwrite logits by weight · ∂D/∂logits + of_q · q; return log normalizer (P, 1) and D (P).
 
     With a the slope of D by log q of a kept id, b that of the rest, and s the sum of all, the
     gradient is a − s·q at kept ids and (b/(1 − Q) − s)·q at the others.
@@ -312,11 +312,11 @@ def divergence_(
 def buckets_(
     logits_PV: torch.Tensor, ids_PK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log q of kept ids and rest (P, B), log normaliser (P, 1), and the rest's sum (P, 1).
+    """Return log q of kept ids and rest (P, B), log normalizer (P, 1), and the rest's sum (P, 1).
 
-    Everything outside the kept ids is summed by itself, relative to its own largest, and not taken
-    as 1 − Q: no cancellation where the student is sure, no clamp. The logits are overwritten by
-    the terms of that sum, 0 at kept ids.
+    The sum outside the kept ids is computed directly, relative to its own largest term, rather than
+    as 1 − Q: no cancellation where the student is confident, and no clamp. The logits are
+    overwritten by the terms of that sum, with 0 at kept ids.
     """
     kept_PK = logits_PV.gather(-1, ids_PK)
     logits_PV.scatter_(-1, ids_PK, -torch.inf)

@@ -343,7 +343,7 @@ def test_run_and_report_as_a_person_would(
     result = call(train_main, "report", *runs)
     assert result.exit_code == 0, result.output
     page = runs[0] / "report.html"
-    assert str(page) in result.stderr
+    assert str(page) in result.stdout
     assert "<svg" in page.read_text()
     facts = json.loads(call(train_main, "report", *runs, "--json").stdout)
     assert len(facts) == 2
