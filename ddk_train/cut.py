@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ddk_cache import InputError, atomic
-from ddk_cache.hf import load, load_tokenizer
+from ddk_cache.hf import load_model, load_tokenizer
 
 NOTE = "cut.json"
 """The file of a cut student that says from which teacher it was cut, and where."""
@@ -83,20 +83,12 @@ def load_whole(teacher: str | Path) -> Any:
     Raises:
         InputError: it is another kind of model, or weights are missing.
     """
-    model, found = load(
-        *("teacher", "AutoModelForCausalLM", teacher),
-        dtype="auto", output_loading_info=True, trust_remote_code=False,
-    )  # fmt: skip
+    model = load_model("teacher", teacher, dtype="auto", trust_remote_code=False)
     kind, saved = type(model).__name__, model.config.architectures or []
     if saved and kind not in saved:
         raise InputError(
             f"the teacher {str(teacher)!r}: got a {saved[0]}, expected a causal language model. "
             f"Give a directory of a {kind}."
-        )
-    if missing := sorted(found["missing_keys"]):
-        raise InputError(
-            f"the teacher {str(teacher)!r}: {len(missing)} tensors are missing, the first is "
-            f"{missing[0]}. Give a complete checkpoint."
         )
     return model.eval()
 

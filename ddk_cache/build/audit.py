@@ -16,7 +16,6 @@ import numpy as np
 from ddk_cache.errors import CacheError
 from ddk_cache.format.audit_summary import MASS_BINS
 from ddk_cache.format.codec import LogprobCodec, TargetCodec
-from ddk_cache.format.plan import ShardKey
 from ddk_cache.types import Array
 
 SLACK = 1e-3
@@ -24,38 +23,41 @@ SLACK = 1e-3
 
 
 def audit(
-    key: ShardKey,
+    where: str,
     scores: Mapping[str, Array],
     stored: Mapping[str, Array],
     labels: Array,
     codec: TargetCodec,
-    vocab_size: int,
 ) -> dict[str, Any]:
     """Check the scores of a shard and return what was seen.
 
-    `scores` are as `Scorer.score` gives them, `stored` what will be written of them; `labels` is
-    (R, S).
+    `where` names the shard in messages, `scores` are the arrays of `Scorer.score`, `stored` is
+    what will be written of them, and `labels` (R, S) are the true next tokens.
 
     Raises:
-        CacheError: with shard, rows and figure.
+        CacheError: the scores are not a distribution, or not what will be stored.
     """
     ids, logprobs = scores["ids"], scores["logprobs"]
     tail, label = scores["tail_logprob"], scores["label_logprob"]
     numbers = ~np.isnan(logprobs).any(-1) & np.isfinite(label) & ~np.isnan(tail)
-    _require(key, "log-probabilities are not finite", numbers)
+    if codec.spec.teacher.get("dtype", "float32") == "float32":
+        advice = "Check the teacher's weights and logits."
+    else:
+        advice = "A wider dtype may help: --dtype float32, with another path for the cache."
+    _require(where, "log-probabilities are not finite", numbers, advice=advice)
     probs = np.exp(logprobs)
     kept, rest = probs.sum(-1, dtype=np.float64), np.exp(tail.astype(np.float64))
     top = np.maximum(np.maximum(logprobs[..., 0], label), tail)
-    _require(key, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
+    _require(where, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
     sums = np.asarray(np.abs(kept + rest - 1) < 5 * SLACK)
-    _require(key, "kept entries and tail do not sum to one", sums, kept)
-    in_range = (ids.min(-1) >= 0) & (ids.max(-1) < vocab_size)
-    _require(key, "an id is outside of the vocabulary", in_range, ids.max(-1))
+    _require(where, "kept entries and tail do not sum to one", sums, kept)
+    in_range = (ids.min(-1) >= 0) & (ids.max(-1) < codec.spec.vocab_size)
+    _require(where, "an id is outside of the vocabulary", in_range, ids.max(-1))
     ranked = np.sort(ids.astype(np.uint32), -1)
-    _require(key, "an id is kept twice", (ranked[..., 1:] != ranked[..., :-1]).all(-1))
+    _require(where, "an id is kept twice", (ranked[..., 1:] != ranked[..., :-1]).all(-1))
     falling = np.asarray(probs[..., 1:] <= probs[..., :-1])
-    _require(key, "entries are not in order", np.asarray(falling.all(-1)))
-    errors = _stored_as_computed(key, scores, stored, probs, codec)
+    _require(where, "entries are not in order", np.asarray(falling.all(-1)))
+    errors = _stored_as_computed(where, scores, stored, probs, codec)
     mass = np.clip(kept, 0, 1)
     with np.errstate(invalid="ignore"):
         nats = np.where(probs > 0, probs * logprobs, 0.0)
@@ -71,7 +73,7 @@ def audit(
 
 
 def _stored_as_computed(
-    key: ShardKey,
+    where: str,
     scores: Mapping[str, Array],
     stored: Mapping[str, Array],
     probs: Array,
@@ -83,29 +85,31 @@ def _stored_as_computed(
     found = codec.ids(stored["target_ids"]).astype(np.uint64) << eight | stored["target_probs"]
     wanted.sort(axis=-1)
     found.sort(axis=-1)
-    _require(key, "stored entries differ from the computed", (wanted == found).all(-1))
+    _require(where, "stored entries differ from the computed", (wanted == found).all(-1))
     off = np.abs(codec.prob.values[codes] - probs)
     good = off <= codec.prob.error(probs) + SLACK
-    _require(key, "stored probabilities differ from the computed", good, off)
+    _require(where, "stored probabilities differ from the computed", good, off)
     error = 0.0
     for name in scores.keys() & stored.keys():
         nats = _error(scores[name], stored[name], codec.logprob)
         error = max(error, float(nats.max(initial=0)))
         good = nats <= codec.logprob.error + SLACK
-        _require(key, f"stored {name} differ from the computed", good, nats)
+        _require(where, f"stored {name} differ from the computed", good, nats)
     return {"largest_error": error, "largest_prob_error": float(off.max())}
 
 
-def _require(key: ShardKey, what: str, good: Array, figure: Array | None = None) -> None:
+def _require(
+    where: str, what: str, good: Array, figure: Array | None = None, advice: str = ""
+) -> None:
     if good.all():
         return
     bad = ~good.reshape(len(good), -1).all(-1)
     rows = np.flatnonzero(bad)
     worst = "" if figure is None else f", for example {figure[~good].flat[0]:.6g}"
+    places = "1 place" if (~good).sum() == 1 else f"{int((~good).sum()):,} places"
     raise CacheError(
-        f"{what} at {int((~good).sum()):,} places of {key} (rows {rows[0]}–{rows[-1]} of the "
-        f"shard{worst}). Nothing of the shard was committed. If the teacher overflows, a wider "
-        "dtype (--dtype float32) helps."
+        f"{what} at {places} of {where} (rows {rows[0]}–{rows[-1]} of it{worst}). Nothing of it "
+        f"was committed. {advice}".rstrip()
     )
 
 

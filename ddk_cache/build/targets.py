@@ -1,12 +1,12 @@
 """Next-token logits → sparse targets, on the teacher's device and in bounded memory.
 
-Positions are taken in chunks, so that no float32 copy of all logits ever exists: beside the
-teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. What is
-kept are log-probabilities of the full vocabulary, never renormalised.
+Positions are taken in chunks, so that no float32 copy of all logits ever exists: besides the
+teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. Kept
+log-probabilities are those of the full vocabulary, never renormalized.
 
-Two kinds. `topk` keeps the k likeliest ids: cheap to understand and biased, since what is outside
-is known only as one mass. `sampled` keeps B ids that are right on average: the ids above a
-threshold c exactly, and of all others a systematic sample, each drawn with probability t/c and
+Two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since the ids outside
+are known only by their total mass. `sampled` keeps B ids and is unbiased: ids above a threshold c
+are kept exactly, and from all others a systematic sample is drawn, each with probability t/c and
 counted as c. Of all unbiased choices of B entries this has the least variance ("threshold" or
 "priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949).
 """
@@ -22,30 +22,30 @@ from ddk_cache.format.spec import TargetSpec
 from ddk_cache.types import SparseTargets
 
 CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
-"""Size of the float32 working copy of one chunk of positions: on a CPU it has to stay in cache
-(2 MiB gave twice the speed of 64 MiB), on a GPU it has to fill the device."""
+"""Size of the float32 working copy of one chunk of positions: on a CPU it must stay in cache (2 MiB
+gave twice the speed of 64 MiB), on a GPU it must fill the device."""
 
 GROUP = 128
-"""Neighbouring ids whose mass is added up before a draw looks for its id among them."""
+"""Neighboring ids whose mass is summed before a draw searches for its id among them."""
 
 
 class Scores(NamedTuple):
-    """The teacher's word on P positions, log-probabilities in nats."""
+    """The teacher's output at P positions, log-probabilities in nats, named as it is stored."""
 
     ids: torch.Tensor
-    """(P, K) int64, the likeliest first; drawn ones last, in order of id."""
+    """(P, K) int64, the likeliest first; drawn ids last, in order of id."""
     logprobs: torch.Tensor
     """(P, K) float32; −inf where an entry was drawn: those share the tail equally."""
-    tail: torch.Tensor
-    """(P) float32 log-mass of all ids that are not kept as they are; −inf where there are none."""
-    label: torch.Tensor
+    tail_logprob: torch.Tensor
+    """(P) float32 log-mass of all ids that are not kept exactly; −inf where there are none."""
+    label_logprob: torch.Tensor
     """(P) float32 log-probability of the true next token, kept or not."""
-    tempered: torch.Tensor
+    tempered_tail_logprob: torch.Tensor
     """(P, T) float32 log-mass of all ids that are not kept, at each declared temperature."""
 
     def targets(self, kind: str) -> SparseTargets[torch.Tensor]:
-        """Return the targets as a reader of the cache gets them, but for the rounding."""
-        probs, tail = self.logprobs.exp(), self.tail.exp()
+        """Return the targets as a reader of the cache gets them, before rounding."""
+        probs, tail = self.logprobs.exp(), self.tail_logprob.exp()
         if kind == "sampled":
             drawn = torch.isneginf(self.logprobs)
             share = tail / drawn.sum(-1).clamp(min=1)
@@ -63,9 +63,9 @@ def extract(
 ) -> Scores:
     """Return the scores of all positions, each field with leading axes (B, S).
 
-    `temperatures` are those at which top-k targets get the mass outside too. `offsets_BS` are
-    the uniform numbers in [0, 1) that decide what is drawn; without them it is drawn anew each
-    time.
+    `temperatures` are those at which the mass outside of top-k targets is computed too.
+    `offsets_BS` are the uniform numbers in [0, 1) that decide what is drawn; without them each
+    call draws anew.
     """
     B, S, V = logits_BSV.shape
     chunk_bytes = CHUNK_BYTES.get(logits_BSV.device.type, CHUNK_BYTES["cuda"])
@@ -90,11 +90,11 @@ def topk(
 ) -> Scores:
     """Keep the k likeliest ids.
 
-    The mass outside is summed directly over the ids outside instead of taken as 1 − Σ, which
-    would lose it to cancellation just where the teacher is sure.
+    The mass outside is summed over the ids outside instead of taken as 1 − Σ, which would lose it
+    to cancellation where the teacher is confident.
     """
     kept_PK, ids_PK = largest(logits_PV, k)
-    logprobs_PK, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PK, ids_PK)
+    logprobs_PK, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PK, ids_PK)
     tail_P = probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()
     tempered = [_outside(logits_PV, ids_PK, temperature) for temperature in temperatures]
     tempered_PT = torch.stack(tempered, -1) if tempered else tail_P.new_empty(len(tail_P), 0)
@@ -104,13 +104,13 @@ def topk(
 def sampled(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor, size: int
 ) -> Scores:
-    """Keep `size` ids whose values are right on average: the head as it is, the rest drawn.
+    """Keep `size` ids, unbiased: the head exactly, the rest drawn.
 
-    With the h likeliest in the head, c = (1 − Σ head) / (size − h); h is the least number for
-    which the next id is below c. The likeliest is in the head in any case.
+    With the h likeliest ids in the head, c = (1 − Σ head) / (size − h); h is the least number for
+    which the next id is below c. The likeliest id is always in the head.
     """
     kept_PB, ids_PB = largest(logits_PV, size)
-    logprobs_PB, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PB, ids_PB)
+    logprobs_PB, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PB, ids_PB)
     order_B = torch.arange(size, device=ids_PB.device)
     probs_PB = probs_PV.gather(-1, ids_PB).double()
     outside_P = probs_PV.scatter_(-1, ids_PB, 0.0).sum(-1, dtype=torch.float64)
@@ -121,7 +121,7 @@ def sampled(
     head_PB = order_B < head_P[:, None]
     probs_PV.scatter_(-1, ids_PB, probs_PB.where(~head_PB, 0.0).float())
     drawn_PB, tail_P = draw(probs_PV, size - head_P, size, offsets_P)
-    # The first of the drawn go where the head ends.
+    # The first of the drawn ids go where the head ends.
     place_PB = (order_B - head_P[:, None]).clamp(min=0)
     ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB))
     logprobs_PB = logprobs_PB.where(head_PB, -torch.inf)
@@ -132,14 +132,14 @@ def sampled(
 def draw(
     mass_PV: torch.Tensor, count_P: torch.Tensor, most: int, offsets_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `count_P` ids a position, each with probability mass / (total / count).
+    """Draw `count_P` ids per position, each with probability mass / (total / count).
 
-    Systematic sampling: count points at equal distances on the cumulative mass. No id is drawn
-    twice where none has more than a count-th of the mass. The points are looked for among sums of
+    Systematic sampling: `count_P` points at equal distances on the cumulative mass. No id is drawn
+    twice where none has more than 1 / count of the mass. The points are searched among the sums of
     `GROUP` ids first, so the mass is read once.
 
     Returns:
-        (P, most) ids in order, of which the first `count_P` count, and (P) float64 total mass.
+        (P, most) ids in order, of which the first `count_P` are drawn, and (P) float64 total mass.
     """
     P, V = mass_PV.shape
     groups = -(-V // GROUP)
@@ -158,7 +158,7 @@ def draw(
     before_PB = ends_PG.gather(-1, group_PB) - sums_PG.gather(-1, group_PB)
     inside_PBN = mass_PGN.gather(1, group_PB[..., None].expand(-1, -1, GROUP)).double().cumsum(-1)
     within_PB = torch.searchsorted(inside_PBN, (points_PB - before_PB)[..., None], right=True)
-    # A point that rounding put behind the last mass of its group belongs to that last mass.
+    # A point that rounding put after the last mass of its group belongs to that last mass.
     last_PB = (inside_PBN < inside_PBN[..., -1:]).sum(-1)
     return group_PB * GROUP + torch.minimum(within_PB[..., 0], last_PB), total_P
 
@@ -166,8 +166,8 @@ def draw(
 def largest(logits_PV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest logits and their ids, descending.
 
-    The k largest lie in the k groups with the largest maxima, and those are looked through
-    alone: about half the time of a plain top-k over all ids.
+    The k largest lie in the k groups with the largest maxima, so only those are searched: about
+    half the time of a plain top-k over all ids.
     """
     P, V = logits_PV.shape
     size = max(1, round(math.sqrt(V / k) / 2))  # ids in a group
@@ -184,10 +184,10 @@ def largest(logits_PV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return found.values, ids.gather(-1, found.indices)
 
 
-def _normalised(
+def _normalized(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, kept_PK: torch.Tensor, ids_PK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of what is kept and of the labels, and all probabilities."""
+    """Return log-probabilities of the kept ids and of the labels, and all probabilities."""
     probs_PV = logits_PV.softmax(-1)
     first_P1 = kept_PK[:, :1] - probs_PV.gather(-1, ids_PK[:, :1]).log()
     label_P = logits_PV.gather(-1, labels_P[:, None]) - first_P1
@@ -195,6 +195,6 @@ def _normalised(
 
 
 def _outside(logits_PV: torch.Tensor, ids_PK: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return (P) log-mass of all ids but those, at a temperature."""
+    """Return (P) log-mass of all other ids, at a temperature."""
     probs_PV = (logits_PV / temperature).softmax(-1)
     return probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()

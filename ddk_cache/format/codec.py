@@ -1,12 +1,11 @@
 """Sparse targets ↔ stored integers, each with its error bound.
 
-LRU probabilities are rounded on an even grid of p^¼. On the grid of √p the rounding costs the
-least KL for its bits at temperature 1, on that of p^¼ at temperature 2; p^¼ has no lower end that
-matters, so one byte serves every teacher, and what it adds to the KL is a few ten-thousandths of
-a nat. LRU entries stand in order of id, because an order by value costs more bytes than all
-values together, and ids are numbered by how frequent they are and stored as differences, one
-plane for each byte. Log-probabilities that stand alone (of the tail, of the true token) are 16-bit
-integers on an even grid of nats.
+Kept probabilities are rounded on an even grid of p^¼. Rounding on the grid of √p would cost the
+least KL for its bits at temperature 1, and p^¼ does at temperature 2; p^¼ has no lower end that
+matters, so one byte serves every teacher and adds a few ten-thousandths of a nat to the KL. Kept
+entries are in order of id, because an order by value costs more bytes than all values together;
+ids are numbered by frequency and stored as differences, one plane per byte. Single
+log-probabilities (of the tail, of the true token) are 16-bit integers on an even grid of nats.
 
 The price of the order is that the likeliest entry is not the first one.
 """
@@ -115,15 +114,15 @@ class Numbering:
 
     @classmethod
     def of(cls, frequent: Sequence[int], vocab_size: int) -> Numbering:
-        """Return the numbering of a vocabulary; ValueError where `frequent` are not of it."""
+        """Return the numbering of a vocabulary; ValueError where `frequent` is not of it."""
         first = np.array(frequent, np.int64)
         if len(first) and not 0 <= first.min() <= first.max() < vocab_size:
-            raise ValueError("frequent ids that the vocabulary does not have")
+            raise ValueError("a frequent id is outside of the vocabulary")
         rest = np.ones(vocab_size, bool)
         rest[first] = False
         ids = np.concatenate([first, np.flatnonzero(rest)]).astype(np.uint32)
         if len(ids) != vocab_size:
-            raise ValueError("frequent ids that stand there twice")
+            raise ValueError("a frequent id is listed twice")
         numbers = np.empty(vocab_size, np.uint32)
         numbers[ids] = np.arange(vocab_size, dtype=np.uint32)
         return cls(ids, numbers)
@@ -140,12 +139,12 @@ class TargetCodec:
         self.numbering = Numbering.of(frequent_ids, spec.vocab_size)
 
     def encode(self, scores: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays to be stored of those that `Scorer.score` gives.
+        """Return the arrays to be stored, from those that `Scorer.score` returns.
 
         Entries are put in order of their numbers.
         """
         codes = self.prob.encode(np.exp(scores["logprobs"]))
-        # Number and code sorted as one integer: the code comes along for nothing.
+        # Number and code are sorted as one integer, so that the code follows its id.
         keys = self.numbering.numbers[scores["ids"]].astype(np.uint64) << np.uint64(8) | codes
         keys.sort(axis=-1)
         numbers = (keys >> np.uint64(8)).astype("<u4")
@@ -163,10 +162,10 @@ class TargetCodec:
     def targets(
         self, stored: Mapping[str, Array], temperature: float = 1.0
     ) -> SparseTargets[Array]:
-        """Return (R, S, K) targets of stored rows, scaled by what the rounding added to their sum.
+        """Return (R, S, K) targets of stored rows, scaled so that entries and tail sum to one.
 
         Raises:
-            MismatchError: the cache does not have the mass outside at this temperature.
+            MismatchError: the cache does not store the tail at this temperature.
             CorruptCacheError: an id is outside of the vocabulary.
         """
         codes = stored["target_probs"]

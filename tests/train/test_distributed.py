@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from ddk_cache.read.cache import Cache
+from ddk_train.job import train
 from ddk_train.run import Run
-from ddk_train.trainer import train
-from tests.conftest import RUN, Configure
+from tests.helpers import RUN, Configure
 
 ROOT = Path(__file__).parents[2]
 

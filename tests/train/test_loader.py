@@ -80,10 +80,10 @@ def test_weights_hold_from_the_very_next_batch(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("settings", "temperature"),
     [
-        ({"target_spec": "topk:8", "temperatures": (2.0,)}, 1.0),
-        ({"target_spec": "topk:8", "temperatures": (2.0,)}, 2.0),
-        ({"target_spec": "sampled:6", "compression": "fast"}, 1.0),
-        ({"target_spec": "sampled:300"}, 1.0),
+        ({"targets": "topk:8", "temperatures": (2.0,)}, 1.0),
+        ({"targets": "topk:8", "temperatures": (2.0,)}, 2.0),
+        ({"targets": "sampled:6", "compression": "fast"}, 1.0),
+        ({"targets": "sampled:300"}, 1.0),
     ],
 )
 def test_batches_are_the_rows_of_the_cache_decoded(
