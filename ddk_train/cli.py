@@ -90,8 +90,7 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
 @click.argument("teacher")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layers", help="Layers to keep, counted from 0, for example 0,3,6.")
-@click.option("--keep", type=int,
-              help="Number of layers to keep, evenly spaced from the first to the last.")  # fmt: skip
+@click.option("--keep", type=int, help="Number of layers to keep, evenly spaced.")
 def cut(teacher: str, out: Path, layers: str | None, keep: int | None) -> None:
     """Save a student of some layers of TEACHER, a directory or hub id, in OUT."""
     from ddk_train.cut import cut_student, parse_layers
