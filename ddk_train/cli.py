@@ -90,11 +90,11 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
 @click.argument("teacher")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--layers", help="Layers to keep, counted from 0, for example 0,3,6.")
-@click.option("--keep", type=int, help="Number of layers to keep, evenly spaced, first and last "
-              "included.")  # fmt: skip
+@click.option("--keep", type=int, help="Number of layers to keep, evenly spaced.")
 def cut(teacher: str, out: Path, layers: str | None, keep: int | None) -> None:
     """Save a student of some layers of TEACHER, a directory or hub id, in OUT."""
     from ddk_train.student.cut import cut_student, parse_layers
 
     cut_student(teacher, out, layers=parse_layers(layers) if layers else None, keep=keep)
-    say(f"The student is in {out}. Train it:  ddk-train run CACHE RUN --student {out}")
+    train = shlex.join(["ddk-train", "run", "CACHE", "RUN", "--student", str(out)])
+    say(f"The student is in {out}. Train it:  {train}")

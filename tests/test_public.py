@@ -73,7 +73,7 @@ def test_an_import_loads_nothing_heavy(package: str) -> None:
     "words",
     [["ddk_cache", "--help"], ["ddk_train", "--help"], ["ddk_train", "run", "--help"]]
     + [["ddk_cache", name, "--help"] for name in COMMANDS[cache_main]]
-    + [["ddk_train", "report", "--help"]],
+    + [["ddk_train", "report", "--help"], ["ddk_train", "cut", "--help"]],
     ids=" ".join,
 )
 def test_help_loads_nothing_heavy(words: list[str]) -> None:

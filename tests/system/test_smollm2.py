@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from ddk_cache.testing import student_config as llama_config
+from ddk_cache.testing import student_config
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 
@@ -27,7 +27,7 @@ def tiny_teacher(path: Path, tokenizer: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = llama_config(num_hidden_layers=12, max_position_embeddings=256)
+    shape = student_config(num_hidden_layers=12, max_position_embeddings=256)
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     file = path / "tokenizer_config.json"
