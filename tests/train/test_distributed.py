@@ -64,7 +64,7 @@ def test_two_processes_give_the_update_of_one(
         torch.testing.assert_close(students[0][name], students[1][name], rtol=1e-3, atol=2e-4)
     code, err = launch(2, *words)
     assert code == 0, err
-    assert "going on after step 5 of 5" in err
+    assert "resuming after step 5 of 5" in err
 
 
 def test_rows_that_cannot_be_shared_are_refused(
@@ -74,4 +74,4 @@ def test_rows_that_cannot_be_shared_are_refused(
     words += ["--device", "cpu"]
     code, err = launch(2, *words)
     assert code
-    assert "5 rows in a step cannot be shared evenly by 2 processes" in err
+    assert "5 rows per step cannot be shared evenly by 2 processes" in err
