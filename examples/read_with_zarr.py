@@ -24,7 +24,7 @@ split = zarr.open_group(folder, mode="r")
 rows = slice(start, start + count)
 
 # Log-probabilities are integers of a fixed step.
-data = xarray.open_zarr(folder, drop_variables="tokens", consolidated=False)
+data = xarray.open_zarr(folder, consolidated=False)
 labels = data["label_logprob"].isel(row=rows)
 loss = -(labels * labels.attrs["scale"]).where(labels != labels.attrs["minus_infinity"])
 print(f"teacher: {float(loss.mean()):.3f} nats per token over {count} rows")

@@ -101,10 +101,6 @@ TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned, before the teacher runs."""
 
 
-TOKEN_ARRAYS = ("tokens", "loss_mask")
-"""Written when the rows are planned, before the teacher runs."""
-
-
 class ArrayLayout(NamedTuple):
     """One array of a split: its first axis is rows, `inner` are the others."""
 
@@ -212,7 +208,7 @@ class CacheSpec:
         impossible = int(np.iinfo(ids).max)
         entry = ("position", "entry")
         layouts = {
-            "tokens": ArrayLayout(ids, (S + 1,), impossible),
+            "tokens": ArrayLayout(ids, (S + 1,), impossible, ("token",)),
             "loss_mask": ArrayLayout(byte, (S,), 0),
             "target_ids": ArrayLayout(byte, (self.id_bytes, S, K), 255, ("byte", *entry)),
             "target_probs": ArrayLayout(byte, (S, K), 0, entry),
