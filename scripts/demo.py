@@ -116,17 +116,17 @@ def perplexities(run: Run, step: int, model: str) -> dict[str, float]:
     }
 
 
-def show(ddk: Run, uniform: Run) -> None:
+def show(excess: Run, uniform: Run) -> None:
     """Print the table of domains."""
     last = SETTINGS["steps"]
-    weights = {row["domain"]: row["weight"] for row in ddk.history() if row["step"] == last}
+    weights = {row["domain"]: row["weight"] for row in excess.history() if row["step"] == last}
     table = Table("perplexity on held-out rows", box=None, pad_edge=False)
-    for column in ("teacher", "before", "after (ddk)", "after (uniform)", "last ddk weight"):
+    for column in ("teacher", "before", "after (excess)", "after (uniform)", "last weight (excess)"):
         table.add_column(column, justify="right")
     columns = (
-        perplexities(ddk, 0, "teacher"),
-        perplexities(ddk, 0, "student"),
-        perplexities(ddk, last, "student"),
+        perplexities(excess, 0, "teacher"),
+        perplexities(excess, 0, "student"),
+        perplexities(excess, last, "student"),
         perplexities(uniform, last, "student"),
     )
     for domain, weight in weights.items():
@@ -148,7 +148,7 @@ def main() -> None:
     shell("ddk-cache", "info", cache)
     shell("ddk-cache", "verify", cache)
     runs = {}
-    for weighting in ("ddk", "uniform"):
+    for weighting in ("excess", "uniform"):
         path = DEMO / "runs" / weighting
         settings = ["--student", student, "--weighting", weighting, *options(SETTINGS)]
         shell("ddk-train", "run", cache, path, *settings)
@@ -156,9 +156,9 @@ def main() -> None:
     live = train_with_live_teacher(cache, student, material.teacher)
     shell("ddk-train", "report", *(run.path for run in runs.values()), "--html", page)
     print()
-    show(runs["ddk"], runs["uniform"])
+    show(runs["excess"], runs["uniform"])
     facts = describe(open_cache(cache))
-    cached, alive = seconds_per_step(runs["ddk"]), seconds_per_step(live)
+    cached, alive = seconds_per_step(runs["excess"]), seconds_per_step(live)
     size = facts["bytes_per_token"]["all"]
     print(f"\ncache: {facts['tokens']:,} tokens, {size:.1f} bytes per token")
     print(f"seconds per step: {cached:.3f} from the cache, {alive:.3f} with the live teacher")
