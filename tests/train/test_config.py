@@ -26,7 +26,7 @@ from ddk_train.config import read_settings
         ({"seed": 2**63}, r"seed must be between 0 and 2\*\*63 - 1"),
         ({"seed": -1}, "seed must be between"),
         ({"loss": "kl"}, "unknown loss 'kl'"),
-        ({"loss": "jsd:2"}, "takes a number between 0 and 1"),
+        ({"loss": "jsd:2"}, "expected a number between 0 and 1"),
         ({"device": "meta"}, "unknown device 'meta'"),
         ({"device": "mps"}, "unknown device 'mps'"),
         ({"device": "cuda:x"}, r"unknown device 'cuda:x'.* Known: auto, cpu, cuda, cuda:N"),
