@@ -99,7 +99,9 @@ def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[st
         store, key = ShardWriter(LocalStorage(Path(folder)), small), ShardKey("probe", "train", 0)
         counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
         codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
-        store.write(key, codec.encode(scores) | {"tokens": tokens, "loss_mask": mask})
+        store.write(
+            key, codec.encode(scores, tokens[:, 1:]) | {"tokens": tokens, "loss_mask": mask}
+        )
         sizes = {
             name: sum(p.stat().st_size for p in (Path(folder) / "domains").rglob(f"{name}/c/**/*")
                       if p.is_file())

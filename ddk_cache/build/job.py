@@ -231,7 +231,7 @@ class Work:
         """Encode, audit, write and commit one shard."""
         scores, vocab_size = scored.arrays, self.store.spec.vocab_size
         mask = self.store.read(key, "loss_mask", shard.rows).astype(bool)
-        stored = codec.encode(scores)
+        stored = codec.encode(scores, tokens[:, 1:])
         seen = audit(key, scores, stored, tokens[:, 1:], codec, vocab_size)
         self.store.write(key, stored)
         self.store.commit(

@@ -89,17 +89,24 @@ class Scorer:
             batch[:, 1:],
             self.spec.targets,
             temperatures=self.spec.temperatures,
+            kept_mass=self.spec.kept_mass,
             offsets_BS=torch.from_numpy(offsets).to(logits.device),
         )
         scores = targets.Scores(*(field.cpu() for field in scores))
         rows = torch.arange(len(batch))
         at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
-        kept = self.codec.targets(self.codec.encode(as_arrays([at])))
-        stored = SparseTargets(
+        tokens = (
+            batch[rows[:, None], torch.stack([chosen, chosen + 1], -1).to(batch.device)]
+            .cpu()
+            .numpy()
+        )
+        stored = self.codec.encode(as_arrays([at]), tokens[:, 1:])
+        kept = self.codec.targets(stored | {"tokens": tokens})
+        kept_targets = SparseTargets(
             *(torch.from_numpy(part[:, 0]).to(logits.device) for part in vars(kept).values())
         )
         sampled = self.spec.targets.kind == "sampled"
-        return scores, fidelity.compare(logits[rows, chosen], stored, sampled=sampled)
+        return scores, fidelity.compare(logits[rows, chosen], kept_targets, sampled=sampled)
 
     def _halved(self, error: Exception) -> bool:
         """Halve the batch if memory ran out and there is something to halve."""
@@ -115,16 +122,9 @@ class Scorer:
 
 def as_arrays(parts: list[targets.Scores]) -> dict[str, Array]:
     """Return scores of several batches of rows by name."""
-    ids, logprobs, tail, label, tempered = (
-        torch.cat(part).numpy() for part in zip(*parts, strict=True)
-    )
-    return {
-        "ids": ids,
-        "logprobs": logprobs,
-        "tail_logprob": tail,
-        "label_logprob": label,
-        "tempered_tail_logprob": np.moveaxis(tempered, -1, 1),
-    }
+    whole = targets.Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    arrays: dict[str, Array] = {name: part.numpy() for name, part in whole._asdict().items()}
+    return arrays | {"tempered_tail_logprob": np.moveaxis(arrays["tempered_tail_logprob"], -1, 1)}
 
 
 def chances(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array, torch.Tensor]:

@@ -33,21 +33,23 @@ class Scores(NamedTuple):
     """The teacher's word on P positions, log-probabilities in nats."""
 
     ids: torch.Tensor
-    """(P, K) int64, the likeliest first; drawn ones last, in order of id."""
+    """(P, K) int64, the likeliest first, then drawn ones in order of id; −1 where a position needs
+    fewer than K."""
     logprobs: torch.Tensor
-    """(P, K) float32; −inf where an entry was drawn: those share the tail equally."""
-    tail: torch.Tensor
+    """(P, K) float32; −inf where an entry was drawn, since those share the tail equally, and where
+    there is none."""
+    tail_logprob: torch.Tensor
     """(P) float32 log-mass of all ids that are not kept as they are; −inf where there are none."""
-    label: torch.Tensor
+    label_logprob: torch.Tensor
     """(P) float32 log-probability of the true next token, kept or not."""
-    tempered: torch.Tensor
+    tempered_tail_logprob: torch.Tensor
     """(P, T) float32 log-mass of all ids that are not kept, at each declared temperature."""
 
     def targets(self, kind: str) -> SparseTargets[torch.Tensor]:
         """Return the targets as a reader of the cache gets them, but for the rounding."""
-        probs, tail = self.logprobs.exp(), self.tail.exp()
+        probs, tail = self.logprobs.exp(), self.tail_logprob.exp()
         if kind == "sampled":
-            drawn = torch.isneginf(self.logprobs)
+            drawn = torch.isneginf(self.logprobs) & (self.ids >= 0)
             share = tail / drawn.sum(-1).clamp(min=1)
             probs, tail = probs.where(~drawn, share[..., None]), torch.zeros_like(tail)
         return SparseTargets(self.ids, probs, tail)
@@ -59,11 +61,13 @@ def extract(
     targets: TargetSpec,
     *,
     temperatures: tuple[float, ...] = (),
+    kept_mass: float = 1.0,
     offsets_BS: torch.Tensor | None = None,
 ) -> Scores:
     """Return the scores of all positions, each field with leading axes (B, S).
 
-    `temperatures` are those at which top-k targets get the mass outside too. `offsets_BS` are
+    `temperatures` are those at which top-k targets get the mass outside too; they stop where the
+    kept entries have `kept_mass`. `offsets_BS` are
     the uniform numbers in [0, 1) that decide what is drawn; without them it is drawn anew each
     time.
     """
@@ -78,7 +82,7 @@ def extract(
         if targets.kind == "sampled":
             chunks.append(sampled(logits.float(), labels, offsets, targets.size))
         else:
-            chunks.append(topk(logits.float(), labels, targets.size, temperatures))
+            chunks.append(topk(logits.float(), labels, targets.size, temperatures, kept_mass))
     return Scores(*(torch.cat(part).unflatten(0, (B, S)) for part in zip(*chunks, strict=True)))
 
 
@@ -87,27 +91,41 @@ def topk(
     labels_P: torch.Tensor,
     k: int,
     temperatures: tuple[float, ...] = (),
+    kept_mass: float = 1.0,
 ) -> Scores:
-    """Keep the k likeliest ids.
+    """Keep the k likeliest ids, or as many as have a mass of `kept_mass`.
 
     The mass outside is summed directly over the ids outside instead of taken as 1 − Σ, which
     would lose it to cancellation just where the teacher is sure.
     """
     kept_PK, ids_PK = largest(logits_PV, k)
     logprobs_PK, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PK, ids_PK)
-    tail_P = probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()
-    tempered = [_outside(logits_PV, ids_PK, temperature) for temperature in temperatures]
+    probs_PK = logprobs_PK.exp().double()
+    needed_PK = (probs_PK.cumsum(-1) - probs_PK < kept_mass) & (probs_PK > 0)
+    # What is not needed stands for the first id once more, so that nothing outside is touched.
+    kept_ids_PK = ids_PK.where(needed_PK, ids_PK[:, :1])
+    tail_P = probs_PV.scatter_(-1, kept_ids_PK, 0.0).sum(-1).log()
+    tempered = [_outside(logits_PV, kept_ids_PK, temperature) for temperature in temperatures]
     tempered_PT = torch.stack(tempered, -1) if tempered else tail_P.new_empty(len(tail_P), 0)
-    return Scores(ids_PK, logprobs_PK, tail_P, label_P, tempered_PT)
+    return Scores(
+        ids_PK.where(needed_PK, -1),
+        logprobs_PK.where(needed_PK, -torch.inf),
+        tail_P,
+        label_P,
+        tempered_PT,
+    )
 
 
 def sampled(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor, size: int
 ) -> Scores:
-    """Keep `size` ids whose values are right on average: the head as it is, the rest drawn.
+    """Keep as few ids as make every drawn one count at most 1 / size; `size` ids at most.
 
-    With the h likeliest in the head, c = (1 − Σ head) / (size − h); h is the least number for
-    which the next id is below c. The likeliest is in the head in any case.
+    With n entries of which the h likeliest are the head, each drawn one counts
+    c(n) = (1 − Σ head) / (n − h). A threshold c needs Σ min(1, t / c) entries, so the least n with
+    c(n) ≤ 1 / size is that sum at c = 1 / size, rounded up. The head then ends before the first id
+    below c(n); the likeliest is in it in any case. One threshold for all positions gives the least
+    total error for a given number of entries.
     """
     kept_PB, ids_PB = largest(logits_PV, size)
     logprobs_PB, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PB, ids_PB)
@@ -116,17 +134,31 @@ def sampled(
     outside_P = probs_PV.scatter_(-1, ids_PB, 0.0).sum(-1, dtype=torch.float64)
     # Mass of everything from the b-th likeliest on, added up from its small end.
     rest_PB = probs_PB.flip(-1).cumsum(-1).flip(-1) + outside_P[:, None]
-    below_PB = probs_PB * (size - order_B) < rest_PB * (1 - 1e-9)
+    count_P = entries(probs_PB, rest_PB, size)
+    left_PB = count_P[:, None] - order_B
+    below_PB = (probs_PB * left_PB < rest_PB * (1 - 1e-9)) | (left_PB <= 0)
     head_P = torch.where(below_PB.any(-1), below_PB.int().argmax(-1), size).clamp(min=1)
     head_PB = order_B < head_P[:, None]
     probs_PV.scatter_(-1, ids_PB, probs_PB.where(~head_PB, 0.0).float())
-    drawn_PB, tail_P = draw(probs_PV, size - head_P, size, offsets_P)
+    drawn_PB, tail_P = draw(probs_PV, count_P - head_P, size, offsets_P)
     # The first of the drawn go where the head ends.
     place_PB = (order_B - head_P[:, None]).clamp(min=0)
-    ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB))
+    ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB)).where(left_PB > 0, -1)
     logprobs_PB = logprobs_PB.where(head_PB, -torch.inf)
-    tail_P = tail_P.where(head_P < size, 0.0).log().float()
+    tail_P = tail_P.where(head_P < count_P, 0.0).log().float()
     return Scores(ids_PB, logprobs_PB, tail_P, label_P, tail_P.new_empty(len(tail_P), 0))
+
+
+def entries(probs_PB: torch.Tensor, rest_PB: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (P) the entries that a threshold of 1 / size needs, from 1 to size.
+
+    `probs_PB` are the `size` likeliest, `rest_PB` the mass of each and of everything after it.
+    """
+    large_P = (probs_PB * size >= 1).sum(-1)
+    rest_P = torch.cat([rest_PB, torch.zeros_like(rest_PB[:, :1])], -1).gather(-1, large_P[:, None])
+    # Where exactly as many entries as the sum says are enough, rounding must not ask for one more.
+    needed_P = (large_P + size * rest_P[:, 0] - 1e-6).ceil().long()
+    return needed_P.clamp(1, size)
 
 
 def draw(

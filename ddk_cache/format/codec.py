@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -129,6 +129,47 @@ class Numbering:
         return cls(ids, numbers)
 
 
+REST = 255
+"""The code of drawn entries that share what the others leave of one."""
+
+
+@dataclass(frozen=True)
+class DrawnCodec:
+    """The probability that each drawn entry stands for, at most 1/size: sixteen steps an octave.
+
+    A step is 4.4 %, and the mass that rounding moves goes to the likeliest entry.
+    """
+
+    size: int
+
+    @property
+    def error(self) -> float:
+        """Return the largest relative error of a probability above 1e-6 / size."""
+        return float(2 ** (1 / 32) - 1)
+
+    def encode(self, probs: Array) -> Array:
+        """Return uint8 codes."""
+        octaves = -np.log2(np.maximum(probs * self.size, 2.0**-32))
+        return np.clip(np.rint(16 * octaves), 0, REST - 1).astype(np.uint8)
+
+    @cached_property
+    def values(self) -> Array:
+        """(256) float64 probability of each code."""
+        values: Array = 2.0 ** (-np.arange(256) / 16) / self.size
+        return values
+
+
+class Entries(NamedTuple):
+    """Where the stored entries of some rows lie: R rows of S positions, K the most of any."""
+
+    place: Array
+    """(R, S, K) index into the entries of the row."""
+    inside: Array
+    """(R, S, K) whether there is such an entry; the others are padding."""
+    exact: Array
+    """(R, S, 1) how many entries of a position are stored as they are; they come first."""
+
+
 class TargetCodec:
     """The targets of one domain."""
 
@@ -136,73 +177,151 @@ class TargetCodec:
         self.spec = spec
         self.logprob = LogprobCodec(spec.logprob_step)
         self.prob = ProbCodec(spec.prob_levels)
+        self.drawn = DrawnCodec(spec.targets.size)
         self.sampled = spec.targets.kind == "sampled"
         self.numbering = Numbering.of(frequent_ids, spec.vocab_size)
 
-    def encode(self, scores: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays to be stored of those that `Scorer.score` gives.
+    def encode(self, scores: Mapping[str, Array], labels: Array) -> dict[str, Array]:
+        """Return the arrays to store of those that `Scorer.score` gives; `labels` is (R, S).
 
-        Entries are put in order of their numbers.
+        The entries of a position are put in order: first those kept as they are, then those that
+        were drawn, each group by its numbers; the true token is left out, since its id and its
+        log-probability are stored anyway. The entries of a row follow one another.
         """
-        codes = self.prob.encode(np.exp(scores["logprobs"]))
-        # Number and code sorted as one integer: the code comes along for nothing.
-        keys = self.numbering.numbers[scores["ids"]].astype(np.uint64) << np.uint64(8) | codes
+        ids, probs = scores["ids"], np.exp(scores["logprobs"])
+        valid = ids >= 0
+        exact = valid & (probs > 0)
+        label = exact & (ids == labels[..., None])
+        stored = valid & ~label
+        codes = self.prob.encode(probs)
+        drawn = (stored & ~exact).sum(-1)
+        tail = np.exp(scores["tail_logprob"].astype(np.float64))
+        # The likeliest of the others is what is missing to one, and its code is 0; unless what
+        # was drawn has more mass.
+        likeliest = np.argmax(exact & (~label | (exact.sum(-1) == 1)[..., None]), -1)[..., None]
+        largest = np.take_along_axis(probs, likeliest, -1)[..., 0]
+        rest_is_drawn = (drawn > 0) & (tail >= largest)
+        code = np.where(rest_is_drawn[..., None], np.take_along_axis(codes, likeliest, -1), 0)
+        np.put_along_axis(codes, likeliest, code.astype(np.uint8), -1)
+        # Group, number and code sorted as one integer: the code comes along for nothing.
+        keys = self.numbering.numbers[np.maximum(ids, 0)].astype(np.uint64) << np.uint64(8) | codes
+        keys |= np.where(exact, np.uint64(0), np.uint64(1) << np.uint64(40))
+        keys = np.where(stored, keys, np.uint64(2**64 - 1))
         keys.sort(axis=-1)
+        count, first = stored.sum(-1), (exact & ~label).sum(-1)
+        order = np.arange(ids.shape[-1])
+        kept, ahead = order < count[..., None], order < first[..., None]
         numbers = (keys >> np.uint64(8)).astype("<u4")
         steps = np.diff(numbers, axis=-1, prepend=np.uint32(0))
-        planes = steps.view(np.uint8).reshape(*steps.shape, 4)[..., : self.spec.id_bytes]
-        stored = {
-            "target_ids": np.ascontiguousarray(np.moveaxis(planes, -1, -3)),
-            "target_probs": keys.astype(np.uint8),
+        steps = np.where(order == first[..., None], numbers, steps)  # the second group starts anew
+        row = self._joined(steps, kept).view(np.uint8).reshape(len(ids), -1, 4)
+        arrays = {
+            "exact_count": first.astype(self.spec.arrays["exact_count"].dtype),
+            "label_kept": label.any(-1).astype(np.uint8),
+            "target_ids": np.ascontiguousarray(np.moveaxis(row[..., : self.spec.id_bytes], -1, 1)),
+            "target_probs": self._joined(keys.astype(np.uint8), ahead),
         }
-        rest = ("tail_logprob", "label_logprob", "tempered_tail_logprob")
-        return stored | {
-            name: self.logprob.encode(scores[name]) for name in rest if name in self.spec.arrays
+        if self.sampled:
+            arrays["drawn_count"] = drawn.astype(self.spec.arrays["drawn_count"].dtype)
+            share = self.drawn.encode(np.where(drawn > 0, tail / np.maximum(drawn, 1), 1))
+            arrays["drawn_prob"] = np.where(rest_is_drawn, REST, share).astype(np.uint8)
+        return arrays | {
+            name: self.logprob.encode(scores[name])
+            for name in ("tail_logprob", "label_logprob", "tempered_tail_logprob")
+            if name in self.spec.arrays
         }
+
+    def _joined(self, values: Array, kept: Array) -> Array:
+        """Return (R, S · size) the kept ones of (R, S, K) values, row by row, and zeros behind."""
+        R, S, _ = values.shape
+        joined = np.zeros((R, S * self.spec.targets.size), values.dtype)
+        inside = np.arange(joined.shape[1]) < kept.sum((1, 2))[:, None]
+        joined[inside] = values[kept]
+        return joined
 
     def targets(
         self, stored: Mapping[str, Array], temperature: float = 1.0
     ) -> SparseTargets[Array]:
-        """Return (R, S, K) targets of stored rows, scaled by what the rounding added to their sum.
+        """Return (R, S, K) targets of stored rows; entries and tail sum to one.
+
+        K is the most entries of any of these positions. A position with fewer has the id −1 and
+        probability 0 behind its own.
 
         Raises:
             MismatchError: the cache does not have the mass outside at this temperature.
             CorruptCacheError: an id is outside of the vocabulary.
         """
-        codes = stored["target_probs"]
+        label = stored["label_kept"].astype(bool)[..., None]
+        entries = self._entries(stored, label)
+        ids = self._ids(stored["target_ids"], entries)
+        probs, tail = self._probs(stored, entries, label)
+        at_label = label & (np.arange(ids.shape[-1]) == entries.inside.sum(-1, keepdims=True))
+        ids = np.where(at_label, stored["tokens"][:, 1:, None].astype(np.int64), ids)
         if temperature != 1:
-            return self._tempered(stored, codes, temperature)
-        probs, tail = self.prob.values[codes], self.logprob.probs(stored["tail_logprob"])
-        scale = (1 / (probs.sum(-1, dtype=np.float64) + tail)).astype(np.float32)
-        probs, tail = probs * scale[..., None], tail * scale
-        if self.sampled:
-            drawn = codes == 0
-            count = drawn.sum(-1)
-            share = np.where(count > 0, tail / np.maximum(count, 1), 0.0).astype(np.float32)
-            probs = np.where(drawn, share[..., None], probs)
-            tail = np.where(count > 0, 0, tail)
-        return SparseTargets(self.ids(stored["target_ids"]), probs, tail)
+            place = self.spec.temperature_place(temperature)
+            tail = self.logprob.probs(stored["tempered_tail_logprob"][..., place, :])
+            weights = probs ** np.float32(1 / temperature)
+            scale = (1 - tail) / weights.sum(-1, dtype=np.float64)
+            probs = weights * scale[..., None].astype(np.float32)
+        return SparseTargets(ids, probs, tail)
 
-    def _tempered(
-        self, stored: Mapping[str, Array], codes: Array, temperature: float
-    ) -> SparseTargets[Array]:
-        """Return targets at another temperature: t^(1/T), which fills 1 − tail."""
-        place = self.spec.temperature_place(temperature)
-        tail = self.logprob.probs(stored["tempered_tail_logprob"][..., place, :])
-        weights = (self.prob.values ** (1 / temperature))[codes]
-        scale = ((1 - tail) / weights.sum(-1, dtype=np.float64)).astype(np.float32)
-        return SparseTargets(self.ids(stored["target_ids"]), weights * scale[..., None], tail)
+    def _entries(self, stored: Mapping[str, Array], label: Array) -> Entries:
+        exact = stored["exact_count"].astype(np.int64)
+        count = exact + stored["drawn_count"] if self.sampled else exact
+        width = stored["target_probs"].shape[1]
+        ends = count.cumsum(-1)
+        if len(ends) and ends[:, -1].max() > width:
+            raise CorruptCacheError("a row counts more entries than it has room for.")
+        order = np.arange((count + label[..., 0]).max(initial=1))
+        inside = order < count[..., None]
+        place = np.where(inside, (ends - count)[..., None] + order, 0)
+        return Entries(place, inside, exact[..., None])
 
-    def ids(self, planes: Array) -> Array:
-        """Return (R, S, K) int64 ids of (R, bytes, S, K) planes."""
+    def _ids(self, planes: Array, entries: Entries) -> Array:
+        """Return (R, S, K) ids of (R, bytes, S · size) planes, −1 where there is no entry."""
         steps = planes[:, 0].astype(np.uint32)
         for place in range(1, planes.shape[1]):
             steps |= planes[:, place].astype(np.uint32) << np.uint32(8 * place)
-        numbers = steps.cumsum(-1, dtype=np.uint32)
-        if numbers.size and numbers.max() >= self.spec.vocab_size:
+        steps = _take(steps, entries.place) * entries.inside
+        sums = steps.cumsum(-1, dtype=np.int64)
+        order = np.arange(sums.shape[-1])
+        ahead = np.take_along_axis(sums, np.maximum(entries.exact - 1, 0), -1)
+        numbers = sums - np.where((order >= entries.exact) & (entries.exact > 0), ahead, 0)
+        if numbers.size and (numbers * entries.inside).max() >= self.spec.vocab_size:
             raise CorruptCacheError("a stored id is outside of the vocabulary.")
-        ids: Array = self.numbering.ids[numbers].astype(np.int64)
-        return ids
+        ids = self.numbering.ids[numbers * entries.inside].astype(np.int64)
+        return np.where(entries.inside, ids, -1)
+
+    def _probs(
+        self, stored: Mapping[str, Array], entries: Entries, label: Array
+    ) -> tuple[Array, Array]:
+        """Return (R, S, K) probabilities at temperature 1 and the (R, S) tail, float32."""
+        order = np.arange(entries.inside.shape[-1])
+        ahead = order < entries.exact
+        begins = entries.exact.cumsum(1) - entries.exact
+        codes = _take(stored["target_probs"], np.where(ahead, begins + order, 0)) * ahead
+        probs = self.prob.values[codes].astype(np.float64)
+        at_label = label & (order == entries.inside.sum(-1, keepdims=True))
+        # One entry is what is missing to one: the exact one without a code, else the true token.
+        implied = np.where(entries.exact > 0, ahead & (codes == 0), at_label)
+        least = probs.max(-1, keepdims=True)
+        tail = np.zeros((*label.shape[:2], 1))
+        if self.sampled:
+            share = self.drawn.values[stored["drawn_prob"]][..., None]
+            least = np.maximum(least, share)
+            drawn = entries.inside & ~ahead
+            rest_is_drawn = stored["drawn_prob"][..., None] == REST
+            implied = np.where(rest_is_drawn, drawn, implied)
+            least = np.where(rest_is_drawn, 0, least)
+            probs += share * (drawn & ~implied)
+        else:
+            tail += self.logprob.probs(stored["tail_logprob"])[..., None]
+        known = self.logprob.probs(stored["label_logprob"])[..., None]
+        probs += known * (at_label & ~implied)
+        rest = 1 - tail - probs.sum(-1, keepdims=True)
+        probs += np.maximum(rest / np.maximum(implied.sum(-1, keepdims=True), 1), least) * implied
+        scale = 1 / (probs.sum(-1, keepdims=True) + tail)
+        return (probs * scale).astype(np.float32), (tail * scale)[..., 0].astype(np.float32)
 
     def attributes(self, name: str) -> dict[str, Any]:
         """Return what a plain Zarr reader needs to decode an array."""
@@ -218,3 +337,8 @@ class TargetCodec:
                 "numbers": "the frequent_ids of the domain's group, then all other ids in order",
             }
         return {}
+
+
+def _take(row: Array, place: Array) -> Array:
+    """Return (R, S, K) values of (R, width) at places."""
+    return np.take_along_axis(row, place.reshape(len(row), -1), 1).reshape(place.shape)

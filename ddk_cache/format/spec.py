@@ -20,7 +20,7 @@ import numpy as np
 from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
 from ddk_cache.hashing import canonical, digest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The layout described in docs/format.md; any other version is refused by name."""
 
 
@@ -132,6 +132,8 @@ class CacheSpec:
     """Name and content hashes of the tokenizer."""
     prob_levels: int = 128
     """Steps between probability 0 and 1 on the scale on which kept probabilities are stored."""
+    kept_mass: float = 1.0
+    """Mass at which top-k targets stop before they have K entries; 1 keeps K everywhere."""
     temperatures: tuple[float, ...] = ()
     """Temperatures beside 1 at which the mass outside of the top k is stored too."""
     seed: int = 0
@@ -175,6 +177,8 @@ class CacheSpec:
         """Check the settings that decide how targets are drawn and stored."""
         if type(self.prob_levels) is not int or not 16 <= self.prob_levels <= 255:
             raise InputError(f"prob_levels has to be from 16 to 255, not {self.prob_levels}.")
+        if type(self.kept_mass) is not float or not 0 < self.kept_mass <= 1:
+            raise InputError(f"kept_mass must be in (0, 1], not {self.kept_mass}.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise InputError(f"seed has to be a whole number of 0 or more, not {self.seed}.")
         if self.compression not in COMPRESSIONS:
@@ -201,17 +205,22 @@ class CacheSpec:
         """The arrays of every split, by name. Their order is the order of writing."""
         S, K, T = self.seq_len, self.targets.size, len(self.temperatures)
         ids = np.dtype("<u2" if self.vocab_size < 2**16 else "<u4")
+        counts = np.dtype("u1" if K < 2**8 else "<u2")
         byte, logprob = np.dtype("u1"), np.dtype("<u2")
-        impossible = int(np.iinfo(ids).max)
-        entry = ("position", "entry")
         layouts = {
-            "tokens": ArrayLayout(ids, (S + 1,), impossible),
+            "tokens": ArrayLayout(ids, (S + 1,), int(np.iinfo(ids).max)),
             "loss_mask": ArrayLayout(byte, (S,), 0),
-            "target_ids": ArrayLayout(byte, (self.id_bytes, S, K), 255, ("byte", *entry)),
-            "target_probs": ArrayLayout(byte, (S, K), 0, entry),
-            "tail_logprob": ArrayLayout(logprob, (S,), 0),
             "label_logprob": ArrayLayout(logprob, (S,), 0),
+            "label_kept": ArrayLayout(byte, (S,), 0),
+            "exact_count": ArrayLayout(counts, (S,), 0),
+            "target_ids": ArrayLayout(byte, (self.id_bytes, S * K), 0, ("byte", "entry")),
+            "target_probs": ArrayLayout(byte, (S * K,), 0, ("entry",)),
         }
+        if self.targets.kind == "sampled":
+            layouts["drawn_count"] = ArrayLayout(counts, (S,), 0)
+            layouts["drawn_prob"] = ArrayLayout(byte, (S,), 0)
+        else:
+            layouts["tail_logprob"] = ArrayLayout(logprob, (S,), 0)
         if T:
             layouts["tempered_tail_logprob"] = ArrayLayout(
                 logprob, (T, S), 0, ("temperature", "position")

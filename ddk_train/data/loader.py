@@ -187,7 +187,8 @@ class Loader(IterableDataset[Batch]):
             stored = buffers.to_device()
             tokens = stored["tokens"].to(torch.int64, copy=True)
             mask = stored["loss_mask"].to(torch.bool, copy=True)
-            targets = self._dequantize(stored, torch.from_numpy(domains).to(self.device))
+            most = self._dequantize.most(buffers.arrays)
+            targets = self._dequantize(stored, torch.from_numpy(domains).to(self.device), most)
             return Batch(draw, tokens, mask, targets, state)
         finally:
             self._free.put(buffers)
