@@ -28,6 +28,10 @@ CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 GROUP = 128
 """Neighbouring ids whose mass is added up before a draw looks for its id among them."""
 
+NEGLIGIBLE = 1e-6
+"""Mass, in units of the threshold, that is not worth an entry: where a teacher is all but certain,
+an entry for it would cost bytes and change nothing."""
+
 
 class Scores(NamedTuple):
     """The teacher's word on P positions, log-probabilities in nats."""
@@ -156,8 +160,7 @@ def entries(probs_PB: torch.Tensor, rest_PB: torch.Tensor, size: int) -> torch.T
     """
     large_P = (probs_PB * size >= 1).sum(-1)
     rest_P = torch.cat([rest_PB, torch.zeros_like(rest_PB[:, :1])], -1).gather(-1, large_P[:, None])
-    # Where exactly as many entries as the sum says are enough, rounding must not ask for one more.
-    needed_P = (large_P + size * rest_P[:, 0] - 1e-6).ceil().long()
+    needed_P = (large_P + size * rest_P[:, 0] - NEGLIGIBLE).ceil().long()
     return needed_P.clamp(1, size)
 
 
