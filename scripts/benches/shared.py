@@ -92,7 +92,9 @@ def fresh_student(teacher: Path, layers: int, seed: int) -> Any:
 def hidden_of(student: Any, tokens_BS1: torch.Tensor) -> torch.Tensor:
     """Return the hidden states (P, H) of rows. Products are in bfloat16, as on a GPU."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden_BSH: torch.Tensor = student.model(tokens_BS1[:, :-1]).last_hidden_state
+        hidden_BSH: torch.Tensor = student.model(
+            tokens_BS1[:, :-1], use_cache=False
+        ).last_hidden_state
     return hidden_BSH.flatten(0, 1).bfloat16()
 
 

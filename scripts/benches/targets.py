@@ -216,7 +216,9 @@ def compare(
         places = slice(first * SEQ_LEN, (first + 2) * SEQ_LEN)
         logits_PV = logits_BSV[some].flatten(0, 1)
         t_PV = logits_PV.softmax(-1)
-        q_PV = student(input_ids=tokens[some, :-1]).logits.flatten(0, 1).softmax(-1)
+        q_PV = (
+            student(input_ids=tokens[some, :-1], use_cache=False).logits.flatten(0, 1).softmax(-1)
+        )
         labels_P = tokens[some, 1:].reshape(-1)
         for name, make in made.items():
             if name in stored:
