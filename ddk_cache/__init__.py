@@ -1,11 +1,16 @@
-"""Pay for the teacher once: read and write caches of a teacher's sparse next-token targets.
+"""Pay for the teacher once: write and read caches of a teacher's sparse next-token targets.
 
-This is the reading surface. It needs no torch; `open_cache` loads the decoder on first use, so
-that importing the package (as every `--help` does) stays cheap.
+    with open_cache("mix.zarr") as cache:
+        rows = cache["code"].train[:8]
+
+What needs torch, or takes long to import, is loaded at first use, so that importing the package
+(as every `--help` does) stays cheap.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ddk_cache.build.config import BuildConfig
 from ddk_cache.errors import (
     CacheError,
     CorruptCacheError,
@@ -14,41 +19,82 @@ from ddk_cache.errors import (
     InputError,
     MismatchError,
     NotACacheError,
+    RowRangeError,
+    StorageError,
     UnfinishedCacheError,
+    UnknownNameError,
 )
 from ddk_cache.format.plan import DomainPlan, Extent, rows_at
 from ddk_cache.format.spec import FORMAT_VERSION, CacheSpec, TargetSpec
-from ddk_cache.types import SPLITS, Rows, SparseTargets
+from ddk_cache.types import SPLITS, TRAIN, VALIDATION, Rows, SparseTargets
 
 if TYPE_CHECKING:
+    from ddk_cache.build.job import build_cache
+    from ddk_cache.build.teacher import Teacher, load_teacher
+    from ddk_cache.corpus.sources import Source, find_sources
+    from ddk_cache.hf import load_tokenizer
     from ddk_cache.read.cache import Cache, open_cache
+    from ddk_cache.read.split import Domain, Split
+    from ddk_cache.storage.shard_cache import parse_size
 
 __all__ = [
     "FORMAT_VERSION",
     "SPLITS",
+    "TRAIN",
+    "VALIDATION",
+    "BuildConfig",
     "Cache",
     "CacheError",
     "CacheSpec",
     "CorruptCacheError",
     "DDKError",
+    "Domain",
     "DomainPlan",
     "Extent",
     "FormatVersionError",
     "InputError",
     "MismatchError",
     "NotACacheError",
+    "RowRangeError",
     "Rows",
+    "Source",
     "SparseTargets",
+    "Split",
+    "StorageError",
     "TargetSpec",
+    "Teacher",
     "UnfinishedCacheError",
+    "UnknownNameError",
+    "build_cache",
+    "find_sources",
+    "load_teacher",
+    "load_tokenizer",
     "open_cache",
+    "parse_size",
     "rows_at",
 ]
 
+LAZY = {
+    "Cache": "ddk_cache.read.cache",
+    "Domain": "ddk_cache.read.split",
+    "Source": "ddk_cache.corpus.sources",
+    "Split": "ddk_cache.read.split",
+    "Teacher": "ddk_cache.build.teacher",
+    "build_cache": "ddk_cache.build.job",
+    "find_sources": "ddk_cache.corpus.sources",
+    "load_teacher": "ddk_cache.build.teacher",
+    "load_tokenizer": "ddk_cache.hf",
+    "open_cache": "ddk_cache.read.cache",
+    "parse_size": "ddk_cache.storage.shard_cache",
+}
+"""Name → the module that is imported when the name is first used."""
+
 
 def __getattr__(name: str) -> Any:
-    if name in {"Cache", "open_cache"}:
-        from ddk_cache.read import cache as reader
+    if name in LAZY:
+        return getattr(import_module(LAZY[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return getattr(reader, name)
+        return version("ddk-distill")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,7 +17,7 @@ import xxhash
 from ddk_cache import owner
 
 PARTIAL = ".partial"
-"""Suffix of a temporary file or directory. One that is found was left by a process that died."""
+"""Suffix of a temporary file or directory. The name before it says which process made it."""
 
 
 def replace(path: Path, data: bytes) -> None:
@@ -44,7 +44,7 @@ def create(path: Path, data: bytes, *, flush: bool = True) -> bool:
 
 @contextmanager
 def _written(path: Path, data: bytes, flush: bool = True) -> Iterator[Path]:
-    """Give a temporary file beside `path` that holds `data`; it is gone afterwards."""
+    """Yield a temporary file beside `path` that holds `data`, and remove it afterwards."""
     partial = path.with_name(f"{path.name}~{owner.current()}{PARTIAL}")
     try:
         with partial.open("wb") as file:
@@ -58,12 +58,18 @@ def _written(path: Path, data: bytes, flush: bool = True) -> Iterator[Path]:
 
 
 def sweep(top: Path) -> None:
-    """Remove the temporary files that processes which are gone left below a directory."""
-    for folder, _, names in os.walk(top):  # which bears with folders that go meanwhile
-        for path in (Path(folder, name) for name in names if name.endswith(PARTIAL)):
-            who = path.name.removesuffix(PARTIAL).rpartition("~")[2]
-            if not owner.alive(who, owner.age(path)):
+    """Remove the temporary files of dead processes below a directory, and no other file."""
+    for folder, _, names in os.walk(top):  # tolerates folders deleted during the walk
+        for path in (Path(folder, name) for name in names):
+            who = maker(path.name)
+            if who and not owner.alive(who, owner.age(path)):
                 path.unlink(missing_ok=True)
+
+
+def maker(name: str) -> str | None:
+    """Return the process that made a temporary file, by its name; None where it is not such."""
+    _, mark, who = name.removesuffix(PARTIAL).rpartition("~")
+    return who if name.endswith(PARTIAL) and mark and owner.is_name(who) else None
 
 
 def sync(path: Path) -> None:
@@ -84,15 +90,20 @@ def sync_tree(top: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give an empty directory to fill; when that is done it is flushed and takes the name `path`.
+    """Yield an empty directory to fill; afterwards it is flushed and takes the name `path`.
 
-    What stood at `path` before is replaced. After an error it still stands.
+    What stood at `path` before is replaced. After an error it still stands, and what was written
+    is removed.
     """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
-    sync_tree(partial)
+    try:
+        yield partial
+        sync_tree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)
     partial.rename(path)
     sync(path.parent)
@@ -101,7 +112,7 @@ def whole(path: Path) -> Iterator[Path]:
 def hash_file(path: Path) -> tuple[int, str]:
     """Return size in bytes and xxh3-128 hash of a file, read in pieces into one buffer.
 
-    A fresh buffer for each piece would cost more than the hash: its pages have to be mapped.
+    A fresh buffer for each piece would cost more than the hash: its pages must be mapped.
     """
     state, size = xxhash.xxh3_128(), 0
     piece = memoryview(bytearray(2**20))

@@ -1,22 +1,25 @@
-"""ddk-cache plan | build | info | verify.
+"""ddk-cache estimate | build | info | verify: options and printing.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
-told at once.
+reported at once.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ddk_cache.console import Commands, Known, Progress, say
-from ddk_cache.errors import CacheError, InputError, UnfinishedCacheError
-from ddk_cache.format.spec import COMPRESSIONS, TargetSpec
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.share import check_rank
+from ddk_cache.console import Commands, Known, Progress, options_from, say, show_logs
+from ddk_cache.errors import InputError, UnfinishedCacheError
+from ddk_cache.format.spec import COMPRESSIONS
 from ddk_cache.storage.open import open_storage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -27,40 +30,25 @@ RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT
          ("SLURM_PROCID", "SLURM_NTASKS"))  # fmt: skip
 """Where torchrun and SLURM say which process this is, of how many."""
 
-WHAT = [
+SETTINGS = [
     click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]"),
-    click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True,
-                 help="Positions in a row."),
-    click.option("--targets", default="sampled:16", show_default=True,
-                 help="What is kept of each distribution, topk:K or sampled:B."),
-    click.option("--temperature", "temperatures", type=float, multiple=True,
-                 help="Temperature beside 1 at which topk targets can be trained on; may be "
-                 "given several times."),
-    click.option("--seed", type=click.IntRange(0), default=0, show_default=True,
-                 help="Of the draws of sampled targets."),
-    click.option("--compression", type=Known("compression", COMPRESSIONS),
-                 default=COMPRESSIONS[0], show_default=True,
-                 help="small: zstd, fewest bytes; fast: lz4, least work at reading."),
-    click.option("--holdout", type=click.FloatRange(0, 1, max_open=True), default=0.05,
-                 show_default=True, help="Share of documents held out for measuring."),
-    click.option("--chunk-rows", type=click.IntRange(1),
-                 help="Rows in a chunk, the unit of reading.  [default: 4,096 tokens]"),
-    click.option("--shard-rows", type=click.IntRange(1),
-                 help="Rows in a shard, the unit of work.  [default: 262,144 tokens]"),
-]  # fmt: skip
-"""What a cache is."""
+    options_from(BuildConfig, choices={"compression": COMPRESSIONS}),
+]
+"""What a cache holds."""
 
 HOW = [
     click.option("--dtype", type=Known("dtype", DTYPES), default="auto", show_default=True,
-                 help="Of the teacher."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1 …"),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+                 help="Floating-point type of the teacher."),
+    click.option("--device", default="auto", show_default=True,
+                 help="Device of the teacher: auto, cpu, cuda, cuda:1, …"),
+    click.option("--trust-remote-code", is_flag=True,
+                 help="Run code that comes with the model or tokenizer."),
 ]  # fmt: skip
 """How the teacher is run."""
 
 
 def options(*groups: list[Any]) -> Callable[[Command], Command]:
-    """Give a command the options of several groups, in order."""
+    """Return a decorator that gives a command the options of several groups, in order."""
 
     def give(command: Command) -> Command:
         for option in reversed([option for group in groups for option in group]):
@@ -71,22 +59,22 @@ def options(*groups: list[Any]) -> Callable[[Command], Command]:
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="ddk")
+@click.version_option(package_name="ddk-distill")
 def main() -> None:
-    """Pay for the teacher once: plan, build and check caches of its next-token targets."""
+    """Pay for the teacher once: estimate, build and check caches of its next-token targets."""
 
 
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache")
 @click.option("--teacher", help="Model directory or hub id, to measure bytes and hours with.")
-@options(WHAT, HOW)
+@options(SETTINGS, HOW)
 @click.option("--probe-rows", type=click.IntRange(1), default=16, show_default=True,
               help="Rows to run through the teacher.")  # fmt: skip
 @click.option("--student-speed", type=click.FloatRange(0), default=50_000.0, show_default=True,
-              help="Tokens a second of the student that will read the cache.")  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
-def plan(
+              help="Speed of the student that will read the cache [tokens/s].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def estimate(
     corpus: Path,
     cache: str,
     teacher: str | None,
@@ -94,80 +82,66 @@ def plan(
     probe_rows: int,
     student_speed: float,
     as_json: bool,
-    targets: str,
     dtype: str,
     device: str,
     trust_remote_code: bool,
     **settings: Any,
 ) -> None:
-    """Say what building CACHE from CORPUS will cost. Nothing is written."""
+    """Estimate what building CACHE from CORPUS will cost. Nothing is written."""
     from ddk_cache.corpus.sources import find_sources
 
-    TargetSpec.parse(targets)
-    sources = find_sources(corpus, say)
+    config = BuildConfig(**settings)
+    sources = find_sources(corpus)
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
-    from ddk_cache.build import estimate
-    from ddk_cache.build.job import make_spec
-    from ddk_cache.build.scoring import Scorer, first_batch
-    from ddk_cache.build.teacher import Teacher, load_teacher, no_teacher
-    from ddk_cache.format.plan import ShardKey
-    from ddk_cache.hf import load_tokenizer
+    from ddk_cache.build.estimate import estimate_cache, show
+    from ddk_cache.build.teacher import load_teacher
+    from ddk_cache.hf import load_tokenizer, pick_device
 
-    words = load_tokenizer(tokenizer or str(teacher))
-    model: Teacher = no_teacher(len(words))
+    pick_device(device)
+    words = load_tokenizer(tokenizer or str(teacher), trust_remote_code=trust_remote_code)
+    model = None
     if teacher:
         model = load_teacher(
             teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-    spec = make_spec(model, words, target_spec=targets, **settings)
-    with Progress("counting", 0, "tokens") as progress:
-        counted = estimate.count(
-            sources,
-            words,
-            seq_len=spec.seq_len,
-            holdout=spec.holdout,
-            probe_rows=probe_rows,
-            advance=progress.advance,
-        )
-    probed = None
-    if teacher:
-        scorer = Scorer(model, spec, first_batch(model, spec))
-        key = ShardKey("probe", "train", 0)
-        probed = estimate.probe(
-            spec, counted.sample, lambda tokens: scorer.score(key, tokens, lambda _: None).arrays
-        )
-    facts = estimate.estimate(spec, counted, probed, cache, student_speed)
+    facts = estimate_cache(
+        cache,
+        sources,
+        words,
+        model,
+        config,
+        probe_rows=probe_rows,
+        student_speed=student_speed,
+    )
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
-        estimate.show(facts)
+        show(facts)
 
 
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache")
 @click.option("--teacher", required=True, help="Model directory or hub id.")
-@options(WHAT, HOW)
-@click.option("--batch-rows", type=click.IntRange(1),
-              help="Rows in one call to the teacher.  [default: by memory]")  # fmt: skip
+@options(SETTINGS, HOW)
 @click.option("--grow", is_flag=True,
               help="Add new domains, and documents at the end of old ones.")  # fmt: skip
-@click.option(
-    "--rank",
-    type=click.IntRange(0),
-    help="Which process this is, of several on one cache.  [default: from RANK or SLURM]",
-)
-@click.option("--world", type=click.IntRange(1), help="How many there are.")
+@click.option("--rank", type=int,
+              help="Number of this process among several on one cache, counted from 0.  "
+              "[default: from RANK or SLURM]")  # fmt: skip
+@click.option("--world", type=int,
+              help="Number of processes on one cache.  "
+              "[default: from WORLD_SIZE or SLURM]")  # fmt: skip
 def build(
     corpus: Path,
     cache: str,
     teacher: str,
     tokenizer: str | None,
-    targets: str,
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    grow: bool,
     rank: int | None,
     world: int | None,
     **settings: Any,
@@ -175,56 +149,68 @@ def build(
     """Run the teacher over CORPUS once and store its targets in CACHE, a path or a URL.
 
     CORPUS is a directory in which each file or sub-folder is a domain, or a YAML mix file. A
-    build that was stopped goes on by the same command. Any number of processes may be given the
-    same command: they share the work.
+    build that was stopped resumes where it stopped; run the same command again. Several
+    processes given the same command share the work.
     """
     from ddk_cache.corpus.sources import find_sources
 
-    TargetSpec.parse(targets)
-    open_storage(cache)
-    place = which_process(rank, world)
-    sources = find_sources(corpus, say)
+    config = BuildConfig(**settings)
+    storage = open_storage(cache)
+    rank, world = which_process(rank, world)
+    show_logs(first=rank == 0)
+    sources = find_sources(corpus)
 
-    from ddk_cache.build.job import build
+    from ddk_cache.build.create import check_place
+    from ddk_cache.build.job import build_cache
     from ddk_cache.build.teacher import load_teacher
     from ddk_cache.hf import load_tokenizer
 
-    words = load_tokenizer(tokenizer or teacher)
+    check_place(storage)
+    words = load_tokenizer(tokenizer or teacher, trust_remote_code=trust_remote_code)
     model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    settings |= {"target_spec": targets, "rank": place[0], "world": place[1]}
-    build(cache, sources, model, words, **settings)
-    say(f"{cache} is finished. Train from it:  ddk-train run {cache} RUN --student …")
+    build_cache(cache, sources, model, words, config, grow=grow, rank=rank, world=world)
+    if rank == 0:
+        train = f"ddk-train run {shlex.quote(cache)} RUN --student …"
+        say(f"{cache} is finished. Train from it:  {train}")
 
 
 def which_process(rank: int | None, world: int | None) -> tuple[int, int]:
     """Return rank and world: as given, or as torchrun or SLURM say.
 
     Raises:
-        InputError: they make no sense.
+        InputError: they are not numbers, or `rank` is not below `world`.
     """
     for rank_name, world_name in RANKS:
         if rank is None and rank_name in os.environ and world_name in os.environ:
-            try:
-                rank, world = int(os.environ[rank_name]), int(os.environ[world_name])
-            except ValueError:
-                raise InputError(f"{rank_name} or {world_name} is no number.") from None
+            rank, world = _number(rank_name), _number(world_name)
             # A SLURM array may be numbered from 1, or with gaps.
             rank %= max(world, 1)
-    rank, world = rank or 0, world or 1
-    if not 0 <= rank < max(world, 1):
-        raise InputError(f"rank {rank} has to be below the number of processes, {world}.")
+    rank, world = rank or 0, 1 if world is None else world
+    check_rank(rank, world)
     return rank, world
+
+
+def _number(name: str) -> int:
+    """Return the number in an environment variable."""
+    try:
+        return int(os.environ[name])
+    except ValueError:
+        raise InputError(
+            f"{name}: got {os.environ[name]!r}, expected a whole number. Unset the variable, or "
+            "give --rank and --world."
+        ) from None
 
 
 @main.command()
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: str, as_json: bool) -> None:
-    """Show what CACHE holds: domains, rows, what was seen of the teacher, bytes a token."""
+    """Show what CACHE holds: domains, rows, statistics of the teacher, bytes per token."""
     from ddk_cache.describe import describe, show
     from ddk_cache.read.cache import open_cache
 
-    facts = describe(open_cache(cache, unfinished=True))
+    with open_cache(cache, unfinished=True) as opened:
+        facts = describe(opened)
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -235,10 +221,11 @@ def info(cache: str, as_json: bool) -> None:
 @click.argument("cache")
 @click.option("--drop-bad", is_flag=True,
               help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
-@click.option("--teacher", help="Run this teacher again on some rows, and compare.")
+@click.option("--teacher", help="Run this teacher again on some rows and compare.")
 @click.option("--rows", type=click.IntRange(1), default=32, show_default=True,
-              help="How many rows.")  # fmt: skip
-@click.option("--seed", type=int, default=0, show_default=True, help="Which rows.")
+              help="Number of rows for --teacher.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True,
+              help="Seed for choosing the rows for --teacher.")  # fmt: skip
 @options(HOW)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def verify(
@@ -251,60 +238,45 @@ def verify(
     **how: Any,
 ) -> None:
     """Hash every committed byte of CACHE and compare it with what was committed."""
-    from ddk_cache import verify as audit
+    if drop_bad and teacher:
+        raise InputError("--drop-bad and --teacher: use one at a time.")
+    from ddk_cache import verify as verification
     from ddk_cache.read.cache import open_cache
 
-    opened = open_cache(cache, unfinished=True)
-    with Progress("verifying", audit.bytes_below(opened), "bytes") as progress:
-        problems = audit.verify(opened, progress.advance)
-    facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
-    if drop_bad:
-        facts["removed"] = audit.drop_bad(opened, problems)
-    elif teacher and not problems:
-        facts["replay"] = vars(replay(opened, teacher, rows, seed, how))
-    if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        show_verified(facts)
-    if drop_bad and facts["removed"]:
-        say(f"{len(problems)} problems; run the same 'ddk-cache build' again to mend {cache}.")
-        return
-    if problems:
-        raise CacheError(f"{len(problems)} problems in {cache}; --drop-bad removes what is bad.")
-    if facts.get("replay", {}).get("bad"):
-        raise CacheError(f"{cache} is not what this teacher says.")
-    try:
-        opened.require_finished()
-    except UnfinishedCacheError as error:
-        say(str(error))
+    with open_cache(cache, unfinished=True) as opened:
+        with Progress("verifying", verification.bytes_to_hash(opened), "bytes") as progress:
+            problems = verification.verify(opened, progress.advance)
+        facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
+        found = None
+        if drop_bad:
+            facts["removed"] = verification.drop_bad(opened, problems)
+        elif teacher and not problems:
+            from ddk_cache.build.teacher import load_teacher
 
-
-def replay(opened: Any, teacher: str, rows: int, seed: int, how: dict[str, Any]) -> Any:
-    """Load the teacher of a cache and compare it with what is stored.
-
-    Raises:
-        MismatchError: it is another teacher than the cache's.
-    """
-    from ddk_cache.build.create import compare
-    from ddk_cache.build.scoring import Scorer
-    from ddk_cache.build.teacher import load_teacher
-    from ddk_cache.verify import replay
-
-    model = load_teacher(teacher, **how)
-    compare(opened.where, opened.spec.teacher, model.identity)
-
-    def score(key: Any, tokens: Any, batch_rows: int) -> Any:
-        return Scorer(model, opened.spec, batch_rows).score(key, tokens, lambda _: None).arrays
-
-    return replay(opened, score, rows, seed)
+            found = verification.replay(opened, load_teacher(teacher, **how), rows, seed)
+            facts["replay"] = vars(found)
+        if as_json:
+            click.echo(json.dumps(facts, indent=1))
+        else:
+            show_verified(facts)
+        if drop_bad and problems:
+            say(f"Run the same 'ddk-cache build' again to repair {cache}.")
+            return
+        verification.require_sound(opened, problems, found)
+        try:
+            opened.require_finished()
+        except UnfinishedCacheError as error:
+            say(str(error))
 
 
 def show_verified(facts: dict[str, Any]) -> None:
     """Print what verifying found."""
+    from ddk_cache.describe import printable
+
     for text in facts["problems"][:50]:
-        click.echo(f"BAD  {text}")
+        click.echo(f"BAD  {printable(text)}")
     for path in facts.get("removed", []):
-        click.echo(f"removed  {path}")
+        click.echo(f"removed  {printable(path)}")
     if found := facts.get("replay"):
         click.echo(
             f"teacher on {found['rows']} rows, nats: stored − live {found['stored_mean']:.2e} "
@@ -314,4 +286,4 @@ def show_verified(facts: dict[str, Any]) -> None:
         for name in found["bad"][:20]:
             click.echo(f"BAD  {name}")
     if not facts["problems"]:
-        click.echo("every committed byte is as it was committed")
+        click.echo("OK: all hashes match.")

@@ -7,14 +7,20 @@ seconds, because a bar that is redrawn into a file is unreadable.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import inspect
+import io
+import itertools
 import logging
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Iterable
-from types import FrameType, TracebackType
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping
+from types import FrameType, NoneType, TracebackType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
@@ -26,6 +32,8 @@ LINE_SECONDS = 10.0
 LOGGERS = ("ddk_cache", "ddk_train")
 
 log = logging.getLogger(__name__)
+
+Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def say(message: str) -> None:
@@ -41,9 +49,9 @@ class Handler(logging.Handler):
         say(record.getMessage())
 
 
-def show_logs() -> None:
-    """Write the library's log records to stderr: those of rank 0, and warnings of every rank."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
+def show_logs(first: bool) -> None:
+    """Write log records to stderr: all of the first process, warnings of the others."""
+    level = logging.INFO if first else logging.WARNING
     for name in LOGGERS:
         logger = logging.getLogger(name)
         logger.setLevel(level)
@@ -58,7 +66,10 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; a DDKError or Ctrl-C becomes its message and exit code."""
         signal.signal(signal.SIGTERM, _interrupt)
-        show_logs()
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):  # an ASCII terminal gets "?" for "→"
+                stream.reconfigure(errors="replace")
+        show_logs(first=os.environ.get("RANK", "0") == "0")
         try:
             return super().invoke(ctx)
         except DDKError as error:
@@ -98,6 +109,87 @@ class Known(click.ParamType[str]):
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """Return the words for the help."""
         return f"[{'|'.join(self.words)}]"
+
+
+# --- options from a dataclass ---------------------------------------------------------------------
+
+
+def options_from(
+    config: type,
+    *,
+    choices: Mapping[str, Iterable[str]] | None = None,
+    skip: Container[str] = (),
+) -> Callable[[Command], Command]:
+    """Return a decorator that gives a command one option per field of a dataclass.
+
+    Name, type and default are those of the field, and the help is the text under it, in which a
+    field's name in backticks becomes its option. A bool gets `--x / --no-x`, a tuple an option
+    that may be repeated (`temperatures` is `--temperature`), a field without a default a required
+    option. `choices` lists the words that a field takes; fields in `skip` get no option.
+    """
+    hints, texts = get_type_hints(config), field_texts(config)
+    fields = [field for field in dataclasses.fields(config) if field.name not in skip]
+    options = [
+        _option(field, hints[field.name], _help(texts, field.name), (choices or {}).get(field.name))
+        for field in fields
+    ]
+
+    def give(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
+
+
+def field_texts(config: type) -> dict[str, str]:
+    """Return the text under each field of a dataclass, on one line, where there is one.
+
+    Python keeps no such text at run time, so it is read from the source of the class.
+    """
+    body = ast.parse(inspect.cleandoc(inspect.getsource(config))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    return {
+        field.target.id: " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(body.body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    }
+
+
+def _help(texts: Mapping[str, str], name: str) -> str:
+    def plain(match: re.Match[str]) -> str:
+        word = match[1]
+        return "--" + word.replace("_", "-") if word in texts else word
+
+    return re.sub("`(.*?)`", plain, texts.get(name, ""))
+
+
+def _option(
+    field: dataclasses.Field[Any], hint: Any, text: str, words: Iterable[str] | None
+) -> Callable[[Command], Command]:
+    several = get_origin(hint) is tuple
+    kind = next(kind for kind in get_args(hint) or (hint,) if kind is not NoneType)
+    option = "--" + field.name.replace("_", "-")
+    if kind is bool:
+        option = f"{option}/--no-{option[2:]}"
+    default: dict[str, Any] = {"required": True}
+    if field.default is not dataclasses.MISSING:
+        shown = kind is not bool and field.default not in ("", (), None)
+        default = {"default": field.default, "show_default": shown}
+    return click.option(
+        option.removesuffix("s") if several else option,
+        field.name,
+        type=Known(field.name.replace("_", " "), words) if words else kind,
+        multiple=several,
+        help=text,
+        **default,
+    )
+
+
+# --- progress -------------------------------------------------------------------------------------
 
 
 def duration(seconds: float) -> str:

@@ -1,38 +1,83 @@
-"""What a cache holds, as facts for a machine and as a table for a person.
+"""What a cache holds, as facts for a machine and as tables for a person.
 
-Everything is read from the manifest and the commit records; no array is opened.
+Everything is read from the manifest and the commit records, each record once; no array is opened.
+Figures are never cut to fit: where a table is wider than the terminal, each domain is a list.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TypedDict
 
 from ddk_cache.format.audit_summary import total
-from ddk_cache.read.cache import Cache, object_sizes
-from ddk_cache.types import SPLITS
+from ddk_cache.format.commit import Record
+from ddk_cache.read.cache import Cache
+from ddk_cache.types import SPLITS, TRAIN, VALIDATION
 
 HELD = ("documents", "train\nrows", "held-out\nrows", "done", "teacher\nperplexity")
-"""What a domain holds, and what the teacher makes of its held-out rows."""
+"""What a domain holds, and the teacher's perplexity on its held-out rows."""
 
 SEEN = (
     *("top-1\nright", "entropy,\nnats", "kept mass\n1 % … 50 %"),
     *("KL lost,\nnats", "total\nvariation", "gradient\nerror²"),
 )
-"""What was seen of the teacher while its targets were written, and what they lose of it; see
+"""Statistics of the teacher taken while its targets were written, and what the targets lose; see
 `ddk_cache.build.fidelity`."""
 
+WIDE = 1000
+"""Columns that no table needs, so that rich cuts nothing."""
 
-def describe(cache: Cache) -> dict[str, Any]:
-    """Return the facts of a cache as plain JSON values."""
+
+class DomainFacts(TypedDict):
+    """One domain of a cache."""
+
+    documents: int
+    tokens: int
+    content: str
+    portions: int
+    rows: dict[str, int]
+    committed_rows: dict[str, int]
+    teacher_loss: float | None
+    """Mean nats per counted held-out position."""
+    teacher_perplexity: float | None
+    seen: dict[str, Any]
+    """What `ddk_cache.format.audit_summary.total` returns."""
+
+
+class Facts(TypedDict):
+    """A cache, as plain JSON values."""
+
+    path: str
+    fingerprint: str
+    spec: dict[str, Any]
+    batch_rows: int
+    provenance: dict[str, str]
+    unplanned: list[str]
+    domains: dict[str, DomainFacts]
+    tokens: int
+    """Committed positions."""
+    bytes: int
+    bytes_per_token: dict[str, float]
+    warnings: list[str]
+
+
+def describe(cache: Cache) -> Facts:
+    """Return the facts of a cache. Raises CorruptCacheError where a record is damaged."""
     spec, root = cache.spec, cache.manifest.root
-    domains = {name: _domain(cache, name) for name in cache.domains}
-    rows = sum(sum(domain["committed_rows"].values()) for domain in domains.values())
-    sizes = object_sizes(cache)
-    tokens = rows * spec.seq_len
+    sizes: Counter[str] = Counter(dict.fromkeys(spec.arrays, 0))
+    domains = {}
+    for name in cache.domains:
+        records = {split: list(cache.records(name, split)) for split in SPLITS}
+        domains[name] = _domain(cache, name, records)
+        for record in (record for found in records.values() for record in found):
+            sizes.update({array: entry.bytes for array, entry in record.objects.items()})
+    tokens = spec.seq_len * sum(sum(facts["committed_rows"].values()) for facts in domains.values())
     per_token = {name: size / tokens for name, size in sizes.items()} if tokens else {}
     return {
-        "path": cache.where,
+        "path": cache.uri,
         "fingerprint": spec.fingerprint,
         "spec": spec.to_json(),
         "batch_rows": root.batch_rows,
@@ -42,13 +87,22 @@ def describe(cache: Cache) -> dict[str, Any]:
         "tokens": tokens,
         "bytes": sum(sizes.values()),
         "bytes_per_token": per_token | {"all": sum(per_token.values())},
+        "warnings": [
+            f"{name} has no {what} rows; {effect}."
+            for split, what, effect in (
+                (TRAIN, "training", "nothing can be learned from it"),
+                (VALIDATION, "held-out", "its gap cannot be measured (--holdout, more documents)"),
+            )
+            for name, facts in domains.items()
+            if not facts["rows"][split]
+        ],
     }
 
 
-def _domain(cache: Cache, name: str) -> dict[str, Any]:
-    plan = cache.plan(name)
-    loss, positions = cache.teacher_loss(name, "validation")
-    records = [record for split in SPLITS for record in cache.records(name, split)]
+def _domain(cache: Cache, name: str, records: dict[str, list[Record]]) -> DomainFacts:
+    plan, held_out = cache.plan(name), records[VALIDATION]
+    positions = sum(record.positions for record in held_out)
+    loss = sum(record.teacher_loss for record in held_out) / positions if positions else None
     return {
         "documents": plan.documents,
         "tokens": plan.tokens,
@@ -56,51 +110,75 @@ def _domain(cache: Cache, name: str) -> dict[str, Any]:
         "portions": len(plan.portions),
         "rows": {split: plan.rows(split) for split in SPLITS},
         "committed_rows": {split: cache.committed_rows(name, split) for split in SPLITS},
-        "teacher_loss": loss / positions if positions else None,
-        "teacher_perplexity": math.exp(loss / positions) if positions else None,
-        "seen": total(record.audit for record in records),
+        "teacher_loss": loss,
+        "teacher_perplexity": None if loss is None else _exp(loss),
+        "seen": total(record.audit for split in SPLITS for record in records[split]),
     }
 
 
-def show(facts: dict[str, Any]) -> None:
-    """Print the facts as tables."""
+def _exp(loss: float) -> float:
+    """Return e^loss, or the largest float where it is beyond."""
+    return math.exp(min(loss, 709.0))
+
+
+def printable(text: str) -> str:
+    """Return text of people and caches without what a terminal would obey: escape sequences."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def show(facts: Facts) -> None:
+    """Print the facts."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    spec, console = facts["spec"], Console()
+    spec, console = facts["spec"], Console(width=WIDE)
+    columns = shutil.get_terminal_size((WIDE, 24)).columns
+
+    def line(text: str, style: str = "") -> None:
+        console.print(Text(printable(text), style))
+
+    line(f"{facts['path']}  fingerprint {facts['fingerprint']}", "bold")
     teacher, dtype = facts["provenance"].get("teacher"), spec["teacher"].get("dtype", "callable")
-    console.print(f"[bold]{facts['path']}[/]  fingerprint {facts['fingerprint']}")
-    console.print(
+    line(
         f"{spec['targets']} of {spec['vocab_size']:,} tokens, rows of {spec['seq_len']:,}; "
         f"teacher {teacher} ({dtype})"
     )
-    for columns, row in ((HELD, _held), (SEEN, _seen)):
+    for names, figures in ((HELD, _held), (SEEN, _seen)):
         table = Table("domain", box=None, pad_edge=False)
-        for column in columns:
-            table.add_column(column, justify="right")
+        for name in names:
+            table.add_column(name, justify="right", no_wrap=True)
         for name, domain in facts["domains"].items():
-            table.add_row(name, *row(domain))
-        console.print(table, "")
+            table.add_row(Text(name), *figures(domain))
+        if console.measure(table).maximum <= columns:
+            console.print(table, "")
+            continue
+        for name, domain in facts["domains"].items():
+            line(name, "bold")
+            for label, figure in zip(names, figures(domain), strict=True):
+                line(f"  {' '.join(label.split())}: {figure}")
     if facts["unplanned"]:
-        console.print(f"not planned yet: {', '.join(facts['unplanned'])}")
+        line(f"not planned yet: {', '.join(facts['unplanned'])}")
     parts = ", ".join(f"{name} {size:.2f}" for name, size in facts["bytes_per_token"].items())
-    console.print(f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes; bytes a token: {parts}")
+    line(f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes; bytes per token: {parts}")
+    for warning in facts["warnings"]:
+        line(f"warning: {warning}")
 
 
-def _held(domain: dict[str, Any]) -> list[str]:
+def _held(domain: DomainFacts) -> Sequence[str]:
     """Return the figures of `HELD`."""
-    planned, done = (sum(domain[key].values()) for key in ("rows", "committed_rows"))
+    planned, done = (sum(rows.values()) for rows in (domain["rows"], domain["committed_rows"]))
     perplexity = domain["teacher_perplexity"]
     return [
         f"{domain['documents']:,}",
-        f"{domain['rows']['train']:,}",
-        f"{domain['rows']['validation']:,}",
-        f"{done / planned:.0%}",
-        f"{perplexity:,.2f}" if perplexity else "–",
+        f"{domain['rows'][TRAIN]:,}",
+        f"{domain['rows'][VALIDATION]:,}",
+        f"{done / planned:.0%}" if planned else "–",
+        "–" if perplexity is None else f"{perplexity:,.2f}",
     ]
 
 
-def _seen(domain: dict[str, Any]) -> list[str]:
+def _seen(domain: DomainFacts) -> Sequence[str]:
     """Return the figures of `SEEN`."""
     seen = domain["seen"]
     if not seen:

@@ -1,6 +1,18 @@
-"""Everything that can be wrong, as one tree: a message for people, and an exit code.
+"""Every error of the project as one tree: a message for people, and an exit code.
 
-Errors are told apart where somebody may act on the difference, and nowhere else.
+A class exists only where a caller may act on the difference; everything else is in the message.
+
+    DDKError                    exit code 1
+    ├── InputError              exit code 2: the call cannot be met
+    │   ├── UnknownNameError    also a KeyError: no such domain or split
+    │   └── RowRangeError       also an IndexError: no such row
+    └── CacheError
+        ├── NotACacheError
+        ├── FormatVersionError
+        ├── UnfinishedCacheError
+        ├── CorruptCacheError
+        ├── StorageError
+        └── MismatchError       exit code 2
 """
 
 from __future__ import annotations
@@ -10,7 +22,7 @@ from collections.abc import Iterable
 
 
 class DDKError(Exception):
-    """Anything that a person has to know: the message says what, where, and what to do next."""
+    """Anything that a person must know: the message says what, where, and what to do next."""
 
     exit_code = 1
 
@@ -21,8 +33,18 @@ class InputError(DDKError):
     exit_code = 2
 
 
+class UnknownNameError(InputError, KeyError):
+    """A cache has no domain, or a domain no split, of this name."""
+
+    __str__ = Exception.__str__  # a KeyError would show the repr of its message
+
+
+class RowRangeError(InputError, IndexError):
+    """A split has no row of this number."""
+
+
 class CacheError(DDKError):
-    """A cache on disk is not what it has to be."""
+    """Something is wrong with a cache."""
 
 
 class NotACacheError(CacheError):
@@ -42,7 +64,7 @@ class CorruptCacheError(CacheError):
 
 
 class StorageError(CacheError):
-    """The place where a cache lies did not answer, or refused."""
+    """The directory or object store of a cache did not answer, or refused."""
 
 
 class MismatchError(CacheError):
@@ -52,7 +74,7 @@ class MismatchError(CacheError):
 
 
 def unknown(what: str, given: str, known: Iterable[str]) -> str:
-    """Say that `given` is no known `what`, with the nearest known word and the whole list."""
+    """Return the message for an unknown name: the nearest known one, and the whole list."""
     words = sorted(known)
     near = difflib.get_close_matches(given, words, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -1,4 +1,7 @@
-"""Content hashes: one JSON spelling of a value, and xxh3 of bytes."""
+"""Content hashes: one JSON spelling of a value, and xxh3 of bytes.
+
+xxh3 finds damage at the speed of memory; it does not protect from somebody who means harm.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import xxhash
 
 
 def canonical(value: Any) -> bytes:
-    """Return the one JSON spelling of a value that hashes are taken of."""
+    """Return the JSON spelling of a value that is hashed: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

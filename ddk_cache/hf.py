@@ -1,42 +1,97 @@
-"""Models and tokenizers from a directory or the hub, and which tokenizer it is, by content.
+"""Models and tokenizers from a directory or the hub, tokenizer hashes, and devices.
 
 A cache keeps the tokenizer's own files, so that a student can be trained and saved where neither
 the teacher nor the hub can be reached. Three hashes identify it instead of one: two tokenizers
 that give every id the same string are interchangeable for a student that reads stored ids, even
 where their chat templates or added defaults differ, and refusing those would refuse the base and
 the chat model of one family.
+
+Code that comes with a model runs only where the caller says so: left open, transformers would ask
+on stdin. A hub that does not answer is asked once, for a few seconds; the price is one request.
 """
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
 from ddk_cache.errors import InputError, unknown
 from ddk_cache.hashing import canonical, digest
 
+HUB_SECONDS = 5.0
+"""Seconds in which the hub must answer; else only downloaded files are used."""
 
-def load(what: str, auto: str, name: str | Path, **options: Any) -> Any:
+
+def load(
+    what: str, auto: str, name: str | Path, *, trust_remote_code: bool = False, **options: Any
+) -> Any:
     """Return `transformers.<auto>.from_pretrained(name, **options)`.
 
     `what` is what a message calls it. Raises InputError where it cannot be loaded.
     """
     import transformers
 
-    if Path(name).is_absolute() and not Path(name).exists():
+    path = Path(name).expanduser()
+    if str(name) and path.exists():
+        source, offline = str(path), False
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(name)):
         raise InputError(f"there is no {what} at {name}.")
+    else:
+        source, offline = str(name), _offline(str(name))
     transformers.utils.logging.disable_progress_bar()  # it would break into our own
     try:
-        return getattr(transformers, auto).from_pretrained(str(name), **options)
+        return getattr(transformers, auto).from_pretrained(
+            source, trust_remote_code=trust_remote_code, local_files_only=offline, **options
+        )
     except Exception as error:  # transformers raises many kinds for one cause: it is not there
-        raise InputError(f"no {what} could be loaded from {str(name)!r}: {error}") from error
+        reason = textwrap.shorten(str(error), 300)
+        if "trust_remote_code" in str(error):
+            reason = "it comes with code of its own, which runs only with --trust-remote-code."
+        elif offline:
+            reason = (
+                "there is no such directory, the hub does not answer, and it was not downloaded "
+                "before. Give a directory, or connect to the hub."
+            )
+        raise InputError(f"no {what} could be loaded from {str(name)!r}: {reason}") from error
 
 
-def load_tokenizer(name: str | Path) -> Any:
+def _offline(name: str) -> bool:
+    """Return whether the hub cannot be asked about a model."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.HfApi().model_info(name, timeout=HUB_SECONDS)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return False  # it answered; what it says against this model, loading will repeat
+    except Exception:  # whatever its HTTP client raises; HF_HUB_OFFLINE raises too
+        return True
+    return False
+
+
+def load_model(what: str, name: str | Path, **options: Any) -> Any:
+    """Load a causal language model with all of its weights.
+
+    Raises:
+        InputError: there is none, or weights are missing, which transformers would make up.
+    """
+    model, found = load(what, "AutoModelForCausalLM", name, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(
+            f"the {what} {str(name)!r} lacks weights of its model: {', '.join(missing[:3])}{more}. "
+            "Give a complete checkpoint of a causal language model."
+        )
+    return model
+
+
+def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load a tokenizer. Raises InputError where there is none, or it has no end-of-text token."""
-    tokenizer = load("tokenizer", "AutoTokenizer", name)
+    tokenizer = load("tokenizer", "AutoTokenizer", name, trust_remote_code=trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {str(name)!r} has no end-of-text (eos) token to put between documents."
@@ -72,6 +127,17 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(unknown("device", name, ["auto", "cpu", "cuda"])) from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} was asked for, but torch sees no CUDA device here.")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):  # by kind of device
+        raise InputError(f"device {name!r}: torch cannot use it here. Give another.") from None
     return device
+
+
+def hash_weights(model: torch.nn.Module) -> str:
+    """Return a content hash of all weights of a model, by name."""
+    state = xxhash.xxh3_128()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return state.hexdigest()

@@ -1,14 +1,15 @@
 """Which process owns a temporary file, a scratch folder or a lease, and whether it still lives.
 
 An owner is named by host, process number and start time. On the same host psutil looks the process
-up, so that what a killed process left behind is recognized at once; of a process on another host
-only the age of its file is known, which a live owner renews well within `LEASE` seconds.
+up, so that the leftovers of a killed process are recognized at once. About a process on another
+host only the age of its file is known, which a live owner renews well within `LEASE` seconds.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import time
 from functools import cache
@@ -29,16 +30,30 @@ def current() -> str:
     return f"{_host()}+{os.getpid()}+{_started(os.getpid()):.0f}"
 
 
+def is_name(text: str) -> bool:
+    """Return whether a text has the form of `current()`."""
+    return re.fullmatch(r"[^+]+\+[0-9]+\+[0-9]+", text) is not None
+
+
 def alive(name: str, age: float) -> bool:
     """Return whether the named process lives; `age` is the seconds since its last renewal."""
-    host, _, rest = name.partition("+")
-    pid, _, start = rest.partition("+")
-    if host != _host() or not pid.isdecimal():
+    pid, _, start = name.partition("+")[2].partition("+")
+    if is_elsewhere(name) or not pid.isdecimal():
         return age < LEASE
     try:
         return abs(_started(int(pid)) - float(start)) < START_TOLERANCE
     except (psutil.Error, OverflowError, ValueError):
         return False
+
+
+def host_of(name: str) -> str:
+    """Return the host of the named process."""
+    return name.partition("+")[0]
+
+
+def is_elsewhere(name: str) -> bool:
+    """Return whether the named process runs on another host."""
+    return host_of(name) != _host()
 
 
 def age(path: Path) -> float:

@@ -1,8 +1,8 @@
-"""Exact pseudo-random integers: the same bits on every machine, with every library, for ever.
+"""Exact pseudo-random integers: the same bits on every machine, with every library, forever.
 
-The streams of library generators may change from release to release, and what is drawn for a
-cache or an order of data has to be made again years later; so it comes from a few lines of integer
-arithmetic. The trade-off is speed, which does not matter at the few numbers a position.
+The streams of library generators may change from release to release, while the draws of a cache
+and the order of its rows must be reproducible years later; so they come from a few lines of
+integer arithmetic. The trade-off is speed, which does not matter at a few numbers per position.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Ints = npt.NDArray[np.int64]
 
 
 def key_of(*parts: object) -> int:
-    """Return a 64-bit key of what is named."""
+    """Return a 64-bit key of the parts, in order."""
     return xxhash.xxh3_64_intdigest("/".join(map(str, parts)).encode())
 
 
 def scramble(values: Words, key: int) -> Words:
-    """Return 64 well-mixed bits of each value and a key (the finaliser of SplitMix64)."""
+    """Return 64 well-mixed bits of each value and a key (the finalizer of SplitMix64)."""
     mixed = values + np.uint64(key * 0x9E3779B97F4A7C15 & (2**64 - 1))
     mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
@@ -35,7 +35,7 @@ def uniform(values: Words, key: int) -> npt.NDArray[np.float64]:
 
 
 ROUNDS = 6
-"""Of the Feistel network. Four give a pseudo-random permutation (Luby and Rackoff 1988)."""
+"""Rounds of the Feistel network. Four give a pseudo-random permutation (Luby and Rackoff 1988)."""
 
 
 def permute(index: Ints, size: int, key: int) -> Ints:

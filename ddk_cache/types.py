@@ -1,34 +1,38 @@
-"""What both sides of a cache hand over: rows, sparse targets, and the names of the two splits.
+"""What a cache hands over: rows, sparse targets, and the names of the two splits.
 
-Standard library and NumPy only, so that any module may import it and none pays for it.
+Standard library and NumPy only, so that any module can import it at no cost.
 
 Shape letters: R rows, S positions in a row, K kept entries of a position.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import numpy.typing as npt
 
-SPLITS = ("train", "validation")
-"""Rows to learn from, and held-out rows on which the gap is measured."""
+TRAIN = "train"
+"""Rows to learn from."""
 
+VALIDATION = "validation"
+"""Held-out rows, on which the gap is measured."""
+
+SPLITS = (TRAIN, VALIDATION)
 
 Array = npt.NDArray[Any]
 
-
 A = TypeVar("A")
+B = TypeVar("B")
 
 
 @dataclass(frozen=True)
 class SparseTargets(Generic[A]):
     """A teacher distribution at each position: kept entries and the mass of everything else.
 
-    The probabilities are of the full vocabulary; kept entries and tail sum to one, and of sampled
-    targets the entries alone do. The arrays are NumPy's when they come from a cache and torch's
-    in a training step.
+    The probabilities are of the full vocabulary. Kept entries and tail sum to one; sampled targets
+    have no tail. The arrays are NumPy's when they come from a cache and torch's in a training step.
     """
 
     ids: A
@@ -38,10 +42,14 @@ class SparseTargets(Generic[A]):
     tail: A
     """(...) float32, the probability of all ids that were not kept."""
 
+    def map(self, f: Callable[[A], B]) -> SparseTargets[B]:
+        """Return the targets with a function applied to each of the three arrays."""
+        return SparseTargets(f(self.ids), f(self.probs), f(self.tail))
+
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows read from a cache, decoded."""
+    """Rows read from a cache, decoded. One row, read by a single number, has no axis R."""
 
     tokens: Array
     """(R, S+1) int64: position s predicts token s+1."""
@@ -50,4 +58,13 @@ class Rows:
     label_logprob: Array
     """(R, S) float32, the teacher's log-probability of the true next token, nats."""
     loss_mask: Array
-    """(R, S) bool, where the loss counts."""
+    """(R, S) bool, true where the loss counts."""
+
+    def first(self) -> Rows:
+        """Return the first row, without the axis R."""
+        return Rows(
+            tokens=self.tokens[0],
+            targets=self.targets.map(lambda array: array[0]),
+            label_logprob=self.label_logprob[0],
+            loss_mask=self.loss_mask[0],
+        )

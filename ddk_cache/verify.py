@@ -1,31 +1,34 @@
-"""Audit of a cache on disk: every committed byte, every document, and the teacher on a sample.
+"""Verification of a cache on disk: every committed byte, every document, the teacher on a sample.
 
-Reading everything once is the only honest check of bytes, so it is done in parallel. What the
-teacher says now is compared with what is stored beside a control, the teacher against itself in
-another batch: on a GPU even that is not exact, and a difference means nothing without it.
+Reading everything once is the only honest check of bytes, so it is done in parallel. A teacher is
+compared with what is stored next to a control, the teacher with itself in another batch: on a GPU
+even that is not exact, and a difference means nothing without it.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ddk_cache.build.writer import TOKEN_ARRAYS
-from ddk_cache.errors import CorruptCacheError
-from ddk_cache.format.layout import TOKENIZER, object_name, record_name
+from ddk_cache.errors import CacheError, CorruptCacheError, MismatchError, UnfinishedCacheError
+from ddk_cache.format.layout import ROOT, TOKENIZER, object_name, record_name, tokenizer_name
 from ddk_cache.format.plan import ShardKey, rows_at
+from ddk_cache.format.spec import TOKEN_ARRAYS
 from ddk_cache.format.zarr_shard import bodies
 from ddk_cache.read.cache import Cache
-from ddk_cache.storage.local import LocalStorage
 from ddk_cache.types import SPLITS, Array
 
+if TYPE_CHECKING:
+    from ddk_cache.build.teacher import Teacher
+
 THREADS = 8
-"""Storage hashed at the same time; hashing and reading both let the interpreter go."""
+"""Files hashed at the same time; hashing and reading both release the GIL."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,14 @@ class Problem:
     """Something that is not as it was committed."""
 
     name: str
-    """Of the object, below the root."""
+    """Name of the object, below the root."""
     text: str
     key: ShardKey | None = None
     """The shard that it is part of, if it is part of one."""
 
 
 def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
-    """Return every problem of a cache; `advance` hears of bytes as they are hashed."""
+    """Return every problem of a cache; `advance` is called with the bytes hashed of each shard."""
     problems = [*_tokenizer(cache), *_metadata(cache)]
     with ThreadPoolExecutor(THREADS) as pool:
         for found, size in pool.map(partial(_shard, cache), cache.manifest.shards()):
@@ -49,28 +52,40 @@ def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
     return problems
 
 
-def bytes_below(cache: Cache) -> int:
-    """Return the bytes of all files below the domains of a cache; 0 where counting costs much."""
-    if not isinstance(cache.storage, LocalStorage):
+def bytes_to_hash(cache: Cache) -> int:
+    """Return the sum of what `verify` passes to `advance`, from the records alone."""
+    keys = [key for key in cache.manifest.shards() if cache.is_committed(key)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return sum(pool.map(partial(_size, cache), keys))
+
+
+def _size(cache: Cache, key: ShardKey) -> int:
+    try:
+        return sum(entry.bytes for entry in cache.record(key).objects.values())
+    except CorruptCacheError:  # its files are not hashed
         return 0
-    files_below = (cache.root / "domains").rglob("*")
-    return sum(path.stat().st_size for path in files_below if path.is_file())
 
 
 def _tokenizer(cache: Cache) -> Iterator[Problem]:
-    for name, entry in cache.manifest.root.tokenizer_files.items():
-        yield from _differs(cache, f"{TOKENIZER}/{name}", *entry)
+    """Check the tokenizer's files, and that there are no others."""
+    files = cache.manifest.root.tokenizer_files
+    for file, entry in files.items():
+        yield from _differs(cache, tokenizer_name(file), *entry)
+    for name in set(cache.storage.list_prefix(TOKENIZER)) - set(map(tokenizer_name, files)):
+        yield Problem(name, f"{cache.storage.uri(name)} is not part of the cache")
 
 
 def _metadata(cache: Cache) -> Iterator[Problem]:
-    documents = [cache.plan(domain).metadata for domain in cache.domains]
-    for name, text in {n: t for metadata in documents for n, t in metadata.items()}.items():
-        if cache.storage.get(name) != text.encode():
+    documents = {n: t for name in cache.domains for n, t in cache.plan(name).metadata.items()}
+    for (name, text), found in zip(
+        documents.items(), cache.storage.get_many(documents), strict=True
+    ):
+        if found != text.encode():
             yield Problem(name, f"{cache.storage.uri(name)} is missing or has changed")
 
 
 def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
-    """Return the problems of a planned shard and the bytes that it has."""
+    """Return the problems of a planned shard and the bytes that were hashed."""
     if not cache.is_committed(key):
         return list(_token_rows(cache, key)), 0
     try:
@@ -85,7 +100,7 @@ def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
 
 
 def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
-    """Check the chunks of the token rows of a shard that no record vouches for yet."""
+    """Check the chunks of the token rows of a shard that has no record yet."""
     for array in TOKEN_ARRAYS:
         name = object_name(cache.spec, key, array)
         data, where = cache.storage.get(name), cache.storage.uri(name)
@@ -113,64 +128,81 @@ def _differs(
         yield Problem(name, f"{where} has changed: hash {found[1]}, committed {hashed}", key)
 
 
-def drop_bad(cache: Cache, problems: list[Problem]) -> list[str]:
+def drop_bad(cache: Cache, problems: Sequence[Problem]) -> list[str]:
     """Remove what is bad, so that `build` makes just that again; return what was removed.
 
     The record of a shard goes first: from then on the shard does not exist for any reader. The
     token rows of a shard are removed only if they are what is bad.
+
+    Raises:
+        CorruptCacheError: something lies outside of the cache, behind a link. It is left alone;
+            everything else was removed.
     """
-    removed = []
-    for problem in problems:
-        if problem.key:
-            removed.append(record_name(problem.key))
-        parts = problem.name.split("/")
-        if (
-            parts[-1] == "zarr.json"
-            or parts[0] == TOKENIZER
-            or (problem.key and any(array in parts for array in TOKEN_ARRAYS))
-        ):
-            removed.append(problem.name)
-    removed = list(dict.fromkeys(removed))
-    for name in removed:
-        cache.storage.delete(name)
-    return [cache.storage.uri(name) for name in removed]
+    removed, outside = [], []
+    for name in dict.fromkeys(name for problem in problems for name in _bad(problem)):
+        try:
+            cache.storage.delete(name)
+        except CorruptCacheError as error:
+            outside.append(str(error))
+        else:
+            removed.append(cache.storage.uri(name))
+    if outside:
+        raise CorruptCacheError("\n".join(outside))
+    return removed
+
+
+def _bad(problem: Problem) -> Iterator[str]:
+    """Yield the objects to be removed for a problem, in order."""
+    parts = problem.name.split("/")
+    if problem.key:
+        yield record_name(problem.key)
+    is_tokens = problem.key is not None and any(array in parts for array in TOKEN_ARRAYS)
+    if is_tokens or parts[-1] == ROOT or parts[0] == TOKENIZER:
+        yield problem.name
 
 
 # --- the teacher on a sample ----------------------------------------------------------------------
 
 
-Score = Callable[[ShardKey, Array, int], Mapping[str, Array]]
-"""(what, (R, S+1) tokens, rows in a batch) → the arrays that `Scorer.score` gives."""
-
-
 @dataclass(frozen=True)
 class Replay:
-    """Differences of log-probabilities on N rows, in nats, beside what they may be."""
+    """Differences of log-probabilities on N rows, in nats, and how large they may be."""
 
     rows: int
     stored_mean: float
     stored_max: float
-    """Of the stored values to the teacher's now."""
+    """Stored values compared with the teacher's now."""
     control_mean: float
     control_max: float
-    """Of the teacher to itself, a row at a time."""
+    """The teacher compared with itself, a row at a time."""
     limit: float
     """The largest mean difference of a row that rounding and the control explain."""
     bad: tuple[str, ...]
     """Rows beyond it."""
 
 
-def replay(cache: Cache, score: Score, count: int, seed: int) -> Replay:
-    """Run the teacher on random committed rows again and compare."""
+def replay(cache: Cache, teacher: Teacher, count: int, seed: int) -> Replay:
+    """Run the teacher of a cache on random committed rows again and compare.
+
+    Raises:
+        MismatchError: the cache was built with another teacher.
+        UnfinishedCacheError: no row is committed yet.
+    """
+    from ddk_cache.build.scoring import Scorer
+
+    _require_teacher(cache, teacher)
+    batches = [Scorer(teacher, cache.spec, rows) for rows in (cache.manifest.root.batch_rows, 1)]
     stored, control = [], []
     names = sample_rows(cache, count, seed)
     for domain, split in dict.fromkeys((domain, split) for domain, split, _ in names):
         numbers = [row for d, s, row in names if (d, s) == (domain, split)]
         rows, key = cache.read(domain, split, numbers), ShardKey(domain, split, 0)
-        now = score(key, rows.tokens, cache.manifest.root.batch_rows)
-        again = score(key, rows.tokens, 1)
-        stored.append(_difference(rows.label_logprob, now["label_logprob"]))
-        control.append(_difference(again["label_logprob"], now["label_logprob"]))
+        now, again = (
+            scorer.score(key, rows.tokens, lambda _: None).arrays["label_logprob"]
+            for scorer in batches
+        )
+        stored.append(_difference(rows.label_logprob, now))
+        control.append(_difference(again, now))
     off, noise = np.concatenate(stored), np.concatenate(control)
     limit = cache.logprob.error + 10 * float(noise.mean()) + 1e-4
     bad = [name for name, row in zip(names, off.mean(1), strict=True) if row > limit]
@@ -185,19 +217,51 @@ def replay(cache: Cache, score: Score, count: int, seed: int) -> Replay:
     )
 
 
+def _require_teacher(cache: Cache, teacher: Teacher) -> None:
+    was, now = cache.spec.teacher, teacher.identity
+    differences = [
+        f"{name}: the cache has {was.get(name)}, this teacher has {now.get(name)}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+    if differences:
+        raise MismatchError(
+            f"{cache.uri} was built with another teacher than {teacher.name}:\n  "
+            + "\n  ".join(differences)
+        )
+
+
 def _difference(one: Array, other: Array) -> Array:
     return np.abs(one.astype(np.float64) - other.astype(np.float64))
 
 
 def sample_rows(cache: Cache, count: int, seed: int) -> list[tuple[str, str, int]]:
-    """Return (domain, split, row) of random committed rows, in the order of the cache."""
+    """Return (domain, split, row) of random committed rows, in the order of the cache.
+
+    Raises:
+        UnfinishedCacheError: there is none.
+    """
     pairs = [(domain, split) for domain in cache.domains for split in SPLITS]
-    ends = np.cumsum([cache.committed_rows(*pair) for pair in pairs])
+    ends = np.cumsum([0, *(cache.committed_rows(*pair) for pair in pairs)])
     total = int(ends[-1])
+    if not total:
+        raise UnfinishedCacheError(f"{cache.uri} has no committed row to compare a teacher with.")
     chosen = np.array(sorted(random.Random(seed).sample(range(total), min(count, total))))
     rows = []
-    for pair, first, end in zip(pairs, [0, *ends], ends, strict=False):
+    for pair, first, end in zip(pairs, ends, ends[1:], strict=False):
         places = chosen[(first <= chosen) & (chosen < end)] - first
         found = rows_at(cache.committed_extents(*pair), places)
         rows += [(*pair, row) for row in found.tolist()]
     return rows
+
+
+def require_sound(cache: Cache, problems: Sequence[Problem], found: Replay | None) -> None:
+    """Raise CacheError where verifying found something."""
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise CacheError(f"{count} in {cache.uri}; --drop-bad removes what is bad.")
+    if found and found.bad:
+        raise CacheError(
+            f"{cache.uri}: the stored targets differ from this teacher in {len(found.bad)} of "
+            f"{found.rows} rows."
+        )

@@ -1,7 +1,9 @@
 """What a resumed run needs, in a directory: student, optimizer, random states, and the state.
 
-Everything is written as it is, so that a resumed run continues with the same bits; the price is
-three times the student's size on disk. The directory appears whole or not at all (`Run`).
+Everything is stored at full precision, so that a resumed run continues with the same bits; the
+price is three times the size of the float32 student on disk. The directory appears whole or not at
+all (`Run.checkpoint`). One that was damaged later is named and set aside, and the run resumes from
+the one before it.
 """
 
 from __future__ import annotations
@@ -9,100 +11,130 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pickle
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from ddk_train.data.mixture import Floats
+from ddk_cache import Cache, DDKError
 from ddk_train.distributed import Processes
-from ddk_train.provenance import IDENTITY
+from ddk_train.provenance import IDENTITY, check_identity
+from ddk_train.run import Run
 from ddk_train.student import load_weights
+from ddk_train.weights import DomainWeights
 
 log = logging.getLogger(__name__)
+
+DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+"""Errors of reading a file of a checkpoint that is missing, cut short or overwritten."""
 
 
 @dataclass
 class State:
-    """What changes during a run beside weights and optimizer; plain JSON in a checkpoint."""
+    """What changes during a run besides the student, the optimizer and the domain weights."""
 
     domains: list[str]
     mixture: dict[str, Any]
     seen: dict[str, int] = field(default_factory=dict)
-    """Rows drawn of each domain."""
+    """Rows drawn so far, by domain."""
     tokens: dict[str, int] = field(default_factory=dict)
-    """Counted positions trained on of each domain."""
+    """Counted positions trained on so far, by domain."""
     step: int = 0
     seconds: float = 0.0
+    """Time of training, without measurements."""
     eval_seconds: float = 0.0
-    """Spent on measuring gaps, which `seconds` leaves out."""
+    """Time of measurements."""
     measured: int = -1
     """Step of the last measurement."""
     best: int = 0
     """Step of the measurement with the lowest mean held-out loss."""
     best_loss: float | None = None
     lowest: dict[str, float] = field(default_factory=dict)
-    """Lowest held-out loss of each domain so far."""
-    log_factor: list[str] | None = None
-    """(D) log r of the weighting rule, exact hexadecimal floats."""
-    weights: list[str] = field(default_factory=list)
-    """(D) sampling weights in force, likewise."""
+    """Lowest held-out loss so far, by domain."""
 
     def __post_init__(self) -> None:
         self.seen = self.seen or dict.fromkeys(self.domains, 0)
         self.tokens = self.tokens or dict.fromkeys(self.domains, 0)
 
     def over(self, domains: list[str]) -> State:
-        """Return the state of a run whose cache grew by domains: it will measure at once."""
-        if self.domains == domains:
-            return self
+        """Return the state for the domains of a cache that may have grown."""
         seen, tokens = (
             {name: had.get(name, 0) for name in domains} for had in (self.seen, self.tokens)
         )
-        return dataclasses.replace(
-            self, domains=domains, seen=seen, tokens=tokens, log_factor=None, weights=[]
-        )
+        return dataclasses.replace(self, domains=domains, seen=seen, tokens=tokens)
 
 
-def exact(values: Floats) -> list[str]:
-    """Return floats as text that gives the same bits back."""
-    return [float(value).hex() for value in values]
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a run that a checkpoint stores and restores in place."""
 
-
-def floats(texts: list[str]) -> Floats:
-    """Read what `exact` wrote."""
-    return np.array([float.fromhex(text) for text in texts])
+    student: Any
+    optimizer: torch.optim.Optimizer
+    weights: DomainWeights
+    processes: Processes
 
 
 def save(
-    path: Path,
-    state: State,
-    student: Any,
-    optimizer: torch.optim.Optimizer,
-    randoms: list[object],
-    identity: dict[str, Any],
+    path: Path, state: State, parts: Trained, randoms: list[object], identity: dict[str, Any]
 ) -> None:
-    """Write a checkpoint into an empty directory; `randoms` are the states by process."""
-    student.save_pretrained(path / "student")
-    torch.save({"optimizer": optimizer.state_dict(), "random": randoms}, path / "torch.pt")
-    (path / "state.json").write_text(json.dumps(asdict(state), indent=1))
+    """Write a checkpoint into an empty directory; `randoms` are the random states by process."""
+    parts.student.save_pretrained(path / "student")
+    held = {"optimizer": parts.optimizer.state_dict(), "random": randoms}
+    torch.save(held, path / "torch.pt")
+    values = asdict(state) | {"weights": parts.weights.state_dict()}
+    (path / "state.json").write_text(json.dumps(values, indent=1))
     (path / IDENTITY).write_text(json.dumps(identity, indent=1))
 
 
-def load(path: Path, student: Any, optimizer: torch.optim.Optimizer, processes: Processes) -> State:
-    """Take everything from a checkpoint and return its state."""
-    load_weights(student, path / "student")
+def load(path: Path, parts: Trained) -> State:
+    """Restore the parts from a checkpoint and return its state. Raises one of `DAMAGE`."""
+    values = json.loads((path / "state.json").read_text())
+    weights, state = values.pop("weights"), State(**values)
     held = torch.load(path / "torch.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(held["optimizer"])
-    if len(held["random"]) == processes.world:
-        set_random(held["random"][processes.rank], processes.device)
+    randoms, processes = held["random"], parts.processes
+    load_weights(parts.student, path / "student")
+    parts.optimizer.load_state_dict(held["optimizer"])
+    parts.weights.load_state_dict(weights)
+    if len(randoms) == processes.world:
+        set_random(randoms[processes.rank], processes.device)
     else:
         log.warning(
-            "the number of processes is another now: random numbers such as dropout begin anew"
+            f"resumed in {processes.world} process(es) instead of {len(randoms)}: random numbers, "
+            "such as those of dropout, differ from those of an uninterrupted run"
         )
-    return State(**json.loads((path / "state.json").read_text()))
+    return state
+
+
+def load_last(run: Run, cache: Cache, parts: Trained) -> State | None:
+    """Restore the parts from the last checkpoint that is not damaged; None where none was written.
+
+    Raises:
+        MismatchError: the checkpoint was trained from another cache.
+        DDKError: all checkpoints are damaged.
+    """
+    broken: list[Path] = []
+    for _, path in reversed(run.checkpoints()):
+        try:
+            check_identity(path, cache)
+            return load(path, parts)
+        except torch.OutOfMemoryError:
+            raise
+        except DAMAGE as error:
+            log.warning(f"the checkpoint {path} is damaged: {error}")
+            broken.append(run.set_aside(path) if parts.processes.main else path)
+    if broken:
+        raise DDKError(
+            f"no checkpoint of {run.path} can be read; they are now named "
+            f"{', '.join(path.name for path in broken)}. Run the same command again to start anew, "
+            "or restore one."
+        )
+    return None
 
 
 def get_random(device: torch.device) -> dict[str, torch.Tensor]:
@@ -114,7 +146,7 @@ def get_random(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def set_random(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Set what `get_random` returned."""
+    """Set the states that `get_random` returned."""
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)

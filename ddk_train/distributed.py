@@ -1,8 +1,8 @@
-"""Where a run computes: one process, or as many as `accelerate launch` started, and its trackers.
+"""Where a run computes: one process, or as many as a launcher started, and its trackers.
 
-Accelerate brings up the processes, wraps the module and speaks to the trackers. Device and
-precision of a single process are ours: accelerate keeps them for the whole life of a process, and
-a second run in it could have no others.
+Accelerate connects the processes, wraps the module and writes to the trackers. A single process
+chooses its device here: accelerate keeps its choice for the whole life of a process, and a second
+run in the same process could not have another.
 """
 
 from __future__ import annotations
@@ -25,26 +25,37 @@ class Processes:
     """The processes of a run; each takes its part of the rows of every step."""
 
     def __init__(self, config: TrainConfig) -> None:
+        """Connect the processes that `torchrun` or `accelerate launch` started, if any.
+
+        Raises:
+            InputError: the device is missing, or the rows of a step cannot be shared evenly.
+        """
         from accelerate import Accelerator
 
-        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+        world = launched()
+        device = pick_device(config.device)
         self.accelerator: Accelerator = Accelerator(
-            cpu=alone or config.device == "cpu",
+            cpu=world == 1 or device.type == "cpu",
             mixed_precision="no",
             device_placement=False,
             log_with=check_trackers(config.report_to) or None,
             project_dir=config.run,
         )
-        self.device = pick_device(config.device) if alone else self.accelerator.device
+        self.device = device if world == 1 else self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
+        if self.world != world:
+            raise InputError(
+                f"WORLD_SIZE: got {world} processes, of which accelerate connected {self.world}. "
+                "Start the run in a process of its own."
+            )
         if config.rows % self.world:
             raise InputError(
-                f"{config.rows} rows in a step cannot be shared evenly by {self.world} processes. "
+                f"{config.rows} rows per step cannot be shared evenly by {self.world} processes. "
                 f"Give --rows a multiple of {self.world}."
             )
         self.share = slice(self.rank, None, self.world)
-        """Of the rows of a step, those of this process."""
+        """Which rows of a step belong to this process."""
 
     @property
     def main(self) -> bool:
@@ -56,7 +67,7 @@ class Processes:
         return self.accelerator.reduce(value, "sum") if self.world > 1 else value
 
     def each(self, value: object) -> list[object]:
-        """Return what every process has, by rank."""
+        """Return the values of all processes, by rank."""
         from accelerate.utils import gather_object
 
         gathered: list[object] = gather_object([value])
@@ -70,6 +81,17 @@ class Processes:
         """Start the trackers of `--report-to`, on the process that writes."""
         if config.report_to:
             self.accelerator.init_trackers("ddk", config.to_json())
+
+
+def launched() -> int:
+    """Return how many processes the launcher started. Raises InputError on a damaged WORLD_SIZE."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(
+            f"WORLD_SIZE: got {text!r}, expected a number of processes. Unset it, or start the "
+            "run with `accelerate launch -m ddk_train` or torchrun."
+        )
+    return int(text)
 
 
 def check_trackers(names: str) -> list[str]:
@@ -88,7 +110,7 @@ def check_trackers(names: str) -> list[str]:
             raise InputError(unknown("tracker", name, known))
         if name not in here:
             raise InputError(
-                f"tracker {name!r} is not installed. Install its package, or choose among "
-                f"{', '.join(sorted(here)) or 'none'}; metrics.jsonl is always written."
+                f"tracker {name!r} is not installed. Install its package, or use one of: "
+                f"{', '.join(sorted(here)) or 'none here'}. metrics.jsonl is written in any case."
             )
     return chosen

@@ -1,8 +1,9 @@
-"""How far the student is from the teacher, domain by domain, on held-out rows.
+"""The gap between student and teacher, domain by domain, on held-out rows.
 
-The same rows are measured each time, so that a change of the gap is a change of the student. The
-teacher's loss on them is read from the cache once; the teacher itself is never needed. One pass
-gives cross-entropy and KL and keeps no logits; what it cost is told with every measurement.
+Every measurement uses the same rows, so that a change of the gap is a change of the student. The
+teacher's loss on them is in the cache and is read once; the teacher itself is not needed. Held-out
+rows are decoded by the same code as training rows. One pass gives cross-entropy and KL without
+storing logits; every measurement reports the seconds that it took.
 """
 
 from __future__ import annotations
@@ -10,88 +11,161 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from ddk_cache import SPLITS, Cache, Extent, SparseTargets, rows_at
+from ddk_cache import SPLITS, Cache, Extent, SparseTargets, open_cache, rows_at
 from ddk_cache.rng import key_of, permute
+from ddk_train.data.decode import Dequantizer
 from ddk_train.data.mixture import Floats, Ints
-from ddk_train.distributed import Processes
+from ddk_train.loss.fused import Terms
+from ddk_train.loss.objective import Objective
 from ddk_train.weights import Gaps
 
 TRAIN, VALIDATION = SPLITS
 
 Known = Mapping[str, Mapping[str, Sequence[Extent]]]
-"""The rows that a run knows, by domain and split."""
+"""The rows in use, by domain and split."""
 
 Measure = Callable[[torch.Tensor, torch.Tensor, SparseTargets[torch.Tensor]], torch.Tensor]
 """(B, S+1) tokens, (B, S) mask, (B, S, K) targets → (2) sums over counted positions of the
 student's cross-entropy and of KL(teacher ‖ student), nats."""
 
+Total = Callable[[torch.Tensor], torch.Tensor]
+"""A tensor of this process → its sum over all processes."""
+
 
 @dataclass(frozen=True)
-class Measured:
-    """What one measurement found, and what it cost."""
+class Measured(Gaps):
+    """The result of one measurement, and its cost. Arrays have one entry per domain, D."""
 
-    gaps: Gaps
     kl: Floats
-    """(D) KL(teacher ‖ student) on the stored targets, nats a position; NaN where no row is held
-    out. Of sampled targets it is too large by a constant of the rows measured: what was drawn is
-    surer than the teacher. Its changes are right."""
+    """(D) KL(teacher ‖ student) on the stored targets, nats per position; NaN where no row is held
+    out. For sampled targets it is too large by a constant of the rows measured, because the drawn
+    entries are over-confident; its changes are right."""
     seconds: Floats
-    """(D) spent."""
+    """(D) seconds spent."""
+    domains: tuple[str, ...]
+    """(D) names of the domains."""
+
+    @property
+    def gaps(self) -> Gaps:
+        """Return the measurement as a rule of `ddk_train.weights` takes it."""
+        return self
 
 
 class GapMeter:
     """A fixed sample of held-out rows of every domain, and the teacher's loss on it."""
 
     def __init__(
-        self, cache: Cache, extents: Known, rows: int, micro: int, processes: Processes
+        self,
+        cache: Cache,
+        extents: Known,
+        rows: int,
+        micro: int,
+        device: torch.device,
+        *,
+        share: slice = slice(None),
+        total: Total = lambda value: value,
     ) -> None:
-        self.cache, self.micro, self.processes = cache, micro, processes
+        """Choose at most `rows` rows per domain, to be measured `micro` at a time on `device`.
+
+        Of several processes, each measures its `share` of the pieces, and `total` adds them up.
+        """
+        self.cache, self.micro, self.device = cache, micro, device
+        self.share, self.total = share, total
         self.rows: dict[str, Ints] = {
             name: sample(name, splits[VALIDATION], rows) for name, splits in extents.items()
         }
         self.teacher_loss: Floats = np.array([self._teacher(name) for name in self.rows])
         train_rows = [sum(e.rows for e in splits[TRAIN]) for splits in extents.values()]
         self.sizes: Floats = np.array(train_rows, np.float64)
+        self._dequantize = Dequantizer(cache, list(self.rows), device)
 
     def measure(self, measure: Measure) -> Measured:
-        """Return the gaps of a student; the processes share the rows."""
-        found = np.array([self._student(name, measure) for name in self.rows])
+        """Return the gaps of a student."""
+        found = np.array([self._student(n, measure) for n in range(len(self.rows))])
         loss, kl, seconds = found.T
-        return Measured(Gaps(loss, self.teacher_loss, self.sizes), kl, seconds)
+        return Measured(loss, self.teacher_loss, self.sizes, kl, seconds, tuple(self.rows))
 
     def _teacher(self, name: str) -> float:
+        """Return the teacher's mean loss over the counted positions of a domain's sample."""
         if not len(self.rows[name]):
             return float("nan")
-        rows = self.cache.read(name, VALIDATION, self.rows[name])
-        loss = -rows.label_logprob[rows.loss_mask].mean(dtype=np.float64)
-        return float(loss)
+        arrays = ("label_logprob", "loss_mask")
+        stored = self.cache.read_stored(name, VALIDATION, self.rows[name], arrays)
+        loss = -self.cache.logprob.decode(stored["label_logprob"])
+        return float(loss[stored["loss_mask"].astype(bool)].mean(dtype=np.float64))
 
-    def _student(self, name: str, measure: Measure) -> tuple[float, float, float]:
+    def _student(self, domain: int, measure: Measure) -> tuple[float, float, float]:
         """Return the means of cross-entropy and KL over counted positions, and seconds."""
-        began, device = time.perf_counter(), self.processes.device
-        total = torch.zeros(3, dtype=torch.float64, device=device)
-        for first in range(0, len(self.rows[name]), self.micro)[self.processes.share]:
-            numbers = self.rows[name][first : first + self.micro]
-            rows = self.cache.read(name, VALIDATION, numbers)
-            tokens = torch.from_numpy(rows.tokens).to(device)
-            mask = torch.from_numpy(rows.loss_mask).to(device)
-            kept = (rows.targets.ids, rows.targets.probs, rows.targets.tail)
-            targets = SparseTargets(*(torch.from_numpy(array).to(device) for array in kept))
-            total[:2] += measure(tokens, mask, targets)
-            total[2] += mask.sum()
-        *sums, positions = self.processes.total(total).tolist()
+        began = time.perf_counter()
+        rows = list(self.rows.values())[domain]
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for first in range(0, len(rows), self.micro)[self.share]:
+            row_B = rows[first : first + self.micro]
+            decoded = self._dequantize.read(VALIDATION, np.full(len(row_B), domain), row_B)
+            total[:2] += measure(*decoded)
+            total[2] += decoded.loss_mask.sum()
+        *sums, positions = self.total(total).tolist()
         loss, kl = (x / positions if positions else float("nan") for x in sums)
         return loss, kl, time.perf_counter() - began
+
+
+def measure_gaps(
+    model: Any, cache: Cache | str | Path, *, rows: int = 500, batch_rows: int = 8
+) -> Measured:
+    """Measure a causal language model on at most `rows` held-out rows of every domain of a cache.
+
+    `model` is bare, with a peft adapter, or wrapped by DDP or accelerate. Where torch.distributed
+    is initialized, all processes must call this; they share the rows and get the same result.
+
+    Raises:
+        DDKError: the cache cannot be opened or read; see `open_cache`.
+    """
+    opened = cache if isinstance(cache, Cache) else open_cache(cache)
+    return measure_with(gap_meter(model, opened, rows, batch_rows), model)
+
+
+def gap_meter(model: Any, cache: Cache, rows: int, batch_rows: int) -> GapMeter:
+    """Return a meter over all rows of a cache, on the device of a model."""
+    extents = {name: {s: cache.extents(name, s) for s in SPLITS} for name in cache.domains}
+    device = next(model.parameters()).device
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return GapMeter(cache, extents, rows, batch_rows, device)
+    share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+    return GapMeter(cache, extents, rows, batch_rows, device, share=share, total=over_processes)
+
+
+def measure_with(meter: GapMeter, model: Any) -> Measured:
+    """Measure a model in evaluation mode, and restore its mode.
+
+    The model runs without its DDP wrapper, whose forward waits for the other processes.
+    """
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model)
+    training = model.training
+    objective = Objective(model.eval(), Terms(0.0), meter.cache.spec.vocab_size, bf16=False)
+    try:
+        return meter.measure(objective.measure)
+    finally:
+        model.train(training)
+
+
+def over_processes(value: torch.Tensor) -> torch.Tensor:
+    """Return the sum of a tensor over the processes of torch.distributed."""
+    torch.distributed.all_reduce(value)
+    return value
 
 
 def sample(name: str, extents: Sequence[Extent], count: int) -> Ints:
     """Return the numbers of at most `count` rows of a domain, ascending, spread by a permutation.
 
-    The choice depends on the rows alone, so that all runs from a cache measure the same.
+    The choice depends on the rows alone, so that all runs from a cache measure the same rows.
     """
     rows = sum(extent.rows for extent in extents)
     if rows <= count:

@@ -1,7 +1,7 @@
-"""LoRA through peft: train a few small matrices beside a frozen student.
+"""LoRA through peft: train a few small matrices, with the student's own weights frozen.
 
-What is trained is a rank-r product beside every linear layer of the body. The head and the
-embedding stay as they are, so that the head is still fused with its loss.
+A rank-r product is added to every linear layer of the body and trained. Head and embedding stay as
+they are, so that the head is still fused with its loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ddk_cache import InputError
 
 
 def add_adapter(student: Any, rank: int) -> Any:
-    """Return the student with an adapter of this rank, its own weights frozen.
+    """Return the student with a new adapter of this rank and its own weights frozen.
 
     Raises:
         InputError: peft is not installed.
@@ -23,7 +23,7 @@ def add_adapter(student: Any, rank: int) -> Any:
     except ImportError:
         raise InputError(
             "--lora-rank needs peft, which is not installed. Install it with "
-            "pip install 'ddk[lora]', or leave the option away."
+            "pip install 'ddk-distill[lora]', or leave out the option."
         ) from None
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -32,12 +32,12 @@ def add_adapter(student: Any, rank: int) -> Any:
 
 
 def is_adapted(student: Any) -> bool:
-    """Return whether a student carries an adapter."""
+    """Return whether a student has an adapter."""
     return hasattr(student, "merge_and_unload")
 
 
 def load_adapter(student: Any, path: Path) -> None:
-    """Take the adapter's weights from a directory that `save_pretrained` wrote."""
+    """Load the adapter's weights that `save_pretrained` wrote into a directory."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     set_peft_model_state_dict(student, load_peft_weights(str(path), device="cpu"))

@@ -1,7 +1,7 @@
 """Optimizers and learning rates by name.
 
-Matrices decay, vectors (norms, biases) do not. The fused AdamW costs one kernel a step; the one
-with 8-bit states takes a quarter of the memory for them, and needs CUDA and bitsandbytes.
+Matrices decay, vectors (norms, biases) do not. The fused AdamW costs one kernel per step; with
+8-bit states it needs a quarter of the memory for them, and CUDA and bitsandbytes.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ddk_train.config import TrainConfig
 
 
 def optimizer(student: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return the optimizer of what is trained of a student.
+    """Return the optimizer of those parameters of a student that are trained.
 
     Raises:
-        InputError: it needs a library that is not installed.
+        InputError: a library that it needs is not installed.
     """
     parameters = [p for p in student.parameters() if p.requires_grad]
     groups = [
@@ -49,7 +49,7 @@ def adamw_8bit(groups: Iterable[Any], **settings: Any) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate of a step counted from 0: linear warm-up, then the schedule."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
@@ -63,7 +63,7 @@ def cosine(done: float, decay: float) -> float:
 
 
 def stable_then_decay(done: float, decay: float) -> float:
-    """Stay, and fall in a straight line over the last share `decay` (warmup-stable-decay)."""
+    """Stay constant, then fall linearly over the last share `decay` (warmup-stable-decay)."""
     return min(1.0, (1 - done) / decay)
 
 
@@ -72,4 +72,4 @@ MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw_8bit": adamw_8bit,
 }
 SHAPES: dict[str, Callable[[float, float], float]] = {"cosine": cosine, "wsd": stable_then_decay}
-"""(share of the run done, share of the run that decays) → share of the way from floor to top."""
+"""(share of the run done, share that decays) → rate between its floor (0) and its peak (1)."""

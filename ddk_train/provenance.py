@@ -1,8 +1,9 @@
-"""What a run, a checkpoint and a student were made from, and that it is still the same.
+"""What a run, a checkpoint and a student were made from, and checks that it is still the same.
 
-A cache is known by the fingerprint of its spec and by where its rows lie; it may grow, and a run
-keeps to the rows that it began with. The same few facts are written into the run's config, into
-every checkpoint and beside the finished student.
+A cache is identified by the fingerprint of its spec and by the positions of its rows; it may grow,
+and a run keeps the rows that it started with. A student is identified by a hash of its weights, or
+of the config of a fresh one, so that paths may move. The same few facts are written into the config
+of a run, into every checkpoint and into the finished student.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ IDENTITY = "ddk.json"
 """The file of a checkpoint or student that says what it was made from."""
 
 
-def provenance(cache: Cache, student: Any) -> dict[str, Any]:
-    """Return what a run met: the cache's identity and the student's size."""
+def provenance(cache: Cache, student: Any, student_hash: str) -> dict[str, Any]:
+    """Return the identity of the cache of a run and of its student."""
     return {
         "cache_fingerprint": cache.spec.fingerprint,
         "known_rows": {
@@ -30,18 +31,19 @@ def provenance(cache: Cache, student: Any) -> dict[str, Any]:
         "teacher": cache.manifest.root.provenance.get("teacher", ""),
         "targets": str(cache.spec.targets),
         "seq_len": cache.spec.seq_len,
+        "student_hash": student_hash,
         "student_class": type(student).__name__,
         "student_parameters": sum(p.numel() for p in student.parameters()),
     }
 
 
 def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[Extent]]]:
-    """Return the rows that a run keeps to, by domain and split, after checking that they are there.
+    """Return the rows that a run started with, by domain and split, after checking the cache.
 
-    A cache may have grown since the run began. Its old rows are where they were.
+    A cache may have grown since then; its old rows keep their positions.
 
     Raises:
-        MismatchError: the cache does not have the rows that the run knew.
+        MismatchError: the cache lacks rows that the run started with.
     """
     rows = {
         name: {split: [Extent(*extent) for extent in runs] for split, runs in splits.items()}
@@ -51,8 +53,8 @@ def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[
         for split, runs in splits.items():
             if name not in cache.domains or cache.extents(name, split)[: len(runs)] != runs:
                 raise MismatchError(
-                    f"{cache.where} does not have the rows of {name}/{split} that this run began "
-                    "with. Give the cache that it began with, or another run directory."
+                    f"{cache.where} lacks rows of {name}/{split} that this run started with. Give "
+                    "the cache that it started with, or another run directory."
                 )
     if rows.keys() != set(cache.domains) or any(
         len(cache.extents(name, split)) > len(runs)
@@ -60,7 +62,8 @@ def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[
         for split, runs in splits.items()
     ):
         log.info(
-            f"{cache.where} has grown; this run keeps to the rows that it began with (--new-rows)"
+            f"{cache.where} has grown; this run keeps the rows that it started with "
+            "(--new-rows takes the new ones too)"
         )
     return rows
 
@@ -81,10 +84,15 @@ def identity(cache: Cache, student: str) -> dict[str, Any]:
 
 
 def check_identity(checkpoint: Path, cache: Cache) -> None:
-    """Raise MismatchError where a checkpoint was trained from another cache."""
+    """Check that a checkpoint was trained from this cache.
+
+    Raises:
+        MismatchError: it was trained from another one.
+        OSError, ValueError, LookupError, TypeError: its identity is missing or damaged.
+    """
     was = json.loads((checkpoint / IDENTITY).read_text())["cache"]["fingerprint"]
     if was != cache.spec.fingerprint:
         raise MismatchError(
             f"the checkpoint {checkpoint} was trained from the cache {was}, and {cache.where} is "
-            f"{cache.spec.fingerprint}. Give the cache that it began with."
+            f"{cache.spec.fingerprint}. Give the cache that it was trained from."
         )

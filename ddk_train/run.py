@@ -1,20 +1,22 @@
 """The run directory: config, metrics, history of gaps and weights, checkpoints.
 
-    config.json            the settings, and which cache and student they met
-    metrics.jsonl          a line for each logged step
-    history.parquet        a row for each domain of each measurement
+    config.json            the settings, and which cache and student they were used with
+    metrics.jsonl          one line per logged step
+    history.parquet        one row per domain and measurement
     checkpoints/step-N/    what a resumed run needs
     student/               the finished student, an ordinary Hugging Face model
+    lock                   the process that trains here, while it does
 
-Everything appears whole or not at all. Metrics are appended as they come and cut back to the
-checkpoint when a run is resumed, so that no step is ever written twice; the history is small and
-replaced as a whole. No torch here: reports are read where none is installed.
+Everything but the metrics appears whole or not at all. Metrics are appended as they come and cut
+back to the checkpoint when a run is resumed, so that no step is written twice; the history is small
+and replaced as a whole. No torch here: reports are read where none is installed.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ import pyarrow.parquet as pq
 
 from ddk_cache import DDKError, InputError, MismatchError, atomic
 from ddk_train.config import TrainConfig
+from ddk_train.lock import locked
 
 HISTORY = pa.schema(
     [
@@ -47,22 +50,25 @@ HISTORY = pa.schema(
         ("eval_seconds", pa.float64()),
     ]
 )
-"""One row for each domain of each measurement, taken after `step` steps.
+"""One row per domain and measurement, taken after `step` steps.
 
-`train_rows` is what the domain has, `rows_seen` how many were drawn, `tokens_seen` the positions of
-them that the loss counted, as `tokens` in the metrics. Losses and KL(teacher ‖ student) are nats a
-position on the held-out rows, null where a domain has none. `log_factor` is the logarithm of the
-rule's state (r of Eq. 1 and 2); `weight` is the share of the rows drawn from here on, and
-`weight_before` that of the rows before, null at first. Losses and `train_rows`, step by step, give
-factors and weights again to the last bit (`ddk_train.weights.update`).
+`train_rows` counts the rows of the domain, `rows_seen` those drawn so far, `tokens_seen` their
+positions that the loss counted, as `tokens` does in the metrics. Losses and KL(teacher ‖ student)
+are nats per position on the held-out rows, null where a domain has none. `log_factor` is the
+logarithm of the rule's state (r of Eq. 1 and 2); `weight` is the share of rows drawn after the
+measurement, and `weight_before` the share before it, null at first. Losses and `train_rows`, step
+by step, reproduce factors and weights bit for bit (`ddk_train.weights.update`).
 """
 
-RESUMABLE = {
-    *("steps", "run", "cache", "device", "keep", "log_every", "checkpoint_every"),
+MAY_CHANGE = {
+    *("steps", "run", "cache", "student", "device", "keep", "log_every", "checkpoint_every"),
     *("known_rows", "new_rows", "report_to", "patience", "keep_adapter", "forgetting"),
-    *("shard_cache", "shard_cache_size"),
+    *("shard_cache", "shard_cache_size", "trust_remote_code"),
 }
-"""Settings that may differ when a run is resumed; paths may move, the content may not."""
+"""Settings that may differ when a run is resumed. Paths may move; the content of cache and student
+is compared by the hashes in the provenance. `steps` has its own check: see `ddk_train.job`."""
+
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -73,65 +79,118 @@ class Run:
 
     @property
     def config(self) -> dict[str, Any]:
-        """Return the content of config.json: `settings` and `provenance`."""
-        try:
-            value: dict[str, Any] = json.loads((self.path / "config.json").read_text())
-            return value
-        except (OSError, ValueError) as error:
-            raise InputError(f"{self.path} is no run directory: {error}") from error
-
-    @property
-    def exists(self) -> bool:
-        """Return whether the run was begun."""
-        return (self.path / "config.json").exists()
-
-    def open(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
-        """Create the directory, or check that it holds the same run; return its provenance.
-
-        The rows that a run began with stay its rows, unless `config.new_rows` asks for those of
-        now.
+        """Return the content of config.json: `settings` and `provenance`.
 
         Raises:
-            InputError: it holds something else.
-            MismatchError: it was begun with other settings, another cache or another student.
+            InputError: it is missing or damaged.
         """
-        if not self.exists:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise InputError(f"{self.path} exists and is no run directory. Give another path.")
-            self.path.mkdir(parents=True, exist_ok=True)
-            return self._write_config(config, provenance)
-        was = self.config
+        path = self.path / "config.json"
+        try:
+            value = json.loads(path.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{self.path} is not a run directory: {error}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("settings"), dict):
+            raise InputError(f"{self.path} is not a run directory: {path} has no settings.")
+        return value
+
+    @property
+    def started(self) -> bool:
+        """Return whether the run has something to resume or to lose."""
+        finished = self.student.exists() or bool(self.checkpoints())
+        return (self.path / "config.json").exists() and finished
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other trainers out during a with block; an unused new directory is removed again.
+
+        Raises:
+            InputError: the path holds something other than a run, or another process trains there.
+        """
+        self._check_place()
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            with locked(self.path / LOCK):
+                self._clean_up()
+                yield
+        finally:
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def _check_place(self) -> None:
+        if (self.path / "config.json").exists():
+            _ = self.config  # raises where it is that of something else, of a model for example
+        elif self.path.exists() and not (
+            self.path.is_dir()
+            and all(p.name == LOCK or p.suffix == atomic.PARTIAL for p in self.path.iterdir())
+        ):
+            raise InputError(f"{self.path} exists and is not a run directory. Give another path.")
+
+    def _clean_up(self) -> None:
+        """Remove what a killed process was writing; under the lock, none of it has an owner."""
+        for partial in (*self.path.glob("checkpoints/step-*"), *self.path.glob("student*")):
+            if partial.suffix == atomic.PARTIAL:
+                shutil.rmtree(partial)
+        for name in ("config.json", "metrics.jsonl", "history.parquet"):
+            for file in self.path.glob(f"{name}~*{atomic.PARTIAL}"):
+                file.unlink()
+
+    def compare(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the provenance to train with, after checking that it is the same run.
+
+        A run keeps the rows it started with, unless `config.new_rows` asks for the present ones. A
+        run that left neither a checkpoint nor a student takes any settings.
+
+        Raises:
+            MismatchError: it was started with other settings, another cache or another student.
+        """
+        if not self.started:
+            return dict(provenance)
+        was = {"provenance": {}} | self.config
         differences = [
             f"  {name}: it has {was[part].get(name)}, this call asks for {now}"
             for part, values in (("settings", config.to_json()), ("provenance", provenance))
             for name, now in json.loads(json.dumps(values)).items()
-            if was[part].get(name) != now and name not in RESUMABLE
+            if was[part].get(name) != now and name not in MAY_CHANGE
         ]
         if differences:
             raise MismatchError(
-                f"{self.path} was begun with other settings:\n"
+                f"{self.path} was started with other settings:\n"
                 + "\n".join(differences)
-                + "\nUse another path, or the original values."
+                + "\nUse another run directory, or the original values "
+                f"(--config {self.path / 'config.json'})."
             )
-        rows = (provenance if config.new_rows else was["provenance"])["known_rows"]
-        return self._write_config(config, {**provenance, "known_rows": rows})
+        known = provenance if config.new_rows else was["provenance"]
+        return {**provenance, "known_rows": known.get("known_rows")}
 
-    def _write_config(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
-        value = {"settings": config.to_json(), "provenance": dict(provenance)}
+    def open(self, config: TrainConfig, provenance: Mapping[str, Any]) -> dict[str, Any]:
+        """Write config.json and return the provenance to train with; see `compare`."""
+        found = self.compare(config, provenance)
+        self.path.mkdir(parents=True, exist_ok=True)
+        value = {"settings": config.to_json(), "provenance": found}
         atomic.replace(self.path / "config.json", json.dumps(value, indent=1).encode())
-        return dict(provenance)
+        return found
 
     # --- metrics ---
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Return the logged steps in order: step, loss, ce, kl, lr, grad_norm, tokens, seconds,
-        tokens_per_second, wait (share of the time spent waiting for data), eval_share (of the
-        time so far, what went into measuring gaps; `seconds` is without it).
+        """Return the logged steps in order: step, loss, ce, kl, lr, grad_norm, tokens, seconds
+        (without measurements), tokens_per_second, wait (share of the time spent waiting for data),
+        eval_share (share of the time so far that measurements took).
+
+        Raises:
+            DDKError: the file is damaged.
         """  # noqa: D205
         path = self.path / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        # A line without its end was torn by a kill, or is being written just now.
-        return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
+        text = path.read_text(errors="replace") if path.exists() else ""
+        # A last line without its end was cut off by a kill, or is being written at this moment.
+        whole = [line for line in text.splitlines(True) if line.endswith("\n")]
+        try:
+            found = [json.loads(line) for line in whole]
+            for line in found:
+                int(line["step"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise damaged(path, error) from error
+        return found
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append a line of metrics."""
@@ -139,11 +198,23 @@ class Run:
             file.write(json.dumps(metrics) + "\n")
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the rows of the history; see `HISTORY`."""
+        """Return the rows of the history; see `HISTORY`.
+
+        Raises:
+            DDKError: the file is damaged.
+        """
         path = self.path / "history.parquet"
         if not path.exists():
             return []
-        rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+        try:
+            with path.open("rb") as file:  # pyarrow would take a path like run:1 for a URL
+                table = pq.read_table(file)
+            missing = {"step", "domain"} - set(table.column_names)
+            if missing:
+                raise ValueError(f"it has no column {', '.join(sorted(missing))}")
+            rows: list[dict[str, Any]] = table.to_pylist()
+        except (pa.ArrowException, ValueError) as error:
+            raise damaged(path, error) from error
         return rows
 
     def record(self, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -156,10 +227,7 @@ class Run:
         atomic.replace(self.path / "history.parquet", out.getvalue())
 
     def rewind(self, step: int, measured: int) -> None:
-        """Forget what was logged after `step` and measured after `measured`.
-
-        Those are where a checkpoint goes on; −1 forgets everything.
-        """
+        """Remove what was logged after `step` and measured after `measured`; −1 removes all."""
         if metrics := self.metrics():
             kept = [json.dumps(line) + "\n" for line in metrics if line["step"] <= step]
             atomic.replace(self.path / "metrics.jsonl", "".join(kept).encode())
@@ -170,12 +238,15 @@ class Run:
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Return the steps and directories of the whole checkpoints, oldest first."""
         found = (self.path / "checkpoints").glob("step-*")
-        whole = [path for path in found if path.suffix != atomic.PARTIAL]
-        return sorted((int(path.name.removeprefix("step-")), path) for path in whole)
+        return sorted(
+            (int(path.name.removeprefix("step-")), path)
+            for path in found
+            if re.fullmatch(r"step-[0-9]+", path.name)
+        )
 
     @contextmanager
     def checkpoint(self, step: int, keep: int, best: int) -> Iterator[Path]:
-        """Give a directory to write a checkpoint into; when it is whole, old ones go.
+        """Give a directory to write a checkpoint into; once it is whole, older ones are removed.
 
         Those that stay are the `keep` newest and the one of step `best`.
         """
@@ -185,10 +256,23 @@ class Run:
             if number != best:
                 shutil.rmtree(path)
 
+    def set_aside(self, checkpoint: Path) -> Path:
+        """Rename a damaged checkpoint, so that it no longer counts as one; return its new path."""
+        aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        return checkpoint.rename(aside)
+
     @property
     def student(self) -> Path:
-        """Return where the finished student is."""
+        """Return the directory of the finished student."""
         return self.path / "student"
+
+
+def damaged(path: Path, error: Exception) -> DDKError:
+    """Return the error of a damaged log, and how to go on without it."""
+    return DDKError(
+        f"{path} is damaged: {error}. Restore it, or delete it to resume without its records."
+    )
 
 
 def open_run(path: str | Path) -> Run:
@@ -196,11 +280,10 @@ def open_run(path: str | Path) -> Run:
 
     Raises:
         InputError: there is none.
-        DDKError: it has no measurement yet.
+        DDKError: it has no measurement yet, or its history is damaged.
     """
-    run = Run(Path(path))
-    if "settings" not in run.config:
-        raise InputError(f"{path} is no run directory: its config.json has no settings.")
+    run = Run(Path(path).expanduser())
+    _ = run.config  # raises where it is not a run directory
     if not run.history():
-        raise DDKError(f"{path} has no measurement yet; it is there after the first evaluation.")
+        raise DDKError(f"{path} has no measurement yet. Try again after the first evaluation.")
     return run

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request to stop after the current step."""
+"""Ctrl-C and SIGTERM as a request to stop after the current step, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Stop:
-    """Whether somebody asked the run to stop."""
+    """Whether a signal asked the run to stop."""
 
     requested: bool = False
 
     def request(self, number: int, frame: FrameType | None) -> None:
-        """Note the first signal; a second one stops at once."""
+        """Note the first signal; raise KeyboardInterrupt at the second."""
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
@@ -28,12 +28,15 @@ class Stop:
 
 @contextmanager
 def stop_requests() -> Iterator[Stop]:
-    """Turn Ctrl-C and SIGTERM into a request to stop after the current step."""
+    """Turn Ctrl-C and SIGTERM into a request during a with block.
+
+    Outside of the main thread Python cannot set signal handlers; there nothing is changed.
+    """
     stop, before = Stop(), {}
     for number in (signal.SIGINT, signal.SIGTERM):
         try:
             before[number] = signal.signal(number, stop.request)
-        except ValueError:  # not the main thread: whoever runs us there stops us in its own way
+        except ValueError:  # not the main thread
             break
     try:
         yield stop

@@ -1,9 +1,10 @@
 """Train a student from a cache: one step, one loop; read it from the top.
 
-The teacher is not here: its word is in the cache. Every `interval` steps the gap of each domain is
-measured and the weights move; between two measurements the loop does nothing but draw, forward,
-backward and step. A run is a function of its settings: stopped anywhere, it goes on from its last
-checkpoint and ends with the same student.
+The trainer takes its parts and builds none (`ddk_train.job` does), so that a test can put its own
+in their place. No teacher is needed: its outputs are in the cache. Every `interval` steps the gap
+of each domain is measured and the weights move; in between, the loop only draws rows and takes
+steps. A run is a function of its settings: stopped anywhere, it resumes from its last checkpoint
+and ends with the same student.
 """
 
 from __future__ import annotations
@@ -11,148 +12,96 @@ from __future__ import annotations
 import logging
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
-from ddk_cache import SPLITS, DDKError, InputError, SparseTargets, open_cache
+from ddk_cache import Cache, DDKError, SparseTargets
 from ddk_cache.console import Progress
 from ddk_train import checkpoint
-from ddk_train.checkpoint import State, exact, floats, get_random
+from ddk_train.checkpoint import State, Trained, get_random
 from ddk_train.config import TrainConfig
 from ddk_train.data.loader import Batch, Loader
-from ddk_train.data.mixture import Floats, Mixture
+from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter, Measured
-from ddk_train.lora import add_adapter, is_adapted
-from ddk_train.loss.divergences import check_targets, divergence
-from ddk_train.loss.fused import Terms
+from ddk_train.lora import is_adapted
 from ddk_train.loss.objective import Objective
-from ddk_train.optim import learning_rate, optimizer
-from ddk_train.provenance import check_identity, identity, known_rows, provenance
+from ddk_train.optim import learning_rate
 from ddk_train.run import Run
-from ddk_train.signals import stop_requests
-from ddk_train.student import load_student, load_weights, save_student
-from ddk_train.weights import Settings, check_measured, given_weights, parse_weights, update
+from ddk_train.signals import Stop
+from ddk_train.student import Student, load_weights, save_student
+from ddk_train.weights import DomainWeights
 
 log = logging.getLogger(__name__)
 
-TRAIN = SPLITS[0]
-
 LiveTargets = Callable[[torch.Tensor], SparseTargets[torch.Tensor]]
-"""(B, S+1) tokens → (B, S, K): the teacher in the loop, to compare with."""
+"""(B, S+1) tokens → (B, S, K) targets of a teacher in the loop, to compare with cached ones."""
+
+CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
+"""Errors of writing a model or an optimizer to a full disk, by who writes."""
 
 
-def train(config: TrainConfig, *, live: LiveTargets | None = None) -> Run:
-    """Train a student; go on where an earlier call with the same run directory stopped.
-
-    `live` replaces the cached targets by what it returns, for comparing with a live teacher.
-
-    Raises:
-        DDKError: see its kinds; the message says what to do.
-    """
-    trainer = Trainer(config, live)
-    with (
-        closing(trainer.loader),
-        stop_requests() as stop,
-        Progress("training", config.steps, "steps", trainer.state.step) as progress,
-    ):
-        while trainer.at_boundary():
-            for batch in trainer.until_boundary():
-                metrics = trainer.step(batch)
-                if trainer.processes.main:
-                    progress.advance(1, trainer.note(metrics))
-                if trainer.agreed(stop.requested):
-                    trainer.save()
-                    raise DDKError(
-                        f"stopped after step {trainer.state.step} of {config.steps}. Run the same "
-                        "command again to go on."
-                    )
-    trainer.finish()
-    return trainer.run
-
-
+@dataclass(kw_only=True)
 class Trainer:
     """A student, its data and its run directory."""
 
-    def __init__(self, config: TrainConfig, live: LiveTargets | None) -> None:
-        self.config, self.live = config, live
-        self.processes = Processes(config)
-        self.cache = open_cache(
-            config.cache,
-            shard_cache=config.shard_cache,
-            shard_cache_size=config.shard_cache_size,
-        )
-        self.run = Run(Path(config.run))
-        spec = self.cache.spec
-        check_targets(config.loss, config.temperature, spec)
-        compiled = config.compile and self.processes.device.type == "cuda"
-        terms = Terms(config.gamma, divergence(config.loss), config.temperature, compiled)
-        self.student = self._student()
-        self.optimizer = optimizer(self.student, config)
-        if not self.run.exists:  # else it keeps to the domains that it began with
-            given_weights(parse_weights(config.weights), self.cache.domains)
-        known = self._open()
-        rows = known_rows(self.cache, known["known_rows"])
-        self.domains = sorted(rows)
-        given = given_weights(parse_weights(config.weights), self.domains)
-        self.settings = Settings(config.alpha, given)
-        self.meter = GapMeter(self.cache, rows, config.eval_rows, config.micro, self.processes)
-        check_measured(config.weighting, [n for n, r in self.meter.rows.items() if not len(r)])
-        self.mixture = Mixture(
-            {name: rows[name][TRAIN] for name in self.domains},
-            chunk_rows=spec.chunk_rows,
-            rows=config.rows,
-            seed=config.seed,
-        )
-        self.loader = Loader(
-            self.cache,
-            self.mixture,
-            self.processes.device,
-            share=self.processes.share,
-            temperature=config.temperature,
-        )
-        self.checkpoint_every = config.checkpoint_every or config.interval
-        self.identity = identity(self.cache, config.student)
-        self.state = State(self.domains, self.mixture.state_dict())
-        self.saved = (0, -1)
-        self.restore()
-        self.objective = Objective(self.student, terms, spec.vocab_size, self._bf16())
-        if config.compile:
-            self.objective.compile_body()
+    config: TrainConfig
+    processes: Processes
+    cache: Cache
+    run: Run
+    loaded: Student
+    """The student as it was loaded: its tokenizer and the type of its files."""
+    student: Any
+    """The model in training, on its device: the student's own, or with an adapter."""
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    loader: Loader
+    meter: GapMeter
+    weights: DomainWeights
+    identity: dict[str, Any]
+    """What the student is made from; see `ddk_train.provenance`."""
+    live: LiveTargets | None = None
+    """A teacher in the loop that replaces the cached targets, for comparison."""
+
+    state: State = field(init=False)
+    saved: tuple[int, int] = field(init=False, default=(0, -1))
+    """Step and last measurement of the newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        self.domains = self.weights.domains
+        self.state = State(self.domains, self.loader.mixture.state_dict())
+        self.checkpoint_every = self.config.checkpoint_every or self.config.interval
         self.model = self.processes.accelerator.prepare_model(self.objective)
 
-    def _student(self) -> Any:
-        """Return the student on its device, ready to be trained."""
-        config, device = self.config, self.processes.device
-        student = load_student(config.student, self.cache, config.seed)
-        if config.lora_rank:
-            if Path(config.student).suffix == ".json":
-                raise InputError("--lora-rank is for a trained student; a fresh one has to learn.")
-            student = add_adapter(student, config.lora_rank)
-        if config.gradient_checkpointing:
-            # transformers has begun to call it by another name
-            old, new = "gradient_checkpointing_enable", "activation_checkpointing_enable"
-            getattr(student, new if hasattr(student, new) else old)({"use_reentrant": False})
-        if self.processes.rank:  # dropout of each process has numbers of its own
-            torch.manual_seed(config.seed + self.processes.rank)
-        return student.to(device).train()
+    def fit(self, stop: Stop, progress: Progress) -> None:
+        """Train from the present state to the last step, with measurements and checkpoints.
 
-    def _open(self) -> dict[str, Any]:
-        """Open the run directory, the process that writes before the others."""
-        with self.processes.accelerator.main_process_first():
-            known = self.run.open(self.config, provenance(self.cache, self.student))
-        self.processes.open_trackers(self.config)
-        return known
-
-    def _bf16(self) -> bool:
-        cuda_bf16 = self.processes.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return {"bf16": True, "fp32": False, "auto": cuda_bf16}[self.config.precision]
+        Raises:
+            DDKError: a signal asked to stop, the loss is not finite, or the disk is full.
+        """
+        while True:
+            self.measure_if_due()
+            self.save_if_due()
+            if self.state.step >= self.last_step:
+                return
+            for batch in self.batches_until_due():
+                metrics = self.step(batch)
+                if self.processes.main:
+                    progress.advance(1, self.note(metrics))
+                if self.agreed(stop.requested):
+                    self.save()
+                    raise DDKError(
+                        f"stopped after step {self.state.step} of {self.config.steps}. Run the "
+                        "same command again to resume where it stopped."
+                    )
 
     # --- one step ---
 
@@ -174,7 +123,7 @@ class Trainer:
         return self._count(batch, began, tokens, loss=loss, ce=ce, kl=kl, lr=rate, grad_norm=norm)
 
     def _tokens(self, batch: Batch) -> list[int]:
-        """Return (D) counted positions of each domain in a step, over all processes."""
+        """Return (D) the counted positions of a step by domain, over all processes."""
         domain = torch.from_numpy(batch.draw.domain[self.processes.share])
         device = batch.loss_mask.device
         counts = torch.zeros(len(self.domains), dtype=torch.int64, device=device)
@@ -186,7 +135,8 @@ class Trainer:
         """Leave the gradient of the mean loss over `positions`; return the sums of CE and KL.
 
         The mean is over all pieces and processes, so that it does not matter how a step is cut.
-        Gradients of the processes are averaged, with the last piece; `world` undoes the average.
+        DDP averages the gradients of the processes at the last piece; the factor `world` turns the
+        average into a sum.
         """
         sums = torch.zeros(2, device=self.processes.device)
         pieces = list(batch.micro(self.config.micro))
@@ -225,7 +175,7 @@ class Trainer:
         return metrics
 
     def note(self, metrics: dict[str, float]) -> str:
-        """Return what a person wants to see of a step."""
+        """Return a short line about a step, for a progress bar."""
         return (
             f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
             f"waiting {metrics['wait']:.0%}  {peak_memory(self.processes.device) / 2**30:.1f} GiB"
@@ -237,13 +187,15 @@ class Trainer:
             f"domain {names[n]!r}, rows {batch.draw.row[batch.draw.domain == n].tolist()}"
             for n in np.unique(batch.draw.domain)
         )
-        saved = self.run.checkpoints()
-        last = (
-            f"the last checkpoint is step {saved[-1][0]}" if saved else "no checkpoint exists yet"
-        )
         return (
             f"loss or gradient is not finite at step {self.state.step + 1} ({rows}). Nothing was "
-            f"updated; {last}. A lower --lr may help."
+            f"updated; {self._last_checkpoint()}. Use a lower --lr, with a new run directory."
+        )
+
+    def _last_checkpoint(self) -> str:
+        saved = self.run.checkpoints()
+        return (
+            f"the last checkpoint is step {saved[-1][0]}" if saved else "no checkpoint exists yet"
         )
 
     def agreed(self, stop: bool) -> bool:
@@ -254,48 +206,40 @@ class Trainer:
 
     # --- intervals ---
 
-    def at_boundary(self) -> bool:
-        """Measure and save where that is due; return whether the run goes on."""
-        self.measure()
-        state = self.state
-        due = state.step % self.checkpoint_every == 0 or state.step in (state.best, self._end())
-        if state.step and due and self.saved != (state.step, state.measured):
-            self.save()
-        return state.step < self._end()
-
-    def _end(self) -> int:
-        """Return the step at which the run ends, as far as is known now."""
+    @property
+    def last_step(self) -> int:
+        """The step at which the run ends, as far as is known now: earlier if patience ran out."""
         state, patience = self.state, self.config.patience * self.config.interval
         stale = patience and state.measured - state.best >= patience
         return state.step if stale else self.config.steps
 
-    def until_boundary(self) -> Iterator[Batch]:
+    def batches_until_due(self) -> Iterator[Batch]:
         """Yield batches up to the next measurement, checkpoint or the end."""
         step = self.state.step
         borders = [(step // n + 1) * n for n in (self.config.interval, self.checkpoint_every)]
         end = min(*borders, self.config.steps)
-        return self.loader.batches(floats(self.state.weights), end - step)
+        return self.loader.batches(self.weights.weights, end - step)
 
-    def measure(self) -> None:
-        """At a measurement's step: gaps → weights → history."""
-        state, config = self.state, self.config
+    def measure_if_due(self) -> None:
+        """Measure at the first step, each interval and the last step: gaps → weights → history."""
+        state, config, weights = self.state, self.config, self.weights
         due = state.step % config.interval == 0 or state.step == config.steps
-        if state.weights and (not due or state.measured == state.step):
+        first = weights.log_factor is None
+        if not first and (not due or state.measured == state.step):
             return
         self.student.eval()
         found = self.meter.measure(self.objective.measure)
         self.student.train()
-        before = floats(state.log_factor) if state.log_factor else None
-        after = update(config.weighting, found.gaps, before, self.settings)
-        drawn, state.weights = state.weights, exact(after.weights)
-        state.log_factor, state.measured = exact(after.log_factor), state.step
+        drawn = np.full(len(self.domains), np.nan) if first else weights.weights
+        weights.update(found.gaps)
+        state.measured = state.step
         state.eval_seconds += found.seconds.sum()
-        self._compare(found.gaps.student_loss)
+        self._note_best(found.gaps.student_loss)
         if self.processes.main:
             self._record(found, drawn)
 
-    def _compare(self, losses: Floats) -> None:
-        """Note the best student so far, by its mean loss over domains, and what it forgets."""
+    def _note_best(self, losses: Floats) -> None:
+        """Note the best step so far, by mean loss over domains, and warn of a loss that rises."""
         state = self.state
         measured = {n: x for n, x in zip(self.domains, losses.tolist(), strict=True) if x == x}
         mean = sum(measured.values()) / max(1, len(measured))
@@ -305,16 +249,16 @@ class Trainer:
             best = state.lowest[name] = min(loss, state.lowest.get(name, loss))
             if loss - best > self.config.forgetting and self.processes.main:
                 log.warning(
-                    f"step {state.step}: the held-out loss of {name!r} is {loss:.3f}, "
-                    f"{loss - best:.3f} above its lowest: the student forgets. More weight for it "
-                    "or a lower --lr may help."
+                    f"step {state.step}: held-out loss of {name!r} rose {loss - best:.3f} above "
+                    f"its lowest ({best:.3f} → {loss:.3f}). A larger weight for it, or a lower "
+                    "--lr, may help in a new run."
                 )
 
-    def _record(self, found: Measured, drawn: list[str]) -> None:
-        """Write a measurement down; `drawn` are the weights in force up to it, if there were."""
+    def _record(self, found: Measured, drawn: Floats) -> None:
+        """Add a measurement to the history; `drawn` are the (D) weights before it, or NaN."""
         state, gaps, epochs = self.state, found.gaps, self.loader.epochs()
-        log_factor, weights = floats(state.log_factor or []), floats(state.weights)
-        before = floats(drawn or ["nan"] * len(self.domains))
+        weights, log_factor = self.weights.weights, self.weights.log_factor
+        assert log_factor is not None
         self.run.record(
             {
                 "step": state.step,
@@ -329,7 +273,7 @@ class Trainer:
                 "teacher_perplexity": none_if_nan(np.exp(gaps.teacher_loss[n])),
                 "kl": none_if_nan(found.kl[n]),
                 "log_factor": float(log_factor[n]),
-                "weight_before": none_if_nan(before[n]),
+                "weight_before": none_if_nan(drawn[n]),
                 "weight": float(weights[n]),
                 "eval_seconds": float(found.seconds[n]),
             }
@@ -338,32 +282,58 @@ class Trainer:
 
     # --- save and restore ---
 
+    @property
+    def _trained(self) -> Trained:
+        return Trained(self.student, self.optimizer, self.weights, self.processes)
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint where one is due: at its interval, the best step and the end."""
+        state = self.state
+        due = state.step % self.checkpoint_every == 0 or state.step in (state.best, self.last_step)
+        if state.step and due and self.saved != (state.step, state.measured):
+            self.save()
+
     def save(self) -> None:
-        """Write a checkpoint: all or nothing."""
+        """Write a checkpoint: all or nothing.
+
+        Raises:
+            DDKError: it cannot be written; the one before it stays.
+        """
         state, randoms = self.state, self.processes.each(get_random(self.processes.device))
         if self.processes.main:
-            with self.run.checkpoint(state.step, self.config.keep, state.best) as path:
-                checkpoint.save(path, state, self.student, self.optimizer, randoms, self.identity)
+            try:
+                with self.run.checkpoint(state.step, self.config.keep, state.best) as path:
+                    checkpoint.save(path, state, self._trained, randoms, self.identity)
+            except CANNOT_WRITE as error:
+                raise DDKError(
+                    f"the checkpoint of step {state.step} cannot be written to {self.run.path}: "
+                    f"{error}. {self._last_checkpoint().capitalize()}. Make room on the disk and "
+                    "run the same command again to resume."
+                ) from error
         self.processes.wait()
         self.saved = (state.step, state.measured)
 
     def restore(self) -> None:
-        """Go on from the last whole checkpoint, if there is one."""
+        """Resume from the last whole checkpoint, if there is one."""
         step = measured = -1
-        if saved := self.run.checkpoints():
-            path = saved[-1][1]
-            check_identity(path, self.cache)
-            state = checkpoint.load(path, self.student, self.optimizer, self.processes)
+        with self.processes.accelerator.main_process_first():
+            state = checkpoint.load_last(self.run, self.cache, self._trained)
+        if state:
             step, measured = self.saved = (state.step, state.measured)
             self.state = state.over(self.domains)
-            self.mixture.load_state_dict(state.mixture)
-            log.info(f"going on after step {step} of {self.config.steps}")
+            self.loader.mixture.load_state_dict(state.mixture)
+            if self.processes.main:
+                log.info(f"resuming after step {step} of {self.config.steps}")
         if self.processes.main:
             self.run.rewind(step, measured)
         self.processes.wait()
 
     def finish(self) -> None:
-        """Write the finished student: the last, or with patience the best."""
+        """Write the finished student: the last, or with patience the best.
+
+        Raises:
+            DDKError: it cannot be written.
+        """
         self.processes.accelerator.end_training()
         if not self.processes.main:
             return
@@ -371,22 +341,26 @@ class Trainer:
         if self.config.patience and best:
             load_weights(self.student, best / "student")
             log.info(f"the student is that of step {self.state.best}, the lowest held-out loss")
-        student = self.student
-        if is_adapted(student) and not self.config.keep_adapter:
-            student = student.merge_and_unload()
-        save_student(student, self.cache, self.run.student, self.identity)
-
-
-# --- small things the trainer is made of ----------------------------------------------------------
+        trained = self.student
+        if is_adapted(trained) and not self.config.keep_adapter:
+            trained = trained.merge_and_unload()
+        try:
+            save_student(self.loaded, trained, self.cache, self.run.student, self.identity)
+        except CANNOT_WRITE as error:
+            raise DDKError(
+                f"the student cannot be written to {self.run.student}: {error}. Make room on the "
+                "disk and run the same command again; no step is repeated."
+            ) from error
 
 
 def peak_memory(device: torch.device) -> int:
     """Return the most bytes in use so far: of the GPU, or else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def none_if_nan(value: float) -> float | None:
-    """Return a float that Parquet and JSON readers agree on."""
+    """Return a float, or None for NaN, which JSON lacks and on which Parquet readers differ."""
     return None if math.isnan(value) else float(value)

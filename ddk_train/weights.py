@@ -1,23 +1,25 @@
-"""Gaps between student and teacher → sampling weights of the domains. Pure NumPy, in float64.
+"""Gaps between student and teacher → sampling weights of the domains, in float64 NumPy.
 
-A rule gives a factor r for each domain; the weights that rows are drawn by are r with a floor, so
-that no domain is ever lost sight of. A rule is a function of the gaps, of its own last factor and
-of `Settings`, and of nothing else: what a run recorded gives its weights again, to the last bit.
+`DomainWeights` is the part to use: it holds a rule and its state, and turns each measurement into
+new weights. Below it, a rule gives a factor r per domain; rows are drawn by r with a floor, so that
+every domain is sampled now and then. A rule is a function of the gaps, of its own last factor and
+of `Settings` alone, so a run's recorded losses reproduce its weights bit for bit.
 
 `ddk` is Liu et al., "DDK: Distilling Domain Knowledge for Efficient Large Language Models" (NeurIPS
 2024, arXiv 2407.16154). Its ratios are of perplexities, which run into the thousands for a fresh
 student, so both equations are computed in log space: the softmax then saturates as it should,
 where a plain exp would overflow. Nothing is clipped; that would be another rule.
 
-Arrays have one entry for each domain, D.
+Arrays have one entry per domain, D.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,18 +29,21 @@ from ddk_cache.errors import unknown
 
 Floats = npt.NDArray[np.float64]
 
+NUMBER = r"[0-9]+\.?[0-9]*([eE][+-]?[0-9]+)?|\.[0-9]+([eE][+-]?[0-9]+)?"
+"""A number as people write it; `float` alone would also accept 1_0 and the digits of any script."""
+
 FLOOR = 1e-4
-"""The least weight of a domain is this over D. It is there for rules that saturate, and far below
-what any of them gives otherwise: Eq. 2 never comes near it at α < 1."""
+"""The smallest weight of a domain is this over D. It matters only for rules that saturate: Eq. 2
+stays far above it at α < 1."""
 
 MOST_LOSS = 700.0
-"""Nats that no finite student reaches; exp of it is still a float64."""
+"""A loss in nats above that of any student that still learns; its exp is still a float64."""
 
 DOREMI_STEP = 1.0
 """Step size η of the exponentiated gradient (Xie et al. 2023, Algorithm 1 and appendix)."""
 
 DOREMI_SMOOTHING = 1e-3
-"""Share of the even weights c, likewise."""
+"""Share c of the even weights, from the same source."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,9 @@ class Gaps:
     """What one measurement found."""
 
     student_loss: Floats
-    """(D) nats a position on held-out rows; NaN where a domain has none."""
+    """(D) nats per position on held-out rows; NaN where a domain has none."""
     teacher_loss: Floats
-    """(D) the same rows under the teacher."""
+    """(D) the teacher's loss on the same rows."""
     sizes: Floats
     """(D) training rows."""
 
@@ -64,21 +69,85 @@ class Gaps:
 
 
 class Settings(NamedTuple):
-    """What a rule can be told."""
+    """The parameters of a rule."""
 
     alpha: float = 0.5
     """The share of the factor that follows the gaps; the rest is even."""
     given: Floats | None = None
-    """(D) the weights of `fixed`."""
+    """(D) the weights of rule `fixed`."""
 
 
 class Update(NamedTuple):
-    """What a rule makes of a measurement."""
+    """The result of a measurement under a rule."""
 
     log_factor: Floats
     """(D) log r, the rule's state."""
     weights: Floats
-    """(D) sampling weights from here on; see `floored`."""
+    """(D) sampling weights until the next measurement; see `floored`."""
+
+
+class DomainWeights:
+    """Sampling weights of domains that follow their measured gaps under a named rule.
+
+    >>> weights = DomainWeights("excess", ["code", "web"], alpha=0.5)
+    >>> weights.update(Gaps(student_loss, teacher_loss, sizes))
+    array([0.61, 0.39])
+    """
+
+    def __init__(
+        self,
+        rule: str,
+        domains: Sequence[str],
+        *,
+        alpha: float = 0.5,
+        given: Mapping[str, float] | None = None,
+    ) -> None:
+        """Begin with even weights; `given` are the weights of rule `fixed`, by domain.
+
+        Raises:
+            InputError: the rule is unknown, or `given` does not fit the rule or the domains.
+        """
+        if rule not in RULES:
+            raise InputError(unknown("weighting", rule, RULES))
+        if (rule == "fixed") != bool(given):
+            raise InputError("weights and rule 'fixed' belong together: give both or neither.")
+        self.rule, self.domains = rule, list(domains)
+        self.settings = Settings(alpha, given_weights(given or {}, self.domains))
+        self.log_factor: Floats | None = None
+        """(D) log r, the rule's state; None before the first measurement."""
+        self.weights: Floats = np.full(len(self.domains), 1 / len(self.domains))
+        """(D) sampling weights in the order of `domains`, with a sum of one."""
+
+    def update(self, gaps: Gaps) -> Floats:
+        """Return the (D) weights after a measurement, and keep them as `weights`.
+
+        Raises:
+            DDKError: a held-out loss is not finite.
+        """
+        self.log_factor, self.weights = update(self.rule, gaps, self.log_factor, self.settings)
+        return self.weights
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as plain JSON values; floats are hexadecimal, so that they are exact."""
+        factor = None if self.log_factor is None else exact(self.log_factor)
+        return {"domains": self.domains, "log_factor": factor, "weights": exact(self.weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a state; one of other domains says nothing about these and is left out."""
+        if state["domains"] == self.domains:
+            factor = state["log_factor"]
+            self.log_factor = None if factor is None else floats(factor)
+            self.weights = floats(state["weights"])
+
+
+def exact(values: Floats) -> list[str]:
+    """Return floats as hexadecimal text, which restores the same bits."""
+    return [float(value).hex() for value in values]
+
+
+def floats(texts: Sequence[str]) -> Floats:
+    """Return the floats that `exact` wrote."""
+    return np.array([float.fromhex(text) for text in texts])
 
 
 Rule = Callable[[Gaps, Floats | None, Settings], Floats]
@@ -119,22 +188,22 @@ def doremi(gaps: Gaps, log_before: Floats | None, settings: Settings) -> Floats:
 
 
 def excess(gaps: Gaps, log_before: Floats | None, settings: Settings) -> Floats:
-    """In proportion to the loss that is left to lose: r = α e / Σe + (1 − α) / D, our own.
+    """In proportion to the excess loss: r = α e / Σe + (1 − α) / D; a rule of this project.
 
     e = max(L_S − L_T, 0), nats. Where a domain's loss falls like e ∝ n^−b in the tokens n spent on
-    it, the next token there gains b·e/n, and no token would do better elsewhere when n ∝ e. Nats
-    and not perplexities: a fresh student lags by some nats everywhere, where Eq. 1 puts all on one
-    domain; and no memory, so that nothing builds up.
+    it, the next token there gains b·e/n, and no token would gain more elsewhere when n ∝ e. It
+    uses nats rather than perplexities, since a fresh student lags by some nats in every domain,
+    where Eq. 1 puts all weight on one; and it has no memory, so that nothing accumulates.
     """
     left = np.maximum(gaps.excess, 0)
-    if not left.any():  # better than the teacher everywhere
+    if not left.any():  # the student is better than the teacher in every domain
         return uniform(gaps, log_before, settings)
     with np.errstate(divide="ignore"):
         return mixed(np.log(left / left.sum()), settings.alpha)
 
 
 def uniform(gaps: Gaps, log_before: Floats | None, settings: Settings) -> Floats:
-    """Draw every domain alike."""
+    """Draw all domains equally often."""
     return np.full(len(gaps.sizes), -np.log(len(gaps.sizes)))
 
 
@@ -145,7 +214,7 @@ def proportional(gaps: Gaps, log_before: Floats | None, settings: Settings) -> F
 
 
 def fixed(gaps: Gaps, log_before: Floats | None, settings: Settings) -> Floats:
-    """Draw by weights that a person gave."""
+    """Draw by given weights."""
     if settings.given is None:
         raise InputError("weighting 'fixed' needs --weights, for example --weights code=2,web=1.")
     logs: Floats = np.log(settings.given)
@@ -155,7 +224,7 @@ def fixed(gaps: Gaps, log_before: Floats | None, settings: Settings) -> Floats:
 def update(rule: str, gaps: Gaps, log_before: Floats | None, settings: Settings) -> Update:
     """Return the new factor and weights under a named rule.
 
-    A domain without held-out rows is for `check_measured`; a rule that follows nothing draws it.
+    Rules that do not follow gaps accept domains without held-out rows; see `check_measured`.
 
     Raises:
         DDKError: a held-out loss is not finite.
@@ -163,8 +232,8 @@ def update(rule: str, gaps: Gaps, log_before: Floats | None, settings: Settings)
     needed = np.full(len(gaps.sizes), rule in FOLLOW_GAPS) | ~np.isnan(gaps.teacher_loss)
     if not (gaps.student_loss[needed] < MOST_LOSS).all():
         raise DDKError(
-            f"a held-out loss is not finite: {gaps.student_loss.tolist()}. The student is lost; a "
-            "lower --lr may help."
+            f"a held-out loss is not finite: got {gaps.student_loss.tolist()} nats. Training "
+            "diverged. Use a lower --lr, with a new run directory."
         )
     log_factor = RULES[rule](gaps, log_before, settings)
     by_size = rule in BY_SIZE_FIRST and log_before is None
@@ -176,13 +245,13 @@ def check_measured(rule: str, unmeasured: Sequence[str]) -> None:
     """Raise InputError where a rule follows gaps and there are domains without held-out rows."""
     if rule in FOLLOW_GAPS and unmeasured:
         raise InputError(
-            f"weighting {rule!r} follows the gap on held-out rows, and these domains have none: "
+            f"weighting {rule!r} needs held-out rows in every domain, and these domains have none: "
             f"{', '.join(unmeasured)}. Build the cache with a larger --holdout, or use "
             "--weighting uniform, proportional or fixed."
         )
 
 
-# --- what rules are made of ---
+# --- parts of rules ---
 
 
 def log_softmax(logits: Floats) -> Floats:
@@ -194,31 +263,28 @@ def log_softmax(logits: Floats) -> Floats:
 
 def mixed(log_r: Floats, share: float) -> Floats:
     """Return log(share · r + (1 − share) / D)."""
-    with np.errstate(divide="ignore"):  # log 0 = −inf is what shares of 0 and 1 mean
+    with np.errstate(divide="ignore"):  # log 0 = −inf is right for shares of 0 and 1
         even = np.log((1 - share) / len(log_r))
         log_mixed: Floats = np.logaddexp(np.log(share) + log_r, even)
     return log_mixed
 
 
 def floored(log_r: Floats) -> Floats:
-    """Return weights of log r that sum to one, none below FLOOR / D by more than FLOOR of it."""
+    """Return r with a sum of one, raised to at least FLOOR / D (up to a relative FLOOR)."""
     weights: Floats = np.maximum(np.exp(log_softmax(log_r)), FLOOR / len(log_r))
     weights /= weights.sum()
     return weights
 
 
-# --- weights that a person gives ---
+# --- given weights ---
 
 
 def parse_weights(text: str) -> dict[str, float]:
-    """Read `code=0.5,web=0.3`. Raises InputError where a weight is not a number above 0."""
+    """Parse `code=0.5,web=0.3`. Raises InputError where a weight is not a number above 0."""
     found: dict[str, float] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = part.rpartition("=")
-        try:
-            weight = float(value)
-        except ValueError:
-            weight = math.nan
+        weight = float(value) if re.fullmatch(NUMBER, value.strip()) else math.nan
         if not name or name in found or not 0 < weight < math.inf:
             raise InputError(
                 f"cannot read the weight {part!r}. Give each domain once, with a number above 0: "
@@ -229,10 +295,10 @@ def parse_weights(text: str) -> dict[str, float]:
 
 
 def given_weights(given: Mapping[str, float], domains: Sequence[str]) -> Floats | None:
-    """Return (D) given weights with a sum of one, or None where none are given.
+    """Return (D) the given weights scaled to a sum of one, or None where none are given.
 
     Raises:
-        InputError: they are for other domains than these, or not for all of them.
+        InputError: a name is not one of the domains, or a domain has no weight.
     """
     if not given:
         return None
@@ -241,8 +307,8 @@ def given_weights(given: Mapping[str, float], domains: Sequence[str]) -> Floats 
             raise InputError(unknown("domain", name, domains))
     if missing := [name for name in domains if name not in given]:
         raise InputError(
-            f"--weights has none for {', '.join(missing)}. Give every domain of the cache one; it "
-            "may be small."
+            f"--weights: got no weight for {', '.join(missing)}, expected one per domain of the "
+            "cache. A weight may be small."
         )
     weights = np.array([given[name] for name in domains])
     return np.asarray(weights / weights.sum())
@@ -257,7 +323,7 @@ RULES: dict[str, Rule] = {
     "proportional": proportional,
     "uniform": uniform,
 }
-"""Every rule by the name that `--weighting` takes."""
+"""All rules, by the names that `--weighting` takes."""
 
 FOLLOW_GAPS = {"ddk", "doremi", "eq1", "excess"}
 """Rules that need held-out rows in every domain."""

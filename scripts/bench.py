@@ -1,10 +1,10 @@
-"""Measure one thing, side by side with what a user would do otherwise.
+"""Measure one thing, compared with the alternatives that a user has.
 
     bench.py NAME [--json FILE] [OPTIONS]      bench.py --help lists the names
 
-Each measurement is a module of `benches`, loaded when it is asked for. Everything that is compared
-runs in one process on one machine, and ratios are printed beside times, because times do not
-travel. What the corpus and the teacher of a measurement are is said by `DDK_DATA`.
+Each measurement is a module of `benches`, loaded when its name is given. Everything that is
+compared runs on one machine, and ratios are printed next to times, because times of different
+machines cannot be compared. `DDK_DATA` names the folder of corpus and teacher.
 """
 
 from __future__ import annotations

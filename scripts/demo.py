@@ -1,8 +1,8 @@
-"""The main job, end to end: material → teacher → cache → two students → report.
+"""The whole job: documents → teacher → cache → two students → report.
 
-The commands are the ones that a person would type, run as such and shown. Only the student beside
-a live teacher, which is there to compare the cost, is trained through the library: no command
-offers what a cache makes needless. What exists already in .demo is used again.
+Runs and shows the commands that a user types. The student with a live teacher, whose cost is
+compared, is trained through the library, because no command offers it. What .demo already contains
+is used again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SETTINGS: dict[str, Any] = {
     "log_every": 1,
 }
 LIVE_STEPS = 40
-"""Steps beside the live teacher: enough for a median."""
+"""Steps with the live teacher: enough for a median."""
 
 
 def shell(*words: object) -> None:
@@ -81,8 +81,8 @@ def options(settings: dict[str, Any]) -> list[str]:
     ]
 
 
-def train_beside_the_teacher(cache: Path, student: Path, teacher: Path) -> Run:
-    """Train a few steps with the teacher in the loop, everything else as from the cache."""
+def train_with_live_teacher(cache: Path, student: Path, teacher: Path) -> Run:
+    """Train a few steps with the teacher in the loop; everything else is as from the cache."""
     model = load_teacher(str(teacher))
     spec = TargetSpec.parse(TARGETS)
 
@@ -101,16 +101,16 @@ def train_beside_the_teacher(cache: Path, student: Path, teacher: Path) -> Run:
     return train(TrainConfig(**paths, **settings), live=live)
 
 
-def seconds_a_step(run: Run) -> float:
-    """Return the median of the first steps of a run, less its first."""
+def seconds_per_step(run: Run) -> float:
+    """Return the median of the first steps of a run, without the first."""
     elapsed: list[float] = [line["seconds"] for line in run.metrics()[:LIVE_STEPS]]
     return statistics.median(b - a for a, b in itertools.pairwise(elapsed))
 
 
-def perplexities(run: Run, step: int, whose: str) -> dict[str, float]:
+def perplexities(run: Run, step: int, model: str) -> dict[str, float]:
     """Return the perplexity of each domain at a measurement."""
     return {
-        row["domain"]: math.exp(row[f"{whose}_loss"])
+        row["domain"]: math.exp(row[f"{model}_loss"])
         for row in run.history()
         if row["step"] == step
     }
@@ -141,27 +141,27 @@ def main() -> None:
     cache, student, page = DEMO / "mix.zarr", DEMO / "student.json", DEMO / "report.html"
     student.write_text(json.dumps(STUDENT))
     (DEMO / "runs").mkdir(exist_ok=True)
-    shell(
-        *("ddk-cache", "build", material.corpus, cache, "--teacher", material.teacher),
-        *("--seq-len", SEQ_LEN, "--targets", TARGETS),
-    )
+    words = [material.corpus, cache, "--teacher", material.teacher]
+    words += ["--seq-len", SEQ_LEN, "--targets", TARGETS]
+    shell("ddk-cache", "estimate", *words)
+    shell("ddk-cache", "build", *words)
+    shell("ddk-cache", "info", cache)
     shell("ddk-cache", "verify", cache)
     runs = {}
     for weighting in ("ddk", "uniform"):
         path = DEMO / "runs" / weighting
-        words = ["--student", student, "--weighting", weighting, *options(SETTINGS)]
-        shell("ddk-train", "run", cache, path, *words)
+        settings = ["--student", student, "--weighting", weighting, *options(SETTINGS)]
+        shell("ddk-train", "run", cache, path, *settings)
         runs[weighting] = open_run(path)
-    live = train_beside_the_teacher(cache, student, material.teacher)
+    live = train_with_live_teacher(cache, student, material.teacher)
     shell("ddk-train", "report", *(run.path for run in runs.values()), "--html", page)
     print()
     show(runs["ddk"], runs["uniform"])
     facts = describe(open_cache(cache))
-    cached, alive = seconds_a_step(runs["ddk"]), seconds_a_step(live)
-    print(
-        f"\ncache: {facts['tokens']:,} tokens, {facts['bytes_per_token']['all']:.1f} bytes a token"
-    )
-    print(f"seconds a step: {cached:.3f} from the cache, {alive:.3f} with the teacher in the loop")
+    cached, alive = seconds_per_step(runs["ddk"]), seconds_per_step(live)
+    size = facts["bytes_per_token"]["all"]
+    print(f"\ncache: {facts['tokens']:,} tokens, {size:.1f} bytes per token")
+    print(f"seconds per step: {cached:.3f} from the cache, {alive:.3f} with the live teacher")
     print(f"page: {page.resolve()}")
     say(f"\nDone in {duration(time.monotonic() - began)}.")
 

@@ -1,9 +1,8 @@
-"""The demo's material: a corpus of five domains, a tokenizer and a small teacher.
+"""The demo's corpus of five domains, its tokenizer and its small teacher.
 
-All of it is made from what every Python installation carries, so the demo needs no data, no
-network and no GPU. The price is that it is material of one installation: another has other
-packages, so other documents and a slightly different teacher. Losses are comparable on one
-machine only.
+Everything is made from files of the Python installation, so the demo needs no data, no network and
+no GPU. The price: another installation has other packages, hence other documents and a slightly
+different teacher, and losses are comparable on one machine only.
 
     python scripts/demo_material.py OUTDIR
 
@@ -41,15 +40,15 @@ from ddk_cache.types import SPLITS, Array
 SEED = 0
 
 DOMAIN_BYTES = 600_000
-"""Most text of a domain."""
+"""Largest amount of text per domain in bytes."""
 PIECE_BYTES = 3_000
-"""Size at which texts are cut into documents, about."""
+"""Approximate size of a document."""
 
 VOCABULARY = 4096
 END = "<|endoftext|>"
 
 HOLDOUT = 0.05
-"""Share of documents that the teacher never sees; what `ddk-cache build` holds out by default."""
+"""Share of documents that the teacher never sees; the default of `ddk-cache build`."""
 SEQ_LEN = 128
 
 MODEL = {
@@ -61,11 +60,11 @@ MODEL = {
     "max_position_embeddings": 512,
     "initializer_range": 0.06,
 }
-"""Small enough to see most of the corpus in two minutes. Weights begin near 1/√width: from the
-usual 0.02, made for wide models, a run of 400 steps ended about half a nat higher."""
+"""Small enough to train on most of the corpus in two minutes. Weights start near 1/√width: with
+the usual 0.02, chosen for wide models, a run of 400 steps ended about half a nat higher."""
 STEPS = 1000
 ROWS = 4
-"""Rows in a step: few, since a CPU gains little from large batches and more steps learn more."""
+"""Rows per step: few, since large batches gain little on a CPU and more steps train better."""
 LR = 3e-3
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
@@ -179,8 +178,8 @@ def packages() -> list[str]:
     return [str(found.metadata.json.get("description", "")) for found in distributions()]
 
 
-def licences() -> list[str]:
-    """Return the licence files of the installed distributions."""
+def licenses() -> list[str]:
+    """Return the license files of the installed distributions."""
     listed = itertools.chain.from_iterable(found.files or () for found in distributions())
     paths = [
         Path(str(file.locate()))
@@ -221,7 +220,7 @@ TEMPLATES = [
      "are loaded. Each crate weighs {a} kilograms. How many kilograms does the train carry?",
      "x - m + n * a"),
 ]  # fmt: skip
-"""A question, and how it is worked out: from left to right, a step for each operation."""
+"""A question and its solution: from left to right, one step per operation."""
 
 
 def arithmetic() -> Iterator[str]:
@@ -249,7 +248,7 @@ def solve(question: str, program: str, draw: random.Random) -> str | None:
 DOMAINS: dict[str, Callable[[], Iterable[str]]] = {
     "arithmetic": arithmetic,
     "docstrings": docstrings,
-    "licences": licences,
+    "licenses": licenses,
     "packages": packages,
     "source": source,
 }

@@ -1,11 +1,11 @@
-"""Torture a cache and the runs trained from it: kills, flipped bits, a full disk, lies.
+"""Stress tests of caches and training runs: kills, flipped bits, a full disk, false documents.
 
     stress.py kills | bits | disk | lies | fuzz | speed | train | all
 
-Everything runs on a tiny corpus with a callable teacher, so that thousands of blows take minutes;
-the price is that sizes at which a real disk or a real teacher behaves otherwise are not met. Each
-command draws from its seed, prints one table, and exits 1 if anything is wrong. Only `kills` and
-`train` are not repeatable to the letter: when a signal arrives is up to the machine.
+Everything runs on a tiny corpus with a callable teacher, so thousands of faults take minutes; the
+price is that effects which appear only at size are not tested. Each command is seeded, prints one
+table, and exits 1 after any violation. Only `kills` and `train` do not repeat exactly, because the
+moment at which a signal arrives depends on the machine.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ import numpy as np
 from ddk_cache.errors import CacheError
 from ddk_cache.format.audit_summary import MASS_BINS
 from ddk_cache.format.codec import LogprobCodec, TargetCodec
-from ddk_cache.format.plan import ShardKey
 from ddk_cache.types import Array
 
 SLACK = 1e-3
@@ -24,39 +23,42 @@ SLACK = 1e-3
 
 
 def audit(
-    key: ShardKey,
+    where: str,
     scores: Mapping[str, Array],
     stored: Mapping[str, Array],
     labels: Array,
     codec: TargetCodec,
-    vocab_size: int,
 ) -> dict[str, Any]:
     """Check the scores of a shard and return what was seen.
 
-    `scores` are as `Scorer.score` gives them, `stored` what will be written of them; `labels` is
-    (R, S).
+    `where` names the shard in messages, `scores` are the arrays of `Scorer.score`, `stored` is
+    what will be written of them, and `labels` (R, S) are the true next tokens.
 
     Raises:
-        CacheError: with shard, rows and figure.
+        CacheError: the scores are not a distribution, or not what will be stored.
     """
     ids, logprobs = scores["ids"], scores["logprobs"]
     tail, label = scores["tail_logprob"], scores["label_logprob"]
     numbers = ~np.isnan(logprobs).any(-1) & np.isfinite(label) & ~np.isnan(tail)
-    _require(key, "log-probabilities are not finite", numbers)
+    if codec.spec.teacher.get("dtype", "float32") == "float32":
+        advice = "Check the teacher's weights and logits."
+    else:
+        advice = "A wider dtype may help: --dtype float32, with another path for the cache."
+    _require(where, "log-probabilities are not finite", numbers, advice=advice)
     probs = np.exp(logprobs)
     kept, rest = probs.sum(-1, dtype=np.float64), np.exp(tail.astype(np.float64))
     top = np.maximum(np.maximum(logprobs[..., 0], label), tail)
-    _require(key, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
+    _require(where, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
     sums = np.asarray(np.abs(kept + rest - 1) < 5 * SLACK)
-    _require(key, "kept entries and tail do not sum to one", sums, kept)
-    in_range = (ids.min(-1) >= -1) & (ids[..., 0] >= 0) & (ids.max(-1) < vocab_size)
-    _require(key, "an id is outside of the vocabulary", in_range, ids.max(-1))
+    _require(where, "kept entries and tail do not sum to one", sums, kept)
+    in_range = (ids.min(-1) >= -1) & (ids[..., 0] >= 0) & (ids.max(-1) < codec.spec.vocab_size)
+    _require(where, "an id is outside of the vocabulary", in_range, ids.max(-1))
     ranked = np.sort(ids, -1)
     twice = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)
-    _require(key, "an id is kept twice", ~twice.any(-1))
+    _require(where, "an id is kept twice", ~twice.any(-1))
     falling = np.asarray(probs[..., 1:] <= probs[..., :-1])
-    _require(key, "entries are not in order", np.asarray(falling.all(-1)))
-    errors = _stored_as_computed(key, scores, stored, labels, codec)
+    _require(where, "entries are not in order", np.asarray(falling.all(-1)))
+    errors = _stored_as_computed(where, scores, stored, labels, codec)
     mass = np.clip(kept, 0, 1)
     with np.errstate(invalid="ignore"):
         nats = np.where(probs > 0, probs * logprobs, 0.0)
@@ -72,7 +74,7 @@ def audit(
 
 
 def _stored_as_computed(
-    key: ShardKey,
+    where: str,
     scores: Mapping[str, Array],
     stored: Mapping[str, Array],
     labels: Array,
@@ -80,10 +82,10 @@ def _stored_as_computed(
 ) -> dict[str, float]:
     """Decode what will be written and compare it; return the largest errors.
 
-    An entry may be off by its own rounding; one of each position, which is what is missing to
-    one, by the rounding of all the others.
+    An entry may be off by its own rounding; one entry of each position, the one that is what the
+    others leave of one, by the rounding of all the others.
     """
-    tokens = np.concatenate([labels[:, :1], labels], 1)  # the first one is not looked at
+    tokens = np.concatenate([labels[:, :1], labels], 1)  # the first token is never used
     found = codec.targets({**stored, "tokens": tokens})
     ids, probs, bound = _computed(scores, codec)
     order, theirs = np.argsort(ids, -1), np.argsort(found.ids, -1)
@@ -91,19 +93,19 @@ def _stored_as_computed(
     K = found.ids.shape[-1]  # the others are padding, which comes first in this order
     same = (ids[..., -K:] == np.take_along_axis(found.ids, theirs, -1)).all(-1)
     same &= (ids[..., :-K] < 0).all(-1)
-    _require(key, "stored entries differ from the computed", same)
+    _require(where, "stored entries differ from the computed", same)
     probs, bound = probs[..., -K:], bound[..., -K:]
     off = np.abs(np.take_along_axis(found.probs, theirs, -1) - probs)
-    all_of_them = bound.sum(-1, keepdims=True)
-    good = off <= bound + probs * all_of_them + SLACK
-    good = (good.sum(-1) >= K - 1) & (off <= all_of_them + SLACK).all(-1)
-    _require(key, "stored probabilities differ from the computed", good, off.max(-1))
+    total = bound.sum(-1, keepdims=True)
+    good = off <= bound + probs * total + SLACK
+    good = (good.sum(-1) >= K - 1) & (off <= total + SLACK).all(-1)
+    _require(where, "stored probabilities differ from the computed", good, off.max(-1))
     error = 0.0
     for name in scores.keys() & stored.keys():
         nats = _error(scores[name], stored[name], codec.logprob)
         error = max(error, float(nats.max(initial=0)))
         good = nats <= codec.logprob.error + SLACK
-        _require(key, f"stored {name} differ from the computed", good, nats)
+        _require(where, f"stored {name} differ from the computed", good, nats)
     return {"largest_error": error, "largest_prob_error": float(off.max())}
 
 
@@ -119,16 +121,18 @@ def _computed(scores: Mapping[str, Array], codec: TargetCodec) -> tuple[Array, A
     return ids, probs, bound
 
 
-def _require(key: ShardKey, what: str, good: Array, figure: Array | None = None) -> None:
+def _require(
+    where: str, what: str, good: Array, figure: Array | None = None, advice: str = ""
+) -> None:
     if good.all():
         return
     bad = ~good.reshape(len(good), -1).all(-1)
     rows = np.flatnonzero(bad)
     worst = "" if figure is None else f", for example {figure[~good].flat[0]:.6g}"
+    places = "1 place" if (~good).sum() == 1 else f"{int((~good).sum()):,} places"
     raise CacheError(
-        f"{what} at {int((~good).sum()):,} places of {key} (rows {rows[0]}–{rows[-1]} of the "
-        f"shard{worst}). Nothing of the shard was committed. If the teacher overflows, a wider "
-        "dtype (--dtype float32) helps."
+        f"{what} at {places} of {where} (rows {rows[0]}–{rows[-1]} of it{worst}). Nothing of it "
+        f"was committed. {advice}".rstrip()
     )
 
 

@@ -1,35 +1,88 @@
 """A cache that is to be built: created, or found to be the one that was asked for.
 
-Nothing is written before everything is compared, so that a wrong call leaves a cache as it was.
-Several processes may come at once: the first one's root is the root.
+Nothing is written before everything is compared, so a wrong call leaves a cache as it was.
+Settings are pinned by work, not by an attempt: until a domain is planned, another call may change
+them. Several processes may come at once; the first one's root is the root.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from ddk_cache.atomic import PARTIAL
-from ddk_cache.build.scoring import first_batch
+from ddk_cache import atomic
+from ddk_cache.build.audit import audit
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.scoring import Scorer, rows_that_fit
 from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.writer import ShardWriter
 from ddk_cache.corpus.sources import Source
 from ddk_cache.errors import InputError, MismatchError, NotACacheError
-from ddk_cache.format.layout import ROOT, TOKENIZER
-from ddk_cache.format.manifest import Manifest, Root, create_root
+from ddk_cache.format.layout import ROOT, TOKENIZER, plan_name, tokenizer_name
+from ddk_cache.format.manifest import Root, create_root
+from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.hashing import digest
+from ddk_cache.hf import identify_tokenizer
 from ddk_cache.storage.base import Storage
+from ddk_cache.storage.lease import Leases
+from ddk_cache.storage.local import LocalStorage
+
+log = logging.getLogger(__name__)
+
+GROW = " --grow adds new domains, and documents at the end of old ones."
+
+
+def make_spec(config: BuildConfig, teacher: Teacher, tokenizer: Any) -> CacheSpec:
+    """Return the spec of a cache.
+
+    Raises:
+        InputError: the teacher cannot score such rows, or the tokenizer is not the teacher's.
+    """
+    width = 1 + max(tokenizer.get_vocab().values())
+    if width > teacher.vocab_size:
+        raise InputError(
+            f"the tokenizer has {width:,} tokens and the teacher only {teacher.vocab_size:,} "
+            "outputs: they do not belong together. Give the teacher's own tokenizer."
+        )
+    if teacher.positions is not None and config.seq_len > teacher.positions:
+        raise InputError(
+            f"seq_len: got {config.seq_len:,}, expected at most {teacher.positions:,}, the "
+            f"positions that the teacher {teacher.name!r} was made for. Give a smaller --seq-len."
+        )
+    return config.spec(teacher.vocab_size, teacher.identity, identify_tokenizer(tokenizer))
+
+
+def check_place(storage: Storage) -> None:
+    """Raise InputError where the place holds something other than a cache."""
+    if isinstance(storage, LocalStorage) and storage.root.is_file():
+        raise _not_ours(storage)
+    names = storage.list_dir("")
+    if ROOT in names:
+        read_root(storage)
+    elif not all(map(atomic.maker, names)):
+        raise _not_ours(storage)
+
+
+def read_root(storage: Storage) -> Root:
+    """Read the root of a cache. Raises InputError where the place holds something else."""
+    try:
+        return Root.parse(storage.get(ROOT) or b"", storage)
+    except NotACacheError as error:
+        raise _not_ours(storage) from error
 
 
 def open_for_building(
-    storage: Storage,
-    spec: CacheSpec,
+    store: ShardWriter,
+    leases: Leases,
     sources: Sequence[Source],
     teacher: Teacher,
     tokenizer: Any,
@@ -38,50 +91,95 @@ def open_for_building(
 ) -> None:
     """Create the cache, or check that it is the one asked for; nothing is written before that.
 
+    The new domains of a cache that grows are added later, when they are planned: `add_sources`.
+
     Raises:
         InputError: the place holds something else.
         MismatchError: the cache was begun with other settings; each is named.
+        CacheError: the teacher fails on a first batch.
     """
+    storage = store.storage
+    check_place(storage)
     described = {source.name: source.describe() for source in sources}
-    words = tokenizer_files(tokenizer)
+    files = tokenizer_files(tokenizer)
     if not storage.exists(ROOT):
-        _create(storage, spec, described, teacher, tokenizer, words, batch_rows)
-    try:
-        was = Manifest.read(storage).root
-    except NotACacheError as error:
-        raise _not_ours(storage) from error
-    beside = {"batch_rows": was.batch_rows}
-    asked = {"batch_rows": batch_rows or was.batch_rows}
-    compare(storage.uri(), was.spec.to_json() | beside, spec.to_json() | asked)
+        root = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
+        try:
+            create_root(storage, root)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise _not_ours(storage) from error
+    was = read_root(storage)
+    planned = _planned(storage, was)
+    settings = was.spec.to_json() | {"batch_rows": was.batch_rows}
+    asked = store.spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
+    if settings != asked and not planned and not leases.others():
+        log.info("%s: nothing is planned yet; it takes the new settings", storage.uri())
+        was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
+        storage.put(ROOT, was.dump())
+        storage.delete_dir(TOKENIZER)
+    else:
+        compare(storage.uri(), settings, asked)
     if not grow:
-        hint = " --grow adds new domains, and documents at the end of old ones."
-        compare(storage.uri(), dict(was.sources), described, hint)
-    elif (merged := {**was.sources, **described}) != was.sources:
-        storage.put(ROOT, dataclasses.replace(was, sources=merged).dump())
-    for name, data in words.items():
-        kept = f"{TOKENIZER}/{name}"
+        _agree(store, was, described, planned, leases)
+    for name, data in files.items():
+        kept = tokenizer_name(name)
         if name in was.tokenizer_files and storage.get(kept) != data:
             storage.put(kept, data)
 
 
-def _create(
-    storage: Storage,
+def _agree(
+    store: ShardWriter,
+    was: Root,
+    described: Mapping[str, Any],
+    planned: Mapping[str, Any],
+    leases: Leases,
+) -> None:
+    """Compare the sources of a cache with those given, which replace those of unplanned domains."""
+    where = store.storage.uri()
+    if was.sources == described:
+        return
+    if len(planned) == len(was.sources) or leases.others():
+        compare(where, was.sources, described, GROW)
+    compare(where, planned, {name: described.get(name) for name in planned}, GROW)
+    store.storage.put(ROOT, dataclasses.replace(was, sources=described).dump())
+    for name in was.sources.keys() - described.keys():
+        store.clear(name)
+
+
+def add_sources(storage: Storage, sources: Sequence[Source]) -> None:
+    """Give a cache the domains that it has grown by; only now does a reader see them.
+
+    A domain that was never planned and is no longer among the sources is dropped.
+    """
+    was = read_root(storage)
+    merged = {**_planned(storage, was), **{source.name: source.describe() for source in sources}}
+    if merged != was.sources:
+        storage.put(ROOT, dataclasses.replace(was, sources=merged).dump())
+
+
+def _planned(storage: Storage, root: Root) -> dict[str, Mapping[str, Any]]:
+    """Return the sources of the domains that are planned."""
+    return {name: root.sources[name] for name in root.sources if storage.exists(plan_name(name))}
+
+
+def new_root(
     spec: CacheSpec,
     described: Mapping[str, Mapping[str, Any]],
     teacher: Teacher,
     tokenizer: Any,
-    words: Mapping[str, bytes],
+    files: Mapping[str, bytes],
     batch_rows: int | None,
-) -> None:
-    """Write the root of a new cache, unless another process is first."""
-    there = storage.list_dir("")
-    if ROOT not in there and not all(name.endswith(PARTIAL) for name in there):
-        raise _not_ours(storage)
-    root = Root(
+) -> Root:
+    """Return the root of a new cache, once the teacher has scored a first batch.
+
+    Raises:
+        CacheError: the teacher fails on it, or gives something that is not a distribution.
+    """
+    return Root(
         spec=spec,
-        batch_rows=batch_rows or first_batch(teacher, spec),
+        batch_rows=try_teacher(teacher, spec, batch_rows),
         sources=described,
-        tokenizer_files={name: (len(data), digest(data)) for name, data in words.items()},
+        tokenizer_files={name: (len(data), digest(data)) for name, data in files.items()},
         provenance={
             "teacher": teacher.name,
             "tokenizer": str(tokenizer.name_or_path),
@@ -89,10 +187,20 @@ def _create(
             "torch": torch.__version__,
         },
     )
-    try:
-        create_root(storage, root)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise _not_ours(storage) from error
+
+
+def try_teacher(teacher: Teacher, spec: CacheSpec, batch_rows: int | None) -> int:
+    """Score and audit a first batch; return the rows of one call, as asked or as they fit.
+
+    A teacher that cannot be used is found before the corpus is read.
+    """
+    rows = 1 if batch_rows else rows_that_fit(teacher, spec)
+    scorer = Scorer(teacher, spec, rows)
+    tokens = np.zeros((rows, spec.seq_len + 1), np.int64)
+    scores = scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None).arrays
+    labels = tokens[:, 1:]
+    audit("a first batch", scores, scorer.codec.encode(scores, labels), labels, scorer.codec)
+    return batch_rows or scorer.batch_rows
 
 
 def _not_ours(storage: Storage) -> InputError:

@@ -1,6 +1,6 @@
-"""What a cache will cost, before it is paid for: rows, bytes, hours, and the reading rate it asks.
+"""What a cache will cost, before it is paid for: rows, bytes, hours, and the bytes/s of a reader.
 
-Counting means tokenising the whole corpus, which is exact and takes minutes where the teacher
+Counting means tokenizing the whole corpus, which is exact and takes minutes where the teacher
 takes days. Bytes and hours are measured on a probe of real rows when there is a teacher; without
 one the bytes are those of the arrays before compression, an upper bound, and no hours are given.
 """
@@ -8,6 +8,7 @@ one the bytes are those of the arrays before compression, an upper bound, and no
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
 import time
@@ -18,23 +19,67 @@ from typing import Any
 
 import numpy as np
 
+from ddk_cache.build.audit import audit
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.create import make_spec, try_teacher
+from ddk_cache.build.scoring import Scorer
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.tokenize import FREQUENT
 from ddk_cache.build.writer import ShardWriter
+from ddk_cache.console import Progress
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import Source
+from ddk_cache.errors import InputError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
+from ddk_cache.hf import identify_tokenizer
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.types import SPLITS, Array
 
-Score = Callable[[Array], Mapping[str, Array]]
-"""(R, S+1) tokens → the arrays that `Scorer.score` gives."""
+
+def estimate_cache(
+    cache: str,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    teacher: Teacher | None = None,
+    config: BuildConfig = BuildConfig(),  # noqa: B008 (it is frozen)
+    *,
+    probe_rows: int = 16,
+    student_speed: float = 50_000.0,
+) -> dict[str, Any]:
+    """Return what a cache will cost as plain JSON values; nothing is written.
+
+    `cache` is where it would be, `probe_rows` the rows to run through the teacher, and
+    `student_speed` the tokens/s of a student that will read the cache.
+
+    Raises:
+        InputError: a source cannot be read or is too short, or a setting is out of range.
+        CacheError: the teacher failed, or gave something that is not a distribution.
+    """
+    if not 0 <= student_speed < math.inf:
+        raise InputError(f"student_speed: got {student_speed}, expected tokens/s of 0 or more.")
+    if teacher:
+        spec = make_spec(config, teacher, tokenizer)
+        scorer = Scorer(teacher, spec, try_teacher(teacher, spec, config.batch_rows))
+    else:
+        spec = config.spec(len(tokenizer), {}, identify_tokenizer(tokenizer))
+    with Progress("counting", 0, "tokens") as progress:
+        counted = count(
+            sources,
+            tokenizer,
+            seq_len=spec.seq_len,
+            holdout=spec.holdout,
+            probe_rows=probe_rows,
+            advance=progress.advance,
+        )
+    probed = probe(scorer, counted.sample) if teacher else None
+    return facts_of(spec, counted, probed, cache, student_speed)
 
 
 @dataclass(frozen=True)
 class Counted:
-    """What a corpus comes to."""
+    """What a corpus holds."""
 
     domains: dict[str, dict[str, Any]]
     """Documents, tokens, and rows by split."""
@@ -79,48 +124,44 @@ def count(
 
 
 def raw_bytes(spec: CacheSpec) -> dict[str, float]:
-    """Return the bytes a token of every array before compression."""
+    """Return the bytes per token of every array before compression."""
     return {
         name: layout.dtype.itemsize * int(np.prod(layout.inner)) / spec.seq_len
         for name, layout in spec.arrays.items()
     }
 
 
-def probe(spec: CacheSpec, sample: tuple[Array, Array], score: Score) -> dict[str, Any]:
-    """Score and store a few rows; return `bytes_per_token` by array and `tokens_per_second`."""
+def probe(scorer: Scorer, sample: tuple[Array, Array]) -> dict[str, Any]:
+    """Score, audit and store a few rows; return bytes per token by array, and tokens/s.
+
+    Raises:
+        CacheError: the teacher failed, or gave something that is not a distribution.
+    """
     tokens, mask = sample
-    score(tokens[:1])  # the first call loads and compiles
+    spec, key = scorer.spec, ShardKey("probe", "train", 0)
     began = time.perf_counter()
-    scores = score(tokens)
+    scores = scorer.score(key, tokens, lambda _: None).arrays
     seconds = time.perf_counter() - began
     chunks = -(-len(tokens) // spec.chunk_rows)
+    counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
     small = dataclasses.replace(spec, shard_rows=chunks * spec.chunk_rows)
+    codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
+    stored = codec.encode(scores, tokens[:, 1:])
+    audit("the probe", scores, stored, tokens[:, 1:], codec)
     with tempfile.TemporaryDirectory() as folder:
-        store, key = ShardWriter(LocalStorage(Path(folder)), small), ShardKey("probe", "train", 0)
-        counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
-        codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
-        store.write(
-            key, codec.encode(scores, tokens[:, 1:]) | {"tokens": tokens, "loss_mask": mask}
-        )
-        sizes = {
-            name: sum(p.stat().st_size for p in (Path(folder) / "domains").rglob(f"{name}/c/**/*")
-                      if p.is_file())
-            for name in spec.arrays
-        }  # fmt: skip
+        writer = ShardWriter(LocalStorage(Path(folder)), small)
+        objects = writer.write(key, stored | {"tokens": tokens, "loss_mask": mask})
     positions = len(tokens) * spec.seq_len
     return {
-        "bytes_per_token": {name: size / positions for name, size in sizes.items()},
+        "bytes_per_token": {name: objects[name].bytes / positions for name in spec.arrays},
         "tokens_per_second": positions / seconds,
     }
 
 
-def estimate(
+def facts_of(
     spec: CacheSpec, counted: Counted, probed: Mapping[str, Any] | None, place: str, speed: float
 ) -> dict[str, Any]:
-    """Return the facts of a cache to be, plain JSON values.
-
-    `place` is where it would be written, `speed` the tokens a second of a student.
-    """
+    """Return what was counted and measured, and what follows from it, as plain JSON values."""
     per_token = dict(probed["bytes_per_token"]) if probed else raw_bytes(spec)
     size, tokens = sum(per_token.values()), counted.rows * spec.seq_len
     shards = sum(
@@ -146,7 +187,7 @@ def estimate(
 
 
 def free_bytes(place: str) -> int | None:
-    """Return the room at a path, or above it if it is not there yet; None at a URL."""
+    """Return the free bytes at a path, or above one that is not there yet; None for a URL."""
     if "://" in place:
         return None
     path = Path(place).absolute()
@@ -174,8 +215,8 @@ def show(facts: Mapping[str, Any]) -> None:
         room += "  NOT ENOUGH ROOM"
     lines = [
         f"{facts['rows']:,} rows of {spec['seq_len']:,} tokens in {facts['shards']:,} shards",
-        f"{bound}{facts['bytes_per_token']['all']:.1f} bytes a token, {bound}{size:,.2f} GB in "
-        f"all{room}",
+        f"{bound}{facts['bytes_per_token']['all']:.1f} bytes per token, {bound}{size:,.2f} GB in "
+        f"total{room}",
     ]
     if facts["hours"] is not None:
         lines.append(
@@ -183,7 +224,7 @@ def show(facts: Mapping[str, Any]) -> None:
             "machine, for one process"
         )
     else:
-        lines.append("with --teacher, bytes are measured and hours are told")
+        lines.append("give --teacher to measure bytes and hours")
     lines.append(
         f"a student at {facts['student_tokens_per_second']:,.0f} tokens/s reads "
         f"{facts['read_bytes_per_second'] / 1e6:,.1f} MB/s"

@@ -1,8 +1,8 @@
 """The teacher over the rows of a shard, in batches that fit its memory.
 
 The size of a batch decides the last bits of a matrix product, so it is chosen once, tried on the
-teacher before the cache begins, and kept with the cache. Should memory run out later all the
-same, the batch is halved and said so: a shard in slightly other bits is better than none.
+teacher before the cache begins, and stored with the cache. If memory runs out later, the batch is
+halved with a warning: a shard that differs in the last bits is better than none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 
 from ddk_cache.build import fidelity, targets
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.errors import CacheError
+from ddk_cache.errors import CacheError, DDKError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
@@ -32,13 +32,13 @@ LOGITS_BYTES = 2**28
 
 
 class Scored(NamedTuple):
-    """The teacher's word on some rows."""
+    """The teacher's output on some rows."""
 
     arrays: dict[str, Array]
     """`ids` (R, S, K) and log-probabilities, nats: `logprobs` (R, S, K), and each array of the
     cache whose name ends with `_logprob`."""
     fidelity: dict[str, float]
-    """What storing them loses, summed over one position of each row; see `fidelity.compare`."""
+    """What storing it loses, summed over one position of each row; see `fidelity.compare`."""
 
 
 @dataclass
@@ -57,7 +57,8 @@ class Scorer:
         """Return the scores of the (R, S+1) tokens of a shard.
 
         Raises:
-            CacheError: the teacher raised, whatever it was; named with shard and rows.
+            InputError: the teacher returned something other than logits.
+            CacheError: the teacher failed, with whatever error; shard and rows are named.
         """
         parts: list[targets.Scores] = []
         lost: Counter[str] = Counter()
@@ -66,6 +67,8 @@ class Scorer:
             batch = torch.from_numpy(tokens[done : done + self.batch_rows])
             try:
                 scores, seen = self._call(batch.to(self.teacher.device), key, done)
+            except DDKError:
+                raise
             except Exception as error:
                 if self._halved(error):
                     continue
@@ -81,9 +84,9 @@ class Scorer:
     def _call(
         self, batch: torch.Tensor, key: ShardKey, first: int
     ) -> tuple[targets.Scores, dict[str, float]]:
-        """Score rows first … of a shard, and compare one position of each with what is kept."""
-        offsets, chosen = chances(self.spec, key, first, len(batch))
-        logits = self.teacher.logits(batch[:, :-1])
+        """Score rows first … of a shard; compare one position of each with its stored form."""
+        offsets, chosen = draws(self.spec, key, first, len(batch))
+        logits = self.teacher(batch[:, :-1])
         scores = targets.extract(
             logits,
             batch[:, 1:],
@@ -114,23 +117,25 @@ class Scorer:
         if not full or self.batch_rows == 1:
             return False
         self.batch_rows //= 2
-        log.warning(f"out of memory: going on with {self.batch_rows} rows in a batch")
+        log.warning("out of memory: rows in a batch are now %d", self.batch_rows)
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
         return True
 
 
 def as_arrays(parts: list[targets.Scores]) -> dict[str, Array]:
-    """Return scores of several batches of rows by name."""
-    whole = targets.Scores(*(torch.cat(part) for part in zip(*parts, strict=True)))
-    arrays: dict[str, Array] = {name: part.numpy() for name, part in whole._asdict().items()}
-    return arrays | {"tempered_tail_logprob": np.moveaxis(arrays["tempered_tail_logprob"], -1, 1)}
+    """Return the scores of several batches of rows by name, with axes as they are stored."""
+    fields = (torch.cat(part).numpy() for part in zip(*parts, strict=True))
+    arrays: dict[str, Array] = dict(zip(targets.Scores._fields, fields, strict=True))
+    tempered = arrays["tempered_tail_logprob"]
+    return arrays | {"tempered_tail_logprob": np.moveaxis(tempered, -1, 1)}
 
 
-def chances(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array, torch.Tensor]:
+def draws(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array, torch.Tensor]:
     """Return (R, S) numbers in [0, 1) that decide draws, and the (R) positions to be compared.
 
-    Both are of rows first … of a shard, and functions of seed, domain, split, row and position.
+    Both belong to rows first … of a shard, and are functions of seed, domain, split, row and
+    position.
     """
     S = spec.seq_len
     start = key.number * spec.shard_rows + first
@@ -141,17 +146,9 @@ def chances(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Arra
     return offsets, torch.from_numpy((chosen * S).astype(np.int64))
 
 
-def first_batch(teacher: Teacher, spec: CacheSpec) -> int:
-    """Return how many rows to score in one call: by the memory of their logits, and as tried.
-
-    Raises:
-        CacheError: the teacher fails on a single row.
-    """
+def rows_that_fit(teacher: Teacher, spec: CacheSpec) -> int:
+    """Return how many rows to score in one call, by the memory that their logits take."""
     room = LOGITS_BYTES
     if teacher.device.type == "cuda":
         room = torch.cuda.mem_get_info(teacher.device)[0] // 4
-    rows = max(1, min(spec.shard_rows, room // (4 * spec.seq_len * spec.vocab_size)))
-    scorer = Scorer(teacher, spec, rows)
-    tokens = torch.zeros(rows, spec.seq_len + 1, dtype=torch.long).numpy()
-    scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None)
-    return scorer.batch_rows
+    return max(1, min(spec.shard_rows, room // (4 * spec.seq_len * spec.vocab_size)))

@@ -1,12 +1,12 @@
 """Next-token logits → sparse targets, on the teacher's device and in bounded memory.
 
-Positions are taken in chunks, so that no float32 copy of all logits ever exists: beside the
-teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. What is
-kept are log-probabilities of the full vocabulary, never renormalised.
+Positions are taken in chunks, so that no float32 copy of all logits ever exists: besides the
+teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. Kept
+log-probabilities are those of the full vocabulary, never renormalized.
 
-Two kinds. `topk` keeps the k likeliest ids: cheap to understand and biased, since what is outside
-is known only as one mass. `sampled` keeps B ids that are right on average: the ids above a
-threshold c exactly, and of all others a systematic sample, each drawn with probability t/c and
+Two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since the ids outside
+are known only by their total mass. `sampled` keeps B ids and is unbiased: ids above a threshold c
+are kept exactly, and from all others a systematic sample is drawn, each with probability t/c and
 counted as c. Of all unbiased choices of B entries this has the least variance ("threshold" or
 "priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949).
 """
@@ -22,11 +22,11 @@ from ddk_cache.format.spec import TargetSpec
 from ddk_cache.types import SparseTargets
 
 CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
-"""Size of the float32 working copy of one chunk of positions: on a CPU it has to stay in cache
-(2 MiB gave twice the speed of 64 MiB), on a GPU it has to fill the device."""
+"""Size of the float32 working copy of one chunk of positions: on a CPU it must stay in cache (2 MiB
+gave twice the speed of 64 MiB), on a GPU it must fill the device."""
 
 GROUP = 128
-"""Neighbouring ids whose mass is added up before a draw looks for its id among them."""
+"""Neighboring ids whose mass is summed before a draw searches for its id among them."""
 
 NEGLIGIBLE = 1e-6
 """Mass, in units of the threshold, that is not worth an entry: where a teacher is all but certain,
@@ -34,7 +34,7 @@ an entry for it would cost bytes and change nothing."""
 
 
 class Scores(NamedTuple):
-    """The teacher's word on P positions, log-probabilities in nats."""
+    """The teacher's output at P positions, log-probabilities in nats, named as it is stored."""
 
     ids: torch.Tensor
     """(P, K) int64, the likeliest first, then drawn ones in order of id; −1 where a position needs
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
     """(P, T) float32 log-mass of all ids that are not kept, at each declared temperature."""
 
     def targets(self, kind: str) -> SparseTargets[torch.Tensor]:
-        """Return the targets as a reader of the cache gets them, but for the rounding."""
+        """Return the targets as a reader of the cache gets them, before rounding."""
         probs, tail = self.logprobs.exp(), self.tail_logprob.exp()
         if kind == "sampled":
             drawn = torch.isneginf(self.logprobs) & (self.ids >= 0)
@@ -70,10 +70,9 @@ def extract(
 ) -> Scores:
     """Return the scores of all positions, each field with leading axes (B, S).
 
-    `temperatures` are those at which top-k targets get the mass outside too; they stop where the
-    kept entries have `kept_mass`. `offsets_BS` are
-    the uniform numbers in [0, 1) that decide what is drawn; without them it is drawn anew each
-    time.
+    `temperatures` are those at which the mass outside of top-k targets is computed too; top-k
+    entries stop where they have `kept_mass`. `offsets_BS` are the uniform numbers in [0, 1) that
+    decide what is drawn; without them each call draws anew.
     """
     B, S, V = logits_BSV.shape
     chunk_bytes = CHUNK_BYTES.get(logits_BSV.device.type, CHUNK_BYTES["cuda"])
@@ -99,11 +98,11 @@ def topk(
 ) -> Scores:
     """Keep the k likeliest ids, or as many as have a mass of `kept_mass`.
 
-    The mass outside is summed directly over the ids outside instead of taken as 1 − Σ, which
-    would lose it to cancellation just where the teacher is sure.
+    The mass outside is summed over the ids outside instead of taken as 1 − Σ, which would lose it
+    to cancellation where the teacher is confident.
     """
     kept_PK, ids_PK = largest(logits_PV, k)
-    logprobs_PK, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PK, ids_PK)
+    logprobs_PK, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PK, ids_PK)
     probs_PK = logprobs_PK.exp().double()
     needed_PK = (probs_PK.cumsum(-1) - probs_PK < kept_mass) & (probs_PK > 0)
     # What is not needed stands for the first id once more, so that nothing outside is touched.
@@ -123,16 +122,16 @@ def topk(
 def sampled(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor, size: int
 ) -> Scores:
-    """Keep as few ids as make every drawn one count at most 1 / size; `size` ids at most.
+    """Keep as few ids, unbiased, as make each drawn one count at most 1 / size; at most `size`.
 
-    With n entries of which the h likeliest are the head, each drawn one counts
+    With n entries of which the h likeliest are the head, each drawn entry counts
     c(n) = (1 − Σ head) / (n − h). A threshold c needs Σ min(1, t / c) entries, so the least n with
     c(n) ≤ 1 / size is that sum at c = 1 / size, rounded up. The head then ends before the first id
-    below c(n); the likeliest is in it in any case. One threshold for all positions gives the least
+    below c(n); the likeliest id is always in it. One threshold for all positions gives the least
     total error for a given number of entries.
     """
     kept_PB, ids_PB = largest(logits_PV, size)
-    logprobs_PB, label_P, probs_PV = _normalised(logits_PV, labels_P, kept_PB, ids_PB)
+    logprobs_PB, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PB, ids_PB)
     order_B = torch.arange(size, device=ids_PB.device)
     probs_PB = probs_PV.gather(-1, ids_PB).double()
     outside_P = probs_PV.scatter_(-1, ids_PB, 0.0).sum(-1, dtype=torch.float64)
@@ -145,7 +144,7 @@ def sampled(
     head_PB = order_B < head_P[:, None]
     probs_PV.scatter_(-1, ids_PB, probs_PB.where(~head_PB, 0.0).float())
     drawn_PB, tail_P = draw(probs_PV, count_P - head_P, size, offsets_P)
-    # The first of the drawn go where the head ends.
+    # The first of the drawn ids go where the head ends.
     place_PB = (order_B - head_P[:, None]).clamp(min=0)
     ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB)).where(left_PB > 0, -1)
     logprobs_PB = logprobs_PB.where(head_PB, -torch.inf)
@@ -167,14 +166,14 @@ def entries(probs_PB: torch.Tensor, rest_PB: torch.Tensor, size: int) -> torch.T
 def draw(
     mass_PV: torch.Tensor, count_P: torch.Tensor, most: int, offsets_P: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `count_P` ids a position, each with probability mass / (total / count).
+    """Draw `count_P` ids per position, each with probability mass / (total / count).
 
-    Systematic sampling: count points at equal distances on the cumulative mass. No id is drawn
-    twice where none has more than a count-th of the mass. The points are looked for among sums of
+    Systematic sampling: `count_P` points at equal distances on the cumulative mass. No id is drawn
+    twice where none has more than 1 / count of the mass. The points are searched among the sums of
     `GROUP` ids first, so the mass is read once.
 
     Returns:
-        (P, most) ids in order, of which the first `count_P` count, and (P) float64 total mass.
+        (P, most) ids in order, of which the first `count_P` are drawn, and (P) float64 total mass.
     """
     P, V = mass_PV.shape
     groups = -(-V // GROUP)
@@ -193,7 +192,7 @@ def draw(
     before_PB = ends_PG.gather(-1, group_PB) - sums_PG.gather(-1, group_PB)
     inside_PBN = mass_PGN.gather(1, group_PB[..., None].expand(-1, -1, GROUP)).double().cumsum(-1)
     within_PB = torch.searchsorted(inside_PBN, (points_PB - before_PB)[..., None], right=True)
-    # A point that rounding put behind the last mass of its group belongs to that last mass.
+    # A point that rounding put after the last mass of its group belongs to that last mass.
     last_PB = (inside_PBN < inside_PBN[..., -1:]).sum(-1)
     return group_PB * GROUP + torch.minimum(within_PB[..., 0], last_PB), total_P
 
@@ -201,8 +200,8 @@ def draw(
 def largest(logits_PV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the k largest logits and their ids, descending.
 
-    The k largest lie in the k groups with the largest maxima, and those are looked through
-    alone: about half the time of a plain top-k over all ids.
+    The k largest lie in the k groups with the largest maxima, so only those are searched: about
+    half the time of a plain top-k over all ids.
     """
     P, V = logits_PV.shape
     size = max(1, round(math.sqrt(V / k) / 2))  # ids in a group
@@ -219,10 +218,10 @@ def largest(logits_PV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor
     return found.values, ids.gather(-1, found.indices)
 
 
-def _normalised(
+def _normalized(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, kept_PK: torch.Tensor, ids_PK: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return log-probabilities of what is kept and of the labels, and all probabilities."""
+    """Return log-probabilities of the kept ids and of the labels, and all probabilities."""
     probs_PV = logits_PV.softmax(-1)
     first_P1 = kept_PK[:, :1] - probs_PV.gather(-1, ids_PK[:, :1]).log()
     label_P = logits_PV.gather(-1, labels_P[:, None]) - first_P1
@@ -230,6 +229,6 @@ def _normalised(
 
 
 def _outside(logits_PV: torch.Tensor, ids_PK: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return (P) log-mass of all ids but those, at a temperature."""
+    """Return (P) log-mass of all other ids, at a temperature."""
     probs_PV = (logits_PV / temperature).softmax(-1)
     return probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()

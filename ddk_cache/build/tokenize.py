@@ -1,9 +1,9 @@
-"""Which rows a cache will hold: documents are tokenised once and the rows written down.
+"""Which rows a cache will hold: documents are tokenized once and the rows stored.
 
-The plan of a domain is its token rows themselves, in the store, fixed before the teacher sees the
-first of them. So every shard of targets follows from bytes on disk, a build that goes on needs
-neither the documents nor the tokenizer, and an edited corpus cannot shift rows half-way. The cost
-is that planning reads the whole corpus; a domain that was interrupted is read again.
+The plan of a domain is its token rows themselves, in the cache, fixed before the teacher scores the
+first of them. So every shard of targets follows from stored bytes, a resumed build needs neither
+the documents nor the tokenizer, and an edited corpus cannot shift rows half-way. The cost is that
+planning reads the whole corpus; a domain whose planning was interrupted is read again.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
 from ddk_cache.types import SPLITS, Array
 
 FREQUENT = 2048
-"""Ids of a domain that get numbers of their own by how often they occur. LRU ids then cost about
-a seventh less; numbering all ids gains a hundredth more."""
+"""Ids of a domain that are numbered by how often they occur. Kept ids then take about a seventh
+fewer bytes; numbering all ids saves a hundredth more."""
 
 Advance = Callable[[int], None]
-"""Hears of tokens as they are done."""
+"""Called with the number of tokens done since the last call."""
 
 
 def plan_domain(store: ShardWriter, source: Source, tokenizer: Any, advance: Advance) -> DomainPlan:
     """Write the token rows of a domain and return its plan.
 
     Raises:
-        InputError: the source cannot be read or is too short.
+        InputError: the source cannot be read, is too short, or has no token that counts.
     """
     store.clear(source.name)
     counts = np.zeros(store.spec.vocab_size, np.int64)
@@ -50,7 +50,8 @@ def grow_domain(
     """Write the rows of the documents that a domain has beyond its plan, and return the new plan.
 
     Raises:
-        MismatchError: its first documents are not those that the cache was built from.
+        InputError: the source cannot be read.
+        MismatchError: its first documents differ from those that the cache was built from.
     """
     span = Span(skip=plan.documents, content=plan.content, tokens=plan.tokens)
     portion = _write_portion(store, source, tokenizer, advance, plan, span)
@@ -66,17 +67,20 @@ def mend_tokens(
     """Write token rows of a planned domain again where they are missing.
 
     Raises:
+        InputError: the source cannot be read.
         MismatchError: the documents are no longer those of the plan.
     """
     wanted, before = store.missing_tokens(source.name, plan), None
     for number, portion in enumerate(plan.portions):
         last = before.portions[-1] if before else Portion(0, 0, "", {})
         span = Span(last.documents, portion.documents, last.content, last.tokens)
-        made = _write_portion(store, source, tokenizer, advance, before, span, wanted)
+        cut = dataclasses.replace(source, tokens=portion.tokens)  # as it was, if it was cut
+        made = _write_portion(store, cut, tokenizer, advance, before, span, wanted)
         if made != portion:
             raise MismatchError(
-                f"domain {source.name!r} ({source.place}): its documents are not those that the "
-                "cache was planned from, so its damaged token rows cannot be made again."
+                f"domain {source.name!r} ({source.place}): its documents differ from those that "
+                "the cache was planned from, so its missing token rows cannot be made again. "
+                "Restore the documents."
             )
         before = DomainPlan(plan.portions[: number + 1])
 
@@ -91,9 +95,9 @@ def _write_portion(
     wanted: set[ShardKey] | None = None,
     counts: Array | None = None,
 ) -> Portion:
-    """Write the token rows of a span of documents behind those of a plan.
+    """Write the token rows of a span of documents after those of a plan; return their portion.
 
-    With `wanted`, only those shards are written. The tokens are added to `counts` (V).
+    With `wanted`, only those shards are written. Occurrences of ids are added to `counts` (V).
     """
     spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
     first = {s: shard_count(before, s, spec.shard_rows) if before else 0 for s in SPLITS}
@@ -118,7 +122,5 @@ def _write_portion(
 
 
 def _with_metadata(store: ShardWriter, domain: str, plan: DomainPlan) -> DomainPlan:
-    """Return the plan with its Zarr documents, which are written too."""
-    plan = dataclasses.replace(plan, metadata=store.metadata(domain, plan))
-    store.restore_metadata(plan)
-    return plan
+    """Return the plan with its Zarr documents, both of which the caller writes."""
+    return dataclasses.replace(plan, metadata=store.metadata(domain, plan))

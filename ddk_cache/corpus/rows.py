@@ -1,14 +1,16 @@
-"""Documents → rows of tokens: tokenised, split by content, joined end to end and cut.
+"""Documents → rows of tokens: tokenized, split by content, joined end to end and cut.
 
-Which split a document belongs to follows from its content alone, so a document never stands in
-both, and documents added later move nothing. Rows are cut without regard to where documents end:
-no position is wasted on padding, and a row may hold the end of one document and the next.
+Which split a document belongs to follows from its content alone, so a document is never in both,
+and documents added later move nothing. The price is that a domain of few documents may have none
+held out, which is logged. Rows are cut without regard to where documents end: no position is
+wasted on padding, and a row may hold the end of one document and the beginning of the next.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +23,16 @@ from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.hashing import canonical
 from ddk_cache.types import SPLITS, Array
 
-DOCUMENTS_AT_ONCE = 256
-"""Documents tokenised in one call, which the tokenizer spreads over the cores."""
+BATCH_DOCUMENTS = 256
+"""Documents tokenized in one call, which the tokenizer spreads over the cores, at most."""
+
+BATCH_BYTES = 2**22
+"""Bytes of such documents, about; a tokenizer needs up to 260 times as much memory."""
+
+Identified = tuple[Document, bytes]
+"""A document and the bytes that identify it."""
+
+log = logging.getLogger(__name__)
 
 
 def content(document: Document) -> bytes:
@@ -41,24 +51,42 @@ def split_of(data: bytes, holdout: float) -> str:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, batch: list[Document]) -> list[Encoded]:
-    """Tokenise documents, each closed by the end-of-text token.
+def encode(tokenizer: Any, batch: Sequence[Document], first: int = 1) -> list[Encoded]:
+    """Tokenize documents, each closed by the end-of-text token.
 
-    In a conversation only what the assistant says is counted.
+    A control token that stands in a document is tokenized as the text that it is there. In a
+    conversation only what the assistant says is counted. `first` is the number of the first
+    document, for messages.
+
+    Raises:
+        InputError: as `encode_chat`; the message names the conversation.
     """
     texts = [document for document in batch if isinstance(document, str)]
-    plain = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    ids = iter(plain)
+    ids = iter(_encode_texts(tokenizer, texts) if texts else [])
     eos = tokenizer.eos_token_id
     encoded: list[Encoded] = []
-    for document in batch:
+    for number, document in enumerate(batch, first):
         if isinstance(document, str):
             tokens = [*next(ids), eos]
             encoded.append((tokens, [True] * len(tokens)))
-        else:
-            tokens, spoken = encode_chat(tokenizer, document)
-            encoded.append(([*tokens, eos], [*spoken, False]))
+            continue
+        try:
+            tokens, counted = encode_chat(tokenizer, document)
+        except InputError as error:
+            raise InputError(f"conversation {number:,}: {error}") from error
+        encoded.append(([*tokens, eos], [*counted, False]))
     return encoded
+
+
+def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    out = tokenizer(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
+    return list(out["input_ids"])
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -98,14 +126,14 @@ class Packer:
 
 @dataclass
 class Tally:
-    """What was read of a domain so far."""
+    """What has been read of a domain so far."""
 
     documents: int = 0
     tokens: int = 0
     content: Any = field(default_factory=xxhash.xxh3_128)
 
     def add(self, data: bytes, tokens: int) -> None:
-        """Count a document; the length before the bytes keeps two documents from reading as one."""
+        """Count a document; the length keeps two documents apart from one that joins them."""
         self.documents += 1
         self.tokens += tokens
         self.content.update(len(data).to_bytes(8, "little") + data)
@@ -120,7 +148,7 @@ class Span:
     stop: int | None = None
     """Number of the document that it ends before; None is the end of the source."""
     content: str = ""
-    """Hash that the skipped documents have to have."""
+    """Hash that the skipped documents must have."""
     tokens: int = 0
     """Tokens of the skipped documents."""
 
@@ -137,60 +165,99 @@ def token_rows(
 ) -> Iterator[tuple[str, Array, Array]]:
     """Yield (split, tokens (n, S+1), loss mask (n, S)): n = `block`, less in a split's last.
 
-    `tally` is brought up to date as documents are read.
+    `tally` is brought up to date as documents are read. A domain that ends without held-out
+    positions is logged as a warning, before a teacher is run.
 
     Raises:
-        InputError: as `documents` and `encode`, or the domain is too short for one training row.
-        MismatchError: the documents before the span are others than it says.
+        InputError: as `documents` and `encode`, or the domain is too short for one training row,
+            or no token of its training rows counts.
+        MismatchError: the documents before the span differ from those it was planned with.
     """
+    rows, counted = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    stream = _encoded(source, tokenizer, holdout, tally, span)
+    for split, tokens, loss_mask in _blocks(stream, seq_len, block):
+        rows[split] += len(tokens)
+        counted[split] += int(loss_mask.sum())
+        yield split, tokens, loss_mask
+    if span.skip:
+        return
+    where = f"domain {source.name!r} ({source.place})"
+    if not rows["train"]:
+        raise InputError(
+            f"{where} is too short: {tally.tokens:,} tokens in {tally.documents:,} documents do "
+            f"not fill one training row of {seq_len + 1}."
+        )
+    if not counted["train"]:
+        raise InputError(
+            f"{where} has no assistant tokens in its {rows['train']:,} training rows, so there is "
+            "nothing to learn from it. Leave the domain out."
+        )
+    if holdout and not counted["validation"]:
+        advice = (
+            "Raise --holdout, lower --seq-len or add documents."
+            if tally.documents > 1
+            else "It is one document, which is in one split. Divide it into several."
+        )
+        log.warning(
+            "%s has no held-out rows; a weighting that follows gaps will refuse it. %s",
+            where,
+            advice,
+        )
+
+
+def _blocks(
+    stream: Iterable[tuple[str, Encoded]], seq_len: int, block: int
+) -> Iterator[tuple[str, Array, Array]]:
+    """Pack the documents of each split into blocks of rows; the last of a split may be short."""
     packers = {split: Packer(seq_len) for split in SPLITS}
-    taken = dict.fromkeys(SPLITS, 0)
-    for split, encoded in _encoded(source, tokenizer, holdout, tally, span):
+    for split, encoded in stream:
         packers[split].add(encoded)
         while packers[split].rows >= block:
-            taken[split] += block
             yield split, *packers[split].take(block)
     for split, packer in packers.items():
-        if rows := packer.rows:
-            taken[split] += rows
-            yield split, *packer.take(rows)
-    if not taken["train"] and not span.skip:
-        raise InputError(
-            f"domain {source.name!r} ({source.place}) is too short: {tally.tokens:,} tokens in "
-            f"{tally.documents:,} documents do not fill one training row of {seq_len + 1}."
-        )
+        if packer.rows:
+            yield split, *packer.take(packer.rows)
 
 
 def _encoded(
     source: Source, tokenizer: Any, holdout: float, tally: Tally, span: Span
 ) -> Iterator[tuple[str, Encoded]]:
-    reading = documents(source)
-    for document in itertools.islice(reading, span.skip):
-        tally.add(content(document), 0)
+    reading: Iterator[Identified]
+    reading = ((document, content(document)) for document in documents(source))
+    for _, data in itertools.islice(reading, span.skip):
+        tally.add(data, 0)
     tally.tokens = span.tokens
     if span.skip and tally.content.hexdigest() != span.content:
         raise MismatchError(
-            f"domain {source.name!r} ({source.place}): its first {span.skip:,} documents are not "
-            "those that the cache was built from. A domain grows at its end only."
+            f"domain {source.name!r} ({source.place}): its first {span.skip:,} documents differ "
+            "from those that the cache was built from. A domain grows at its end only."
         )
     if source.tokens and tally.tokens >= source.tokens:
         return
     if span.stop is not None:
         reading = itertools.islice(reading, span.stop - span.skip)
-    for batch in _batches(reading, DOCUMENTS_AT_ONCE):
+    for batch in _batches(reading):
         try:
-            encoded = encode(tokenizer, batch)
+            encoded = encode(tokenizer, [document for document, _ in batch], tally.documents + 1)
         except InputError as error:
             raise InputError(f"domain {source.name!r} ({source.place}): {error}") from error
-        for document, tokens in zip(batch, encoded, strict=True):
-            data = content(document)
-            tally.add(data, len(tokens[0]))
-            yield split_of(data, holdout), tokens
+        for (_, data), (tokens, counted) in zip(batch, encoded, strict=True):
+            room = source.tokens - tally.tokens if source.tokens else len(tokens)
+            tally.add(data, min(len(tokens), room))
+            yield split_of(data, holdout), (tokens[:room], counted[:room])
             if source.tokens and tally.tokens >= source.tokens:
                 return
 
 
-def _batches(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    iterator = iter(items)
-    while batch := list(itertools.islice(iterator, size)):
+def _batches(items: Iterable[Identified]) -> Iterator[list[Identified]]:
+    """Group documents and their bytes; only the last document of a group may exceed the bytes."""
+    batch: list[Identified] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += len(item[1])
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

@@ -1,37 +1,34 @@
 """Where the documents of each domain are, and reading them in a stable order.
 
-Every source is read through `datasets` as a stream: nothing is copied, the first document is
-there at once, and a source larger than the disk works. The price is that a domain is read from
-its start each time it is planned.
+A corpus is a directory, in which every file or sub-folder is a domain, or a mix file that names
+them. Every source is read as a stream: nothing is copied, the first document is there at once, and
+a source larger than the disk works. The price is that a domain is read from its start each time it
+is planned.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ddk_cache.errors import InputError, unknown
+from ddk_cache.atomic import PARTIAL
+from ddk_cache.corpus.files import COMPRESSED, KINDS, Value, kind_of, read, select
+from ddk_cache.corpus.mix import Entry, read_mix
+from ddk_cache.errors import InputError
+from ddk_cache.format.layout import ROOT
 from ddk_cache.format.spec import check_name
-
-LOADERS = {
-    ".parquet": "parquet",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".txt": "text",
-}
-"""File suffix → the builder of `datasets` that reads it."""
-
-COMPRESSED = {".gz", ".bz2", ".xz", ".zst"}
 
 Document = str | list[dict[str, Any]]
 """A text, or the messages of a conversation."""
+
+COLUMNS = ("messages", "text")
+"""Where documents are looked for when no column is named."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +37,22 @@ class Source:
 
     name: str
     loader: str
-    """A builder of `datasets`, or the name of a data set on the hub."""
+    """How local files are read, or the name of a data set on the hub."""
+    path: str | None = None
+    """The local file or folder; None for the hub."""
     files: tuple[str, ...] = ()
-    """Local files in order; empty for the hub."""
+    """The data files at `path`, in order."""
     config: str | None = None
     split: str = "train"
     column: str | None = None
     """The column that holds the documents; by default `messages` or `text`."""
     tokens: int | None = None
-    """Stop after the document that reaches this many tokens."""
+    """Stop at this many tokens; the document that reaches them is cut."""
 
     @property
     def place(self) -> str:
         """Return what to call the source in a message."""
-        if not self.files:
-            return f"data set {self.loader!r}"
-        return self.files[0] if len(self.files) == 1 else str(Path(self.files[0]).parent)
+        return self.path or f"data set {self.loader!r}"
 
     def describe(self) -> dict[str, Any]:
         """Return what a resumed build compares: settings, and names and sizes of local files."""
@@ -73,177 +70,196 @@ class Source:
 # --- finding the domains --------------------------------------------------------------------------
 
 
-def find_sources(corpus: str | Path, say: Callable[[str], None] = lambda _: None) -> list[Source]:
+def find_sources(corpus: str | Path) -> list[Source]:
     """Return the domains of a corpus directory or of a YAML mix file, sorted by name.
 
-    `say` hears of files that are no data and are left out.
+    Hidden files and folders, Zarr stores (a cache inside its own corpus) and files of other kinds
+    are not data; what is left out by name is logged, and so is a file that two domains share.
 
     Raises:
-        InputError: the corpus does not exist, names no domain, or names one twice.
+        InputError: the corpus does not exist, names no domain, or two of one name.
     """
     path = Path(corpus)
-    if path.suffix in {".yaml", ".yml"} and path.is_file():
-        sources = _from_mix(path)
+    if path.suffix.lower() in {".yaml", ".yml"} and path.is_file():
+        sources = [_from_entry(entry) for entry in read_mix(path)]
     elif path.is_dir():
-        sources = _from_directory(path, say)
+        sources = _from_directory(path)
     else:
         raise InputError(f"no corpus at {path}: neither a directory nor a .yaml mix file.")
     if not sources:
         raise InputError(f"{path} holds no domain. Each file or sub-folder of data is one.")
     sources.sort(key=lambda source: source.name)
-    for one, other in itertools.pairwise(sources):
-        if one.name == other.name:
-            raise InputError(
-                f"two domains are named {one.name!r}: {one.place} and {other.place}. Rename one."
-            )
+    _check_names(sources)
+    _warn_of_shared_files(sources)
     return sources
 
 
-def _from_directory(path: Path, say: Callable[[str], None]) -> list[Source]:
+def _check_names(sources: Sequence[Source]) -> None:
+    """Raise InputError where two names are the same on a file system that ignores case."""
+    seen: dict[str, Source] = {}
+    for source in sources:
+        other = seen.setdefault(source.name.lower(), source)
+        if other is source:
+            continue
+        names = repr(source.name)
+        if source.name != other.name:
+            names = f"{other.name!r} and {source.name!r}, which differ only in case"
+        raise InputError(
+            f"two domains are named {names}: {other.place} and {source.place}. Rename one."
+        )
+
+
+def _warn_of_shared_files(sources: Sequence[Source]) -> None:
+    domains = defaultdict(list)
+    for source in sources:
+        for file in source.files:
+            domains[Path(file).resolve()].append(source.name)
+    for path, names in domains.items():
+        if len(names) > 1:
+            log.warning("%s is read by several domains: %s", path, ", ".join(names))
+
+
+def _from_directory(path: Path) -> list[Source]:
+    if (path / ROOT).exists():
+        raise InputError(f"{path} is a Zarr store, not a corpus: it holds {ROOT}.")
     sources = []
     for entry in sorted(path.iterdir()):
-        if entry.name.startswith("."):
+        if _is_hidden(entry):
             continue
-        if entry.is_dir() or _loader(entry):
-            sources.append(_local(entry.name.partition(".")[0], entry))
+        if entry.is_dir() and (entry / ROOT).exists():
+            log.info("%s is left out: it is a Zarr store", entry.name)
+        elif entry.is_dir() or kind_of(entry):
+            sources.append(_local(_name_of(entry), entry))
         else:
-            say(f"{entry.name} is left out: no {', '.join(LOADERS)} file")
+            log.info("%s is left out: not a %s file", entry.name, ", ".join(KINDS))
     return sources
 
 
-def _loader(path: Path) -> str | None:
-    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-    return LOADERS.get(suffix)
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name.endswith(PARTIAL)
 
 
-def _local(name: str, path: Path, **settings: Any) -> Source:
+def _name_of(path: Path) -> str:
+    """Return the name of the domain at a path. Raises InputError where it is not usable."""
+    try:
+        return check_name(path.name.partition(".")[0])
+    except InputError as error:
+        raise InputError(
+            f"{error} A mix file can name it otherwise: "
+            f"domains: {{NAME: {{path: {str(path.absolute())!r}}}}}."
+        ) from error
+
+
+def _local(name: str, path: Path, column: str | None = None, tokens: int | None = None) -> Source:
     """Return the source of a file, or of all data files below a folder."""
     if not path.exists():
         raise InputError(f"domain {name!r}: there is no {path}.")
-    found = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [
-        file
-        for file in found
-        if file.is_file() and not file.name.startswith(".") and (_loader(file) or file == path)
-    ]
-    loaders = {_loader(file) for file in files}
-    if len(loaders) != 1 or None in loaders:
+    files = list(_data_files(path)) if path.is_dir() else [path]
+    kinds = {kind_of(file) for file in files}
+    if len(kinds) != 1 or None in kinds:
         held = ", ".join(sorted({file.suffix for file in files})) or "no data file"
         raise InputError(
-            f"domain {name!r} ({path}) holds {held}; it needs files of one kind out of "
-            f"{', '.join(LOADERS)}, each of them plain or compressed ({', '.join(COMPRESSED)})."
+            f"domain {name!r}: {path}: got {held}, expected files of one kind out of "
+            f"{', '.join(KINDS)}, each of them plain or compressed ({', '.join(COMPRESSED)})."
         )
     return Source(
-        name=check_name(name),
-        loader=str(loaders.pop()),
+        name=name,
+        loader=str(kinds.pop()),
+        path=str(path),
         files=tuple(map(str, files)),
-        **settings,
+        column=column,
+        tokens=tokens,
     )
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """YAML whose mappings may not name a key twice (plain YAML keeps the last, silently)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise InputError(f"two domains or settings of one name: {', '.join(sorted(twice))}.")
-        return super().construct_mapping(node, deep)
-
-
-_MIX_KEYS = {"path", "dataset", "config", "split", "column", "tokens"}
-
-
-def _from_mix(path: Path) -> list[Source]:
-    try:
-        mix = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)  # a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no readable YAML: {error}") from error
-    domains = mix.get("domains") if isinstance(mix, dict) else None
-    if not isinstance(domains, dict):
-        raise InputError(f"{path} needs a mapping 'domains:' from names to settings.")
-    return [_from_entry(path, str(name), entry) for name, entry in domains.items()]
+def _data_files(folder: Path) -> Iterator[Path]:
+    """Yield the data files below a folder, sorted by their parts."""
+    for entry in sorted(folder.iterdir()):
+        if _is_hidden(entry):
+            continue
+        if entry.is_dir():
+            if entry.is_symlink():  # it may lead back up
+                log.warning("%s is left out: a link to a folder inside a domain", entry)
+            elif (entry / ROOT).exists():
+                log.info("%s is left out: it is a Zarr store", entry)
+            else:
+                yield from _data_files(entry)
+        elif entry.is_file() and kind_of(entry):
+            yield entry
 
 
-def _from_entry(mix: Path, name: str, entry: object) -> Source:
-    where = f"{mix}, domain {name!r}"
-    if not isinstance(entry, dict) or ("path" in entry) == ("dataset" in entry):
-        raise InputError(f"{where}: give either 'path:' or 'dataset:'.")
-    for key in entry:
-        if key not in _MIX_KEYS:
-            raise InputError(f"{where}: {unknown('setting', str(key), _MIX_KEYS)}")
-    tokens = entry.get("tokens")
-    if tokens is not None and (not isinstance(tokens, int) or tokens < 1):
-        raise InputError(f"{where}: 'tokens' has to be a whole number above 0, not {tokens!r}.")
-    chosen: dict[str, Any] = {
-        key: str(entry[key]) for key in ("config", "split", "column") if entry.get(key) is not None
-    }
-    if "path" in entry:
-        return _local(name, mix.parent / str(entry["path"]), tokens=tokens, **chosen)
-    return Source(name=check_name(name), loader=str(entry["dataset"]), tokens=tokens, **chosen)
+def _from_entry(entry: Entry) -> Source:
+    check_name(entry.name)
+    if entry.path:
+        return _local(entry.name, entry.path, entry.column, entry.tokens)
+    return Source(
+        name=entry.name,
+        loader=str(entry.dataset),
+        config=entry.config,
+        split=entry.split or "train",
+        column=entry.column,
+        tokens=entry.tokens,
+    )
 
 
 # --- reading documents ----------------------------------------------------------------------------
 
 
 def documents(source: Source) -> Iterator[Document]:
-    """Yield the documents of a source in order; empty ones are passed over.
+    """Yield the documents of a source in order; empty and blank ones are left out.
 
-    A folder of text files gives a document a file, a single text file one for each paragraph
-    (blocks between blank lines), since one document could not be split into two sets.
+    A folder of text files gives a document per file. A text file that is a domain by itself gives
+    one per paragraph (blocks between blank lines), since one document cannot be in two splits.
 
     Raises:
         InputError: the source cannot be read, has no such column, or holds no document.
     """
-    column, seen = source.column, False
-    for record in _records(source):
-        if column is None or column not in record:
-            column = _column(source, record)
-        value = record[column]
-        if not value:
-            continue
-        if not isinstance(value, str | list):
-            raise InputError(
-                f"domain {source.name!r} ({source.place}): column {column!r} holds "
-                f"{type(value).__name__}, not text or messages."
-            )
-        seen = True
-        yield value
-    if not seen:
-        raise InputError(f"domain {source.name!r} ({source.place}) holds no document.")
+    found = False
+    try:
+        for value in _values(source):
+            document = _document(value, guessed=source.column is None)
+            if document:
+                found = True
+                yield document
+    except InputError as error:
+        raise InputError(f"domain {source.name!r}: {error}") from error
+    if not found:
+        raise InputError(f"domain {source.name!r}: {source.place} holds no document.")
 
 
-def _records(source: Source) -> Iterator[Mapping[str, Any]]:
+def _values(source: Source) -> Iterator[Value]:
+    wanted = [source.column] if source.column else COLUMNS
+    if source.path is None:
+        yield from select(_hub_records(source), wanted)
+    paragraphs = source.loader == "text" and source.files == (source.path,)
+    for file in source.files:
+        yield from read(Path(file), "paragraphs" if paragraphs else source.loader, wanted)
+
+
+def _document(value: Value, guessed: bool) -> Document | None:
+    """Return the document in a column; None where there is none. Raises InputError."""
+    where, column, content = value
+    if not content or (isinstance(content, str) and content.isspace()):
+        return None
+    messages = isinstance(content, list)
+    if messages and all(isinstance(message, dict) for message in content):
+        return list(content)
+    if isinstance(content, str) and not (guessed and column == "messages"):
+        return content
+    held = f"list of {type(content[0]).__name__}" if messages else type(content).__name__
+    expected = "a list of messages" if column == "messages" else "text or a list of messages"
+    raise InputError(f"{where}: column {column!r} holds {held}, expected {expected}.")
+
+
+def _hub_records(source: Source) -> Iterator[tuple[str, Any]]:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    options: dict[str, Any] = {"name": source.config, "split": source.split, "streaming": True}
-    if source.files:
-        # A local path has one split and no configuration.
-        options = {"data_files": list(source.files), "split": "train", "streaming": True}
-    if source.loader == "text":
-        options["sample_by"] = "paragraph" if len(source.files) == 1 else "document"
-    if source.loader == "csv":  # or a document that looks like a number would be one
-        options |= {"converters": {source.column or "text": str}, "keep_default_na": False}
     try:
-        yield from datasets.load_dataset(source.loader, **options)
-    except (GeneratorExit, KeyboardInterrupt):
-        raise
-    except StopIteration:  # how `datasets` says that a file is empty
-        return
+        stream = datasets.load_dataset(
+            source.loader, name=source.config, split=source.split, streaming=True
+        )
+        for number, record in enumerate(stream, 1):
+            yield f"{source.place}: record {number}", record
     except Exception as error:  # each builder has errors of its own
-        raise InputError(
-            f"domain {source.name!r}: {source.place} cannot be read: {error}"
-        ) from error
-
-
-def _column(source: Source, record: Mapping[str, Any]) -> str:
-    for name in [source.column] if source.column else ["messages", "text"]:
-        if name in record:
-            return name
-    wanted = f"column {source.column!r}" if source.column else "column 'text' or 'messages'"
-    raise InputError(
-        f"domain {source.name!r} ({source.place}) has no {wanted}. Its columns: "
-        f"{', '.join(record)}. Name one with 'column:' in a mix file."
-    )
+        raise InputError(f"{source.place} cannot be read: {error}") from error

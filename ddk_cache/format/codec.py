@@ -1,12 +1,11 @@
 """Sparse targets ↔ stored integers, each with its error bound.
 
-LRU probabilities are rounded on an even grid of p^¼. On the grid of √p the rounding costs the
-least KL for its bits at temperature 1, on that of p^¼ at temperature 2; p^¼ has no lower end that
-matters, so one byte serves every teacher, and what it adds to the KL is a few ten-thousandths of
-a nat. LRU entries stand in order of id, because an order by value costs more bytes than all
-values together, and ids are numbered by how frequent they are and stored as differences, one
-plane for each byte. Log-probabilities that stand alone (of the tail, of the true token) are 16-bit
-integers on an even grid of nats.
+Kept probabilities are rounded on an even grid of p^¼. Rounding on the grid of √p would cost the
+least KL for its bits at temperature 1, and p^¼ does at temperature 2; p^¼ has no lower end that
+matters, so one byte serves every teacher and adds a few ten-thousandths of a nat to the KL. Kept
+entries are in order of id, because an order by value costs more bytes than all values together;
+ids are numbered by frequency and stored as differences, one plane per byte. Single
+log-probabilities (of the tail, of the true token) are 16-bit integers on an even grid of nats.
 
 The price of the order is that the likeliest entry is not the first one.
 """
@@ -115,15 +114,15 @@ class Numbering:
 
     @classmethod
     def of(cls, frequent: Sequence[int], vocab_size: int) -> Numbering:
-        """Return the numbering of a vocabulary; ValueError where `frequent` are not of it."""
+        """Return the numbering of a vocabulary; ValueError where `frequent` is not of it."""
         first = np.array(frequent, np.int64)
         if len(first) and not 0 <= first.min() <= first.max() < vocab_size:
-            raise ValueError("frequent ids that the vocabulary does not have")
+            raise ValueError("a frequent id is outside of the vocabulary")
         rest = np.ones(vocab_size, bool)
         rest[first] = False
         ids = np.concatenate([first, np.flatnonzero(rest)]).astype(np.uint32)
         if len(ids) != vocab_size:
-            raise ValueError("frequent ids that stand there twice")
+            raise ValueError("a frequent id is listed twice")
         numbers = np.empty(vocab_size, np.uint32)
         numbers[ids] = np.arange(vocab_size, dtype=np.uint32)
         return cls(ids, numbers)
@@ -155,8 +154,8 @@ class DrawnCodec:
     @cached_property
     def values(self) -> Array:
         """(256) float64 probability of each code."""
-        values: Array = 2.0 ** (-np.arange(256) / 16) / self.size
-        return values
+        octaves = np.arange(256) / 16
+        return np.asarray(2.0**-octaves / self.size)
 
 
 class Entries(NamedTuple):
@@ -182,7 +181,7 @@ class TargetCodec:
         self.numbering = Numbering.of(frequent_ids, spec.vocab_size)
 
     def encode(self, scores: Mapping[str, Array], labels: Array) -> dict[str, Array]:
-        """Return the arrays to store of those that `Scorer.score` gives; `labels` is (R, S).
+        """Return the arrays to store, from those that `Scorer.score` returns; `labels` is (R, S).
 
         The entries of a position are put in order: first those kept as they are, then those that
         were drawn, each group by its numbers; the true token is left out, since its id and its
@@ -248,7 +247,7 @@ class TargetCodec:
         probability 0 behind its own.
 
         Raises:
-            MismatchError: the cache does not have the mass outside at this temperature.
+            MismatchError: the cache does not store the tail at this temperature.
             CorruptCacheError: an id is outside of the vocabulary.
         """
         label = stored["label_kept"].astype(bool)[..., None]

@@ -1,20 +1,20 @@
-"""The commit record of a shard: that it is there, whole, and what it has to be.
+"""The commit record of a shard: that it is complete, and what it must contain.
 
-A record is written after everything it speaks of and is the only sign that a shard exists. It is
-a document of its own for each shard, so that a cache grows without anyone rewriting a list; the
-price is a file more for each shard, read when the shard is first touched.
+A record is written after everything it describes and is the only sign that a shard exists. Each
+shard has its own, so that a cache grows without a list that must be rewritten; the price is one
+more file per shard, read when the shard is first used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.audit_summary import sound
-from ddk_cache.format.documents import dump, parse, read, typed, understand
-from ddk_cache.format.layout import COMMITS, record_name
+from ddk_cache.format.documents import dump, parse, typed, understand
+from ddk_cache.format.layout import record_name, records_name
 from ddk_cache.format.manifest import Manifest
 from ddk_cache.format.plan import ShardKey, shard_at
 from ddk_cache.storage.base import Storage
@@ -34,13 +34,13 @@ class Object:
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """That one shard is there, whole: written last, and only then is the shard read."""
+    """That one shard is complete: written last, and only then is the shard read."""
 
     key: ShardKey
     fingerprint: str
-    """Of the spec that the shard was built under."""
+    """Fingerprint of the spec that the shard was built under."""
     content: str
-    """Of the portion that its rows come from."""
+    """Hash of the documents of the portion that its rows come from."""
     rows: int
     """Valid rows; the rest of the shard is padding."""
     positions: int
@@ -50,9 +50,9 @@ class Record:
     batch_rows: int
     """Rows that the teacher scored in one call."""
     audit: Mapping[str, Any]
-    """What was seen while it was written; see `ddk_cache.audit`."""
+    """Statistics taken while it was written; see `ddk_cache.build.audit`."""
     objects: Mapping[str, Object]
-    """By array."""
+    """Array → its file."""
 
     def dump(self) -> bytes:
         """Return the bytes of the record."""
@@ -70,22 +70,36 @@ class Record:
         return dump(body)
 
     def write(self, storage: Storage) -> None:
-        """Write the record; from here on the shard is committed.
+        """Write the record; from now on the shard is committed.
 
-        One that is there already stays: another process made the same shard, and the same record.
+        An existing record stays: another process made the same shard, and the same record.
         """
         storage.put_if_absent(record_name(self.key), self.dump())
+
+
+def read_records(
+    storage: Storage, manifest: Manifest, keys: Sequence[ShardKey]
+) -> Iterator[Record]:
+    """Yield the records of planned shards, asked for together. Raises as `read_record` does."""
+    found = storage.get_many(map(record_name, keys))
+    for key, data in zip(keys, found, strict=True):
+        yield parse_record(data, storage.uri(record_name(key)), manifest, key)
 
 
 def read_record(storage: Storage, manifest: Manifest, key: ShardKey) -> Record:
     """Read the record of a planned shard.
 
     Raises:
-        CorruptCacheError: it is damaged, or of another shard, plan or cache.
+        CorruptCacheError: it is missing, damaged, or of another shard, plan or cache.
     """
-    name, spec = record_name(key), manifest.spec
-    where = storage.uri(name)
-    body = parse(read(storage, name), where)
+    return next(read_records(storage, manifest, [key]))
+
+
+def parse_record(data: bytes | None, where: str, manifest: Manifest, key: ShardKey) -> Record:
+    """Return the record in a document found at `where`; see `read_record` for the errors."""
+    if data is None:
+        raise CorruptCacheError(f"{where} cannot be read: it is missing.")
+    spec, body = manifest.spec, parse(data, where)
 
     def build() -> Record:
         return Record(
@@ -121,6 +135,6 @@ def read_record(storage: Storage, manifest: Manifest, key: ShardKey) -> Record:
 
 def committed(storage: Storage, domain: str, split: str) -> set[int]:
     """Return the numbers of the committed shards of a split, by their records' names."""
-    names = storage.list_dir(f"{COMMITS}/{domain}/{split}")
+    names = storage.list_dir(records_name(domain, split))
     numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
     return {int(number) for number in numbers if number.isascii() and number.isdecimal()}

@@ -1,7 +1,9 @@
-"""Sealed JSON documents: written with a hash of their content, read back only if it matches.
+"""Sealed JSON documents: written with a hash of their content, read only if it matches.
 
-The seal finds damage, not forgery: whoever can write a cache can seal what they write. So every
-number of a document is also checked for type and bounds before it is used.
+Threat model: the seal finds damage, not forgery, because whoever can write a cache can seal what
+they write. A forged cache can hold wrong numbers; it must not crash a reader, exhaust its memory,
+or reach files outside of the cache. So every number is also checked for type and bounds, and every
+name for where it leads, before it is used. The price is validation by hand.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
 
 
 def read(storage: Storage, name: str) -> bytes:
-    """Return the bytes of a document; a missing one is a CorruptCacheError, for it was named."""
+    """Return the bytes of a document. Raises CorruptCacheError where it is missing."""
     data = storage.get(name)
     if data is None:
         raise CorruptCacheError(f"{storage.uri(name)} cannot be read: it is missing.")
@@ -58,7 +60,7 @@ def read(storage: Storage, name: str) -> bytes:
 
 
 def typed(value: Any, kind: type[T], least: float = 0, most: float = 2**62) -> T:
-    """Return a value that is exactly of a type and, a number, in its bounds; ValueError else."""
+    """Return a value of exactly a type and, if a number, within bounds; else ValueError."""
     number = kind in (int, float)
     if type(value) is not kind or (number and not least <= value <= most):  # type: ignore[operator]
         raise ValueError(f"{value!r} where a {kind.__name__} belongs")
@@ -66,14 +68,14 @@ def typed(value: Any, kind: type[T], least: float = 0, most: float = 2**62) -> T
 
 
 def file_name(name: Any) -> str:
-    """Return the name of a file in a folder, if it is one and leads nowhere else."""
-    if Path(typed(name, str)).name != name or name.startswith("."):
-        raise ValueError(f"{name!r} is no name of a file")
+    """Return a name that is one plain file in a folder. Raises ValueError on any other."""
+    if not typed(name, str) or Path(name).name != name or name.startswith("."):
+        raise ValueError(f"{name!r} is not the name of a file")
     return str(name)
 
 
 def understand(where: str, build: Any) -> Any:
-    """Return `build()`; what it cannot make sense of is a CorruptCacheError of that file."""
+    """Return `build()`; whatever it fails on becomes a CorruptCacheError about that file."""
     try:
         return build()
     except CacheError:

@@ -1,34 +1,32 @@
-"""The JSON documents of a cache: what all have in common, the root, the plan of each domain.
+"""The root and the plans of a cache.
 
-Each changes at another time and is its own file: the root says what the cache is and is written
-once; a plan fixes the rows of a domain; a record (in `ddk_cache.records`) says that one shard is
-there, whole. So any number of processes can work on one cache without ever writing the same
-document. All carry a seal, the hash of their own content, and are read only if they are byte for
-byte what writing them again would give: a changed digit is an error, not a number.
+Each document changes at another time and is its own file: the root says what the cache is and is
+written once; a plan fixes the rows of a domain; a record (`ddk_cache.format.commit`) says that one
+shard is complete. So any number of processes can work on one cache without writing the same
+document. All are sealed, and are read only if writing them again would give the same bytes: a
+changed digit is an error, not a number.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ddk_cache.errors import (
-    CorruptCacheError,
-    NotACacheError,
-)
+from ddk_cache.errors import CorruptCacheError, NotACacheError
 from ddk_cache.format.documents import dump, file_name, parse, read, typed, understand
-from ddk_cache.format.layout import PLANS, ROOT, plan_name
+from ddk_cache.format.layout import PLANS, ROOT, is_document, plan_name, shards_name
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
 from ddk_cache.format.spec import CacheSpec, check_name
 from ddk_cache.storage.base import Storage
 from ddk_cache.types import SPLITS
 
-# --- documents ------------------------------------------------------------------------------------
-
-
-# --- the root and the plans -----------------------------------------------------------------------
+MODEL_FILES = re.compile(
+    r"(config|generation_config|adapter_config|ddk)\.json|.*\.(safetensors|bin|pt|pth|index\.json)"
+)
+"""Files of a model, which no tokenizer has: copied next to a student they would replace its own."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +35,9 @@ class Root:
 
     spec: CacheSpec
     batch_rows: int
-    """Rows that the teacher scores in one call: they too decide the last bits of its word."""
+    """Rows that the teacher scores in one call: they decide the last bits of its outputs too."""
     sources: Mapping[str, Mapping[str, Any]]
-    """Every domain that the cache shall have, and where its documents come from."""
+    """Every domain that the cache is to have, and where its documents come from."""
     tokenizer_files: Mapping[str, tuple[int, str]]
     """Name → size and hash."""
     provenance: Mapping[str, str] = field(default_factory=dict)
@@ -80,12 +78,14 @@ class Root:
 
     @classmethod
     def _of(cls, body: Mapping[str, Any]) -> Root:
+        if not body["sources"]:
+            raise ValueError("it names no domain")
         return cls(
             spec=CacheSpec.from_json(body["spec"]),
             batch_rows=typed(body["batch_rows"], int, 1),
             sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
             tokenizer_files={
-                file_name(name): (typed(size, int, 0), typed(hashed, str))
+                tokenizer_file(name): (typed(size, int, 0), typed(hashed, str))
                 for name, (size, hashed) in body["tokenizer_files"].items()
             },
             provenance={name: typed(v, str) for name, v in body["provenance"].items()},
@@ -128,6 +128,13 @@ class Manifest:
         return cls(root, {name: read_plan(storage, root.spec, name) for name in planned})
 
 
+def tokenizer_file(name: Any) -> str:
+    """Return the name of a file that a tokenizer can have. Raises ValueError on any other."""
+    if MODEL_FILES.fullmatch(file_name(name)):
+        raise ValueError(f"{name!r} is not a file of a tokenizer")
+    return str(name)
+
+
 def create_root(storage: Storage, root: Root) -> bool:
     """Write the root of a new cache; False where another process was first."""
     return storage.put_if_absent(ROOT, root.dump())
@@ -160,7 +167,7 @@ def read_plan(storage: Storage, spec: CacheSpec, domain: str) -> DomainPlan:
     try:
         body = parse(read(storage, plan_name(domain)), where)
     except CorruptCacheError as error:
-        again = "If it is removed, 'ddk-cache build' makes the whole domain again."
+        again = "Remove it and 'ddk-cache build' makes the whole domain again."
         raise CorruptCacheError(f"{error} {again}") from error
     if (body.get("domain"), body.get("fingerprint")) != (domain, spec.fingerprint):
         raise CorruptCacheError(f"{where} belongs to another domain or cache.")
@@ -180,12 +187,12 @@ def read_plan(storage: Storage, spec: CacheSpec, domain: str) -> DomainPlan:
         metadata = {typed(name, str): typed(text, str) for name, text in body["metadata"].items()}
         for name, text in metadata.items():
             text.encode()
-            if ".." in name or not (name.startswith("domains/") and name.endswith("/zarr.json")):
-                raise ValueError(f"{name!r} is no Zarr document of a domain")
+            if not is_document(name):
+                raise ValueError(f"{name!r} is not a Zarr document of a domain")
         known = body.get("frequent_ids", ())
         frequent = tuple(typed(number, int, 0, spec.vocab_size - 1) for number in known)
         if len(set(frequent)) != len(frequent):
-            raise ValueError("frequent ids that stand there twice")
+            raise ValueError("a frequent id is listed twice")
         return DomainPlan(portions, metadata, frequent)
 
     plan: DomainPlan = understand(where, build)
@@ -197,21 +204,20 @@ def read_plan(storage: Storage, spec: CacheSpec, domain: str) -> DomainPlan:
 def check_shown(
     storage: Storage, spec: CacheSpec, domain: str, split: str, plan: DomainPlan
 ) -> None:
-    """Believe a plan only as far as there are files to show for it.
+    """Check that a plan does not claim many more shards than there are files.
 
-    Token rows are written before their plan. Some may have been lost since; most cannot, and a
-    number of rows that nothing bears out must not decide how long a list becomes.
+    Token rows are written before their plan. A few may have been lost since, but a number without
+    files behind it must not decide how long a list becomes.
 
     Raises:
-        CorruptCacheError: it names many more shards than there are.
+        CorruptCacheError: it does.
     """
     planned = shard_count(plan, split, spec.shard_rows)
     if planned <= 1024:
         return
-    there = len(storage.list_dir(f"domains/{domain}/{split}/tokens/c"))
+    there = len(storage.list_dir(shards_name(domain, split, "tokens")))
     if planned > 4 * there + 1024:
         raise CorruptCacheError(
-            f"{storage.uri(plan_name(domain))} plans {planned:,} shards of {split} rows, and "
-            f"{there:,} are there. If it is removed, 'ddk-cache build' makes the whole domain "
-            "again."
+            f"{storage.uri(plan_name(domain))} plans {planned:,} shards of {split} rows, but only "
+            f"{there:,} exist. Remove it and 'ddk-cache build' makes the whole domain again."
         )

@@ -1,6 +1,7 @@
-"""What is planned of a domain: its rows, in portions, and the shards that they fill.
+"""The plan of a domain: its rows, in portions, and the shards that they fill.
 
-Where a row lies is arithmetic on the plan: nothing here is as long as the cache.
+Where a row lies is arithmetic on the plan: no list here is as long as the cache. The price is that
+array rows are not numbered without gaps: a portion begins on a shard border.
 """
 
 from __future__ import annotations
@@ -85,12 +86,12 @@ class Extent(NamedTuple):
 
 
 class Shard(NamedTuple):
-    """What the plan says of one shard."""
+    """What the plan says about one shard."""
 
     rows: int
     """Valid rows; the rest is padding."""
     content: str
-    """Of the portion that its rows come from."""
+    """Hash of the documents of the portion that its rows come from."""
 
 
 def extents(plan: DomainPlan, split: str, shard_rows: int) -> list[Extent]:
@@ -105,10 +106,7 @@ def extents(plan: DomainPlan, split: str, shard_rows: int) -> list[Extent]:
 
 
 def rows_at(runs: Iterable[Extent], places: Array) -> Array:
-    """Return the numbers of valid rows by their place among all rows of some extents, int64.
-
-    Arithmetic on the extents: the rows of a cache are never listed.
-    """
+    """Return the array rows, int64, of valid rows given by their places 0, 1, … in some extents."""
     starts, lengths = np.array([[0, 0], *runs], np.int64).T
     ends = np.cumsum(lengths)
     run = np.searchsorted(ends, places, side="right")

@@ -1,8 +1,8 @@
-"""The shared vocabulary of a cache: format version, arrays, spec, and the targets of a position.
+"""The spec of a cache: what decides its bytes, and the arrays that follow from it.
 
-Everything that two rooms of the project must agree on stands here once, in the standard library
-and NumPy, so that any file may import it and none pays for it. The trade-off: the file knows the
-shape of everything and the meaning of little; what a number means is said where it is computed.
+Everything that the writing and the reading side must agree on is defined here once, with the
+standard library and NumPy. The trade-off: the module knows the shape of everything and the meaning
+of little; what a number means is said where it is computed, in `ddk_cache.format.codec`.
 
 Shape letters: R rows, S positions in a row, K kept entries of a position, V vocabulary.
 """
@@ -53,8 +53,8 @@ TARGET_KINDS = {"topk": 1, "sampled": 2}
 class TargetSpec:
     """Which entries of the teacher's distribution are kept.
 
-    `topk:64` keeps the 64 likeliest. `sampled:12` keeps 12: the likeliest as they are, and a draw
-    of the others that is right on average.
+    `topk:64` keeps the 64 likeliest ids. `sampled:12` keeps 12: the likeliest as they are, and an
+    unbiased sample of the others.
     """
 
     kind: str
@@ -67,7 +67,7 @@ class TargetSpec:
         if kind not in TARGET_KINDS:
             raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
         least = TARGET_KINDS[kind]
-        if not size.isdecimal() or int(size) < least:
+        if not (size.isascii() and size.isdecimal()) or int(size) < least:
             raise InputError(
                 f"targets {text!r} need a size of at least {least}, for example '{kind}:12'."
             )
@@ -82,20 +82,27 @@ class TargetSpec:
 
 LARGEST = {
     "seq_len": 2**24,
-    "vocab_size": 2**31 - 1,
+    "vocab_size": 2**24,
     "chunk_rows": 2**20,
     "shard_rows": 2**24,
 }
-"""Bounds that no real cache meets: a damaged number must not turn into an allocation."""
+"""Bounds far above any real cache: a damaged number must not turn into an allocation. An id has
+three bytes at most."""
 
 LARGEST_CHUNK = 2**28
 """Entries in a chunk, at most; a chunk is decoded in memory as a whole."""
-
 
 MOST_TEMPERATURES = 16
 
 COMPRESSIONS = ("small", "fast")
 """zstd for fewer bytes, lz4 for less work at every reading."""
+
+TOKEN_ARRAYS = ("tokens", "loss_mask")
+"""Written when the rows are planned, before the teacher runs."""
+
+
+TOKEN_ARRAYS = ("tokens", "loss_mask")
+"""Written when the rows are planned, before the teacher runs."""
 
 
 class ArrayLayout(NamedTuple):
@@ -135,9 +142,9 @@ class CacheSpec:
     kept_mass: float = 1.0
     """Mass at which top-k targets stop before they have K entries; 1 keeps K everywhere."""
     temperatures: tuple[float, ...] = ()
-    """Temperatures beside 1 at which the mass outside of the top k is stored too."""
+    """Temperatures other than 1 at which the mass outside of the top k is stored too."""
     seed: int = 0
-    """Of the draws of sampled targets."""
+    """Seed for drawing sampled targets."""
     compression: str = "small"
     """One of `COMPRESSIONS`."""
 
@@ -146,14 +153,14 @@ class CacheSpec:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise InputError(
-                    f"{name} has to be a whole number from 1 to {most:,}, not {value}."
+                    f"{name}: got {value}, expected a whole number from 1 to {most:,}."
                 )
         if type(self.logprob_step) is not float or not 0 < self.logprob_step < 1:
-            raise InputError(f"logprob_step has to be in (0, 1), not {self.logprob_step}.")
+            raise InputError(f"logprob_step: got {self.logprob_step}, expected a float in (0, 1).")
         for name in ("teacher", "tokenizer"):
             facts = getattr(self, name)
             if not isinstance(facts, Mapping) or {type(fact) for fact in facts.values()} - {str}:
-                raise InputError(f"{name} has to map names to text, not {facts!r}.")
+                raise InputError(f"{name}: got {facts!r}, expected a mapping of names to text.")
         self._check_targets()
         if self.targets.size > self.vocab_size:
             raise InputError(
@@ -161,26 +168,26 @@ class CacheSpec:
                 f"({self.vocab_size:,})."
             )
         if type(self.holdout) not in (int, float) or not 0 <= self.holdout < 1:
-            raise InputError(f"holdout has to be in [0, 1), not {self.holdout}.")
+            raise InputError(f"holdout: got {self.holdout}, expected a number in [0, 1).")
         if self.shard_rows % self.chunk_rows:
             raise InputError(
-                f"a shard of {self.shard_rows} rows is no whole number of chunks of "
+                f"a shard of {self.shard_rows} rows is not a whole number of chunks of "
                 f"{self.chunk_rows} rows."
             )
         if self.chunk_rows * self.seq_len * self.targets.size > LARGEST_CHUNK:
             raise InputError(
                 f"a chunk of {self.chunk_rows} rows of {self.seq_len:,} positions with "
-                f"{self.targets.size} entries is too large; give fewer --chunk-rows."
+                f"{self.targets.size} entries is too large; use fewer --chunk-rows."
             )
 
     def _check_targets(self) -> None:
         """Check the settings that decide how targets are drawn and stored."""
         if type(self.prob_levels) is not int or not 16 <= self.prob_levels <= 255:
-            raise InputError(f"prob_levels has to be from 16 to 255, not {self.prob_levels}.")
+            raise InputError(f"prob_levels: got {self.prob_levels}, expected 16 to 255.")
         if type(self.kept_mass) is not float or not 0 < self.kept_mass <= 1:
-            raise InputError(f"kept_mass must be in (0, 1], not {self.kept_mass}.")
+            raise InputError(f"kept_mass: got {self.kept_mass}, expected a number in (0, 1].")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
-            raise InputError(f"seed has to be a whole number of 0 or more, not {self.seed}.")
+            raise InputError(f"seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1.")
         if self.compression not in COMPRESSIONS:
             raise InputError(unknown("compression", str(self.compression), COMPRESSIONS))
         declared = self.temperatures
@@ -191,13 +198,13 @@ class CacheSpec:
             or list(declared) != sorted(set(declared))
         ):
             raise InputError(
-                f"temperatures have to be different numbers from 0.01 to 100 beside 1, which is "
-                f"always there, not {declared}."
+                f"temperatures: got {declared}, expected different numbers from 0.01 to 100, "
+                "without 1, which is always stored."
             )
         if declared and self.targets.kind != "topk":
             raise InputError(
-                f"targets {self.targets} are drawn at temperature 1 and are right on average only "
-                "there; temperatures can be declared for topk."
+                f"targets {self.targets} are drawn at temperature 1 and are unbiased only there; "
+                "temperatures can be declared for topk."
             )
 
     @property
@@ -228,7 +235,7 @@ class CacheSpec:
         return layouts
 
     def temperature_place(self, temperature: float) -> int:
-        """Return the place of a declared temperature. Raises MismatchError, with the reason."""
+        """Return the index of a declared temperature. Raises MismatchError, with the reason."""
         if temperature in self.temperatures:
             return self.temperatures.index(temperature)
         if self.targets.kind != "topk":
@@ -239,8 +246,8 @@ class CacheSpec:
             reason = "the mass outside of the top k at it was not stored"
         known = ", ".join(f"{t:g}" for t in sorted([1.0, *self.temperatures]))
         raise MismatchError(
-            f"this cache cannot be read at temperature {temperature:g}: {reason}. It can at "
-            f"{known}; others are declared when a cache is built (--temperature, for topk)."
+            f"this cache cannot be read at temperature {temperature:g}: {reason}. It can be read "
+            f"at {known}; others are declared when a cache is built (--temperature, for topk)."
         )
 
     @property
@@ -280,6 +287,3 @@ class CacheSpec:
     def fingerprint(self) -> str:
         """Hash of the spec. Every record carries it, so records of two caches never mix."""
         return digest(canonical(self.to_json()))
-
-
-# --- hashing ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 The sharding codec of Zarr v3 ends a shard with an index: offset and length of each chunk as
 uint64, then a crc32c of the index. Each of our chunks ends with a crc32c of its own. Everything
 is checked before it is used, so that no number in a damaged file decides how much is read or
-allocated.
+allocated. The price of our own reader is that it reads this one layout only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHECKSUM = 4
 """Bytes of a crc32c."""
 
 BLOSC_HEADER = struct.Struct("<4xIII")
-"""Of a chunk: versions and flags, then bytes before, of a block, and after compression."""
+"""Header of a chunk: versions and flags, then bytes before, of a block, and after compression."""
 
 
 def footer_length(chunks: int) -> int:
@@ -36,7 +36,7 @@ class Index:
     """Where the chunks of a shard lie, each with the checksum behind it."""
 
     where: str
-    """Of the shard, for people."""
+    """The path or URL of the shard, for messages."""
     offsets: list[int]
     lengths: list[int]
 
@@ -102,8 +102,8 @@ def check(body: bytes, expected: str, where: str) -> None:
     found = f"{google_crc32c.value(body):08x}"
     if found != expected:
         raise CorruptCacheError(
-            f"{where} is damaged, or not the shard that was committed: the checksum of a chunk "
-            f"is {found}, and {expected} was written."
+            f"{where} is damaged, or not the shard that was committed: a chunk has the checksum "
+            f"{found}, expected {expected}."
         )
 
 
@@ -114,7 +114,7 @@ def check_size(body: bytes, where: str, size: int) -> None:
     claimed, _, packed = BLOSC_HEADER.unpack_from(body)
     if (claimed, packed) != (size, len(body)):
         raise CorruptCacheError(
-            f"a chunk of {where} is damaged: it claims {claimed:,} bytes where {size:,} belong."
+            f"a chunk of {where} is damaged: it claims {claimed:,} bytes, expected {size:,}."
         )
 
 

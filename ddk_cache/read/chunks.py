@@ -1,29 +1,30 @@
-"""Committed shards → chunks as they are stored: the direct reader of the one layout we write.
+"""Committed shards → decoded chunks: the direct reader of the one layout that we write.
 
-The record and the indices of a shard are read once, a chunk is one range, a checksum and one
-decompression. That is a few times less work for each token than a general Zarr reader needs,
-which asks for the index anew at every read; any Zarr reader still opens the same files. What a
-caller needs is asked for together, so that a slow place is asked once, and any number of threads
-may call. The price of keeping decoded chunks is their memory, `CHUNKS_KEPT` of each array.
+What no general Zarr reader does is check each chunk against its commit record, so a chunk is one
+range, one checksum and one decompression. Three caches follow from each other:
+
+    record of a shard  →  index of one array of it  →  decoded chunk
+
+A call asks each of them once for everything that it misses, so that the requests to an object
+store overlap; any number of threads may call. Any Zarr reader still opens the same files. The
+price of keeping decoded chunks is their memory, `CHUNKS_KEPT` of each array.
 """
 
 from __future__ import annotations
 
 import math
 import mmap
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
-from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
 from ddk_cache.errors import CorruptCacheError
-from ddk_cache.format.commit import Record, read_record
+from ddk_cache.format.commit import Record, read_records
 from ddk_cache.format.layout import object_name
 from ddk_cache.format.manifest import Manifest
 from ddk_cache.format.plan import ShardKey
-from ddk_cache.format.spec import ArrayLayout
 from ddk_cache.format.zarr_shard import (
     CHECKSUM,
     Index,
@@ -37,82 +38,51 @@ from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.types import Array
 
 CHUNKS_KEPT = 256
-"""Decoded chunks held in memory, so that rows of one chunk drawn soon after cost one read: a block
-of the training order, of sixteen domains. About a quarter of a gigabyte."""
+"""Decoded chunks of each array held in memory, so that rows of one chunk drawn soon after each
+other cost one read: a block of the training order, of sixteen domains. About 0.25 GB."""
 
 SHARDS_KEPT = 512
-"""Records and indices of shards held in memory."""
+"""Shards whose records and indices are held in memory."""
 
 
 class ChunkKey(NamedTuple):
-    """The same chunk of some arrays of a split."""
+    """One chunk of one array of a split, by its number in the array."""
 
     domain: str
     split: str
     number: int
-    arrays: tuple[str, ...]
+    array: str
 
 
-class Part(NamedTuple):
-    """One array's part of a committed shard."""
+class ArrayShard(NamedTuple):
+    """One committed file: where its chunks lie, and which checksums were committed for them."""
 
-    shard: Index
     name: str
+    layout: Index
     checksums: str
-    """The committed crc32c of each chunk, eight hex digits each."""
+    """The crc32c of each chunk, eight hex digits each."""
 
     def range(self, place: int) -> ByteRange:
         """Return where a chunk of the shard lies, without the checksum behind it."""
-        shard = self.shard
-        return ByteRange(self.name, shard.offsets[place], shard.lengths[place] - CHECKSUM)
+        offset, length = self.layout.offsets[place], self.layout.lengths[place]
+        return ByteRange(self.name, offset, length - CHECKSUM)
 
     def check(self, place: int, body: bytes, size: int) -> None:
         """Raise CorruptCacheError unless a chunk is the committed one and claims `size` bytes."""
-        check(body, self.checksums[8 * place : 8 * place + 8], self.shard.where)
-        check_size(body, self.shard.where, size)
-
-    def decode(self, body: bytes, out: Array) -> None:
-        """Write the values of a chunk that was checked to `out`."""
-        decompress(body, self.shard.where, out)
+        check(body, self.checksums[8 * place : 8 * place + 8], self.layout.where)
+        check_size(body, self.layout.where, size)
 
 
 class Chunk:
-    """Decoded chunks, (chunk_rows, …) each as stored, in memory that is used again when they go."""
+    """The values of a chunk, (chunk_rows, …) as stored; with the object goes their memory."""
 
-    __slots__ = ("_free", "arrays")
+    __slots__ = ("_free", "values")
 
-    def __init__(self, arrays: list[Array], free: list[list[Array]]) -> None:
-        self.arrays, self._free = arrays, free
+    def __init__(self, values: Array, free: list[Array]) -> None:
+        self.values, self._free = values, free
 
     def __del__(self) -> None:
-        self._free.append(self.arrays)
-
-
-class Room:
-    """Memory for the chunks of some arrays.
-
-    It is mapped, as much as was ever in use at once, whatever the size of the cache. Taken from
-    the allocator, chunks that stay would lie between tensors that come and go, and its heap would
-    grow well beyond what is held.
-    """
-
-    def __init__(self, rows: int, layouts: Sequence[ArrayLayout]) -> None:
-        self.shapes = [((rows, *layout.inner), layout.dtype) for layout in layouts]
-        self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.shapes]
-        self._free: list[list[Array]] = []
-
-    def __call__(self) -> Chunk:
-        """Return room for a chunk of each array."""
-        try:
-            return Chunk(self._free.pop(), self._free)
-        except IndexError:
-            return Chunk(self._map(), self._free)
-
-    def _map(self) -> list[Array]:
-        return [
-            np.frombuffer(mmap.mmap(-1, size), dtype).reshape(shape)
-            for size, (shape, dtype) in zip(self.sizes, self.shapes, strict=True)
-        ]
+        self._free.append(self.values)
 
 
 class Chunks:
@@ -121,76 +91,87 @@ class Chunks:
     def __init__(
         self, storage: Storage, manifest: Manifest, require: Callable[[ShardKey], None]
     ) -> None:
-        """Ask `require` to raise for a shard that is not committed."""
+        """Read from a storage; `require` raises for a shard that is not committed."""
         self.storage, self.manifest, self.require = storage, manifest, require
-        self.spec = manifest.spec
+        self.spec, self.layouts = manifest.spec, manifest.spec.arrays
+        arrays = len(self.layouts)
         self._records = LRU(SHARDS_KEPT, self._read_records)
-        self._shards = LRU(SHARDS_KEPT, self._read_shards)
-        self._chunks = LRU(CHUNKS_KEPT, self._read_chunks)
-        self._room = lru_cache(self._make_room)
+        self._shards = LRU(SHARDS_KEPT * arrays, self._read_shards)
+        self._chunks = LRU(CHUNKS_KEPT * arrays, self._read_chunks)
+        self._free: defaultdict[str, list[Array]] = defaultdict(list)
 
     def __call__(self, keys: Sequence[ChunkKey]) -> list[Chunk]:
-        """Return chunks, which nobody may change, nor keep their arrays without them.
+        """Return chunks. Nobody may change one, nor keep its values longer than the chunk itself.
 
         Raises:
             CorruptCacheError: stored bytes are not those that were committed.
         """
         return self._chunks(keys)
 
-    def _make_room(self, arrays: tuple[str, ...]) -> Room:
-        layouts = self.spec.arrays
-        return Room(self.spec.chunk_rows, [layouts[name] for name in arrays])
-
     def _read_records(self, keys: Sequence[ShardKey]) -> Iterator[Record]:
         for key in keys:
             self.require(key)
-            yield read_record(self.storage, self.manifest, key)
+        return read_records(self.storage, self.manifest, keys)
 
-    def _read_shards(
-        self, keys: Sequence[tuple[ShardKey, tuple[str, ...]]]
-    ) -> Iterator[list[Part]]:
-        records, length = self._records([key for key, _ in keys]), self._footer
-        wanted, found, where = [], [], self.storage.uri
-        for (key, arrays), record in zip(keys, records, strict=True):
-            for array in arrays:
-                name, entry = object_name(self.spec, key, array), record.objects[array]
-                if entry.bytes < length:
-                    raise CorruptCacheError(f"{self.storage.uri(name)} cannot be so short.")
-                self.storage.check_size(name, entry.bytes)
-                wanted.append(ByteRange(name, entry.bytes - length, length))
-                found.append((name, entry))
-        footers = self.storage.get_ranges(wanted)
-        parts = (
-            Part(Index.parse(where(name), entry.bytes, footer), name, entry.chunks)
-            for (name, entry), footer in zip(found, footers, strict=True)
+    def _read_shards(self, keys: Sequence[tuple[ShardKey, str]]) -> Iterator[ArrayShard]:
+        """Read the index at the end of each file."""
+        length = footer_length(self.spec.chunks_per_shard)
+        records = self._records([shard for shard, _ in keys])
+        names = [object_name(self.spec, shard, array) for shard, array in keys]
+        objects = [record.objects[array] for record, (_, array) in zip(records, keys, strict=True)]
+        for name, entry in zip(names, objects, strict=True):
+            if entry.bytes < length:
+                raise CorruptCacheError(f"{self.storage.uri(name)} is too short for its index.")
+            self.storage.check_size(name, entry.bytes)
+        footers = self.storage.get_ranges(
+            ByteRange(name, entry.bytes - length, length)
+            for name, entry in zip(names, objects, strict=True)
         )
-        for _, arrays in keys:
-            yield list(islice(parts, len(arrays)))
+        for name, entry, footer in zip(names, objects, footers, strict=True):
+            index = Index.parse(self.storage.uri(name), entry.bytes, footer)
+            yield ArrayShard(name, index, entry.chunks)
 
     def _read_chunks(self, keys: Sequence[ChunkKey]) -> Iterator[Chunk]:
+        """Read, check and decompress chunks."""
         places = [divmod(key.number, self.spec.chunks_per_shard) for key in keys]
         shards = self._shards(
             [
-                (ShardKey(key.domain, key.split, number), key.arrays)
-                for key, (number, _) in zip(keys, places, strict=True)
+                (ShardKey(key.domain, key.split, shard), key.array)
+                for key, (shard, _) in zip(keys, places, strict=True)
             ]
         )
-        found = [
-            (parts, place, self._room(key.arrays))
-            for key, parts, (_, place) in zip(keys, shards, places, strict=True)
-        ]
         bodies = self.storage.get_ranges(
-            part.range(place) for parts, place, _ in found for part in parts
+            shard.range(place) for shard, (_, place) in zip(shards, places, strict=True)
         )
-        for parts, place, room in found:
-            taken = list(islice(bodies, len(parts)))
-            for part, body, size in zip(parts, taken, room.sizes, strict=True):
-                part.check(place, body, size)
-            chunk = room()
-            for part, body, out in zip(parts, taken, chunk.arrays, strict=True):
-                part.decode(body, out)
+        for key, shard, (_, place), body in zip(keys, shards, places, bodies, strict=True):
+            # Memory is taken only after the chunk has shown that it fills it.
+            shard.check(place, body, self._size(key.array))
+            chunk = self._room(key.array)
+            decompress(body, shard.layout.where, chunk.values)
             yield chunk
 
-    @property
-    def _footer(self) -> int:
-        return footer_length(self.spec.chunks_per_shard)
+    def _size(self, array: str) -> int:
+        """Return the bytes of a decoded chunk."""
+        layout = self.layouts[array]
+        return self.spec.chunk_rows * math.prod(layout.inner) * layout.dtype.itemsize
+
+    def _room(self, array: str) -> Chunk:
+        """Return memory for a chunk: that of one that is gone, or new.
+
+        New memory is mapped, not allocated. Between tensors that come and go, chunks that stay
+        would make the allocator's heap grow well beyond what is held. The mapping is private, so
+        that a forked process does not write into the chunks of its parent.
+        """
+        free = self._free[array]
+        try:
+            return Chunk(free.pop(), free)
+        except IndexError:
+            layout = self.layouts[array]
+            memory = mmap.mmap(-1, self._size(array), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            values = np.frombuffer(memory, layout.dtype)
+            return Chunk(values.reshape(self.spec.chunk_rows, *layout.inner), free)
+
+    def close(self) -> None:
+        """Free the memory of all chunks that nobody holds."""
+        self._chunks.clear()
+        self._free.clear()

@@ -1,8 +1,9 @@
-"""The last values of a costly function, each made once however many threads ask for it.
+"""A batched, thread-safe LRU cache: each value is made once, however many threads ask for it.
 
-`functools.lru_cache` lets two threads that miss at the same time both do the work, and asks for
-one key at a time. Here a caller names all that it needs; what nobody has begun is made together,
-so that the requests behind it can be joined, and what another thread has begun is waited for.
+`functools.lru_cache` lets two threads that miss at the same time both do the work, and takes one
+key at a time. Here a caller names all the keys it needs; those that are missing are made together,
+so that their requests can overlap, and those that another thread is making are waited for. The
+price is one lock, held while keys are looked up and never while values are made.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ V = TypeVar("V")
 
 
 class Slot(Generic[V]):
-    """A value that is there, or that some thread is making."""
+    """A value, made or being made by some thread."""
 
     __slots__ = ("error", "made", "value")
 
@@ -28,7 +29,7 @@ class Slot(Generic[V]):
         self.made, self.error = made, None
 
     def get(self) -> V:
-        """Return the value, or raise what went wrong with it, once it is made."""
+        """Return the value once it is made, or raise the error of making it."""
         if not self.made.is_set():
             self.made.wait()
         if self.error:
@@ -37,7 +38,7 @@ class Slot(Generic[V]):
 
 
 class LRU(Generic[K, V]):
-    """The `size` values used last of `make`: keys → a value for each, in order."""
+    """The `size` most recently used values of `make`: keys → a value for each, in order."""
 
     def __init__(self, size: int, make: Callable[[Sequence[K]], Iterable[V]]) -> None:
         self.size, self.make = size, make
@@ -56,7 +57,13 @@ class LRU(Generic[K, V]):
             self._make(ours, made)
         return [slot.get() for slot in found]
 
+    def clear(self) -> None:
+        """Drop all values."""
+        with self._lock:
+            self._slots.clear()
+
     def _find(self, key: K, ours: dict[K, Slot[V]], made: Event) -> Slot[V]:
+        """Return the slot of a key; a new one is also put into `ours`, for this thread to fill."""
         slot = self._slots.get(key)
         if slot is None:
             slot = self._slots[key] = ours[key] = Slot(made)

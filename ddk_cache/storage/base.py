@@ -1,7 +1,8 @@
-"""What a cache asks of the place where it lies: named bytes below one root.
+"""What a cache asks of its directory or object store: named bytes below one root.
 
-Names are relative and use slashes. Storage are small and read whole, or large and read in
-ranges; they appear whole or not at all. A writer makes a local file in `scratch` and hands it over.
+Names are relative and use slashes. Objects are small and read whole, or large and read in ranges;
+they appear whole or not at all. A writer makes a local file in `scratch` and hands it over. A
+storage can be pickled, for it is opened again by its path or URL.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 LEASES, SCRATCH = "claims", "tmp"
-"""Folders that are there only while somebody builds."""
+"""Folders that exist only while a build runs."""
 
 
 class ByteRange(NamedTuple):
@@ -23,17 +24,20 @@ class ByteRange(NamedTuple):
 
 
 class Storage(Protocol):
-    """A place for objects. What goes wrong on the way to it is a named error."""
+    """A directory or an object store. What goes wrong on the way to it is a named error."""
 
     @property
     def scratch(self) -> Path:
-        """Return where this process makes its files; the directory may not be there yet."""
+        """Return the directory for the temporary files of this process; it may not exist yet."""
 
     def uri(self, name: str = "") -> str:
-        """Return how a person finds an object, or the root."""
+        """Return the path or URL of an object, or of the root, for people."""
 
     def get(self, name: str) -> bytes | None:
         """Return a whole object; None where there is none. CorruptCacheError: it is unreadable."""
+
+    def get_many(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        """Yield what `get` returns for each name, in order; requests may overlap."""
 
     def get_with_age(self, name: str) -> tuple[bytes, float] | None:
         """Return a whole object and the seconds since it was written; None where there is none."""
@@ -42,17 +46,17 @@ class Storage(Protocol):
         """Return whether there is such an object."""
 
     def list_dir(self, folder: str) -> list[str]:
-        """Return the names of what lies directly in a folder, in no order; none of no folder."""
+        """Return the names directly in a folder, in no order; an absent folder is empty."""
 
     def list_prefix(self, folder: str) -> Iterator[str]:
         """Yield the whole names of all objects below a folder, in no order."""
 
     def hash(self, name: str) -> tuple[int, str]:
-        """Return size in bytes and xxh3-128 hash. CorruptCacheError: it is not there, or a link."""
+        """Return size in bytes and xxh3-128 hash. CorruptCacheError: it is missing, or a link."""
 
     def check_size(self, name: str, size: int) -> None:
-        """Raise CorruptCacheError unless an object is a plain one of `size` bytes, where the place
-        can tell that without reading.
+        """Raise CorruptCacheError unless an object is a plain one of `size` bytes, where that can
+        be told without reading it.
         """  # noqa: D205
 
     def get_ranges(self, wanted: Iterable[ByteRange]) -> Iterator[bytes]:
@@ -77,4 +81,7 @@ class Storage(Protocol):
         """Remove all objects below a folder."""
 
     def clean_up(self) -> None:
-        """Remove the scratch of this process, and what those that died left beside objects."""
+        """Remove the scratch of this process, and temporary files whose processes have died."""
+
+    def close(self) -> None:
+        """Close files and connections. Using the storage again opens them again."""

@@ -1,15 +1,16 @@
-"""Which process works on what: an object for each claim, and no lock that survives a crash.
+"""Which process works on what: one object per lease, and no lock that survives a crash.
 
-A claim is an object that only one process can create; its content names the owner, and writing it
-again is the sign of life. One whose owner is gone is taken over. That two processes then do the
-same work for a moment is possible and harmless, because what they make is a function of the plan
-and appears whole; so there is no need for anything stronger, and no scheduler. How old a claim
-is, the place that keeps it says: the clocks of two workers need not agree, only each with the
-place's, to well within the lease.
+A lease is an object that only one process can create. Its content names the owner, who writes it
+again to renew it; a lease whose owner is gone is taken over. Two processes may then do the same
+work for a moment, which is harmless: what they make is a function of the plan and appears whole.
+So nothing stronger is needed, and no scheduler. The age of a lease is what the storage says, or
+how long this process has seen it unchanged, whichever is more: a clock that runs ahead on another
+machine delays a takeover by one lease time and no longer.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from threading import Lock
 
@@ -17,21 +18,26 @@ from ddk_cache import owner
 from ddk_cache.storage.base import LEASES, Storage
 
 BEAT = 15.0
-"""Seconds between two signs of life, at least: eight in a lease, and few requests to a store."""
+"""Seconds between two renewals, at least: eight in a lease time, and few requests to a store."""
+
+log = logging.getLogger(__name__)
 
 
 class Leases:
-    """The claims of one process on the work of one cache."""
+    """The leases of one process on the work of one cache."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
         self._owner = owner.current().encode()
         self._held: set[str] = set()
-        self._lock = Lock()  # a sign of life must not bring back what another thread gives back
-        self._beaten = 0.0
+        self._lock = Lock()  # a renewal must not bring back what another thread releases
+        self._renewed = 0.0
+        self._seen: dict[str, tuple[bytes, float, float]] = {}
+        """Lease → its content, when it was written, and since when it has not changed."""
+        self._reported: set[bytes] = set()
 
     def take(self, name: str) -> bool:
-        """Claim a piece of work; False where this or another live process has it."""
+        """Lease a piece of work; False where this or another live process has it."""
         if name in self._held:
             return False
         while not self.storage.put_if_absent(f"{LEASES}/{name}", self._owner, flush=False):
@@ -42,30 +48,55 @@ class Leases:
         return True
 
     def release(self, name: str) -> None:
-        """Give a claim back."""
+        """Give a lease back."""
         with self._lock:
             self._held.discard(name)
             self.storage.delete(f"{LEASES}/{name}")
 
     def release_all(self) -> None:
-        """Give all claims back, and those of the dead with them."""
+        """Give all leases back, and remove those of dead processes."""
         for name in self.storage.list_dir(LEASES):
             if name in self._held or not self._fresh(name):
                 self.release(name)
 
+    def others(self) -> bool:
+        """Return whether another live process holds a lease."""
+        names = self.storage.list_dir(LEASES)
+        return any(name not in self._held and self._fresh(name) for name in names)
+
     def beat(self) -> None:
-        """Give a sign of life, if the last one is a while ago."""
-        if time.monotonic() - self._beaten < BEAT:
+        """Renew all leases, if the last renewal is `BEAT` seconds ago."""
+        if time.monotonic() - self._renewed < BEAT:
             return
-        self._beaten = time.monotonic()
+        self._renewed = time.monotonic()
         with self._lock:
             for name in list(self._held):
                 if self.storage.get(f"{LEASES}/{name}") == self._owner:
                     self.storage.put(f"{LEASES}/{name}", self._owner)
-                else:  # taken over; what we make is the same
+                else:  # taken over; both make the same bytes
                     self._held.discard(name)
 
     def _fresh(self, name: str) -> bool:
-        """Return whether the owner of a claim is alive."""
+        """Return whether the owner of a lease is alive, as far as can be told."""
         found = self.storage.get_with_age(f"{LEASES}/{name}")
-        return found is not None and owner.alive(found[0].decode(errors="replace"), found[1])
+        if found is None:
+            return False
+        who = found[0].decode(errors="replace")
+        age = max(found[1], self._unchanged(name, *found))
+        fresh = owner.alive(who, age)
+        if fresh and owner.is_elsewhere(who) and found[0] not in self._reported:
+            self._reported.add(found[0])
+            log.info(
+                f"{name} is leased by another machine, {owner.host_of(who)}, which renewed its "
+                f"lease {max(age, 0):.0f} s ago; if it is gone, the work is taken over in "
+                f"{owner.LEASE - age:.0f} s."
+            )
+        return fresh
+
+    def _unchanged(self, name: str, content: bytes, age: float) -> float:
+        """Return the seconds for which this process has seen a lease unchanged."""
+        written, now = time.time() - age, time.monotonic()
+        was = self._seen.get(name)
+        if was is None or was[0] != content or abs(was[1] - written) > 1:
+            self._seen[name] = was = (content, written, now)
+        return now - was[2]

@@ -1,10 +1,7 @@
-"""Named bytes below one root: all that a cache asks of the place where it lies.
+"""A directory as storage: a range is one `pread`, and an object appears by flush and rename.
 
-Names are relative and use slashes. Storage are small and read whole, or large and read in
-ranges; they appear whole or not at all. What a build makes, it makes as a local file in `scratch`
-and hands over. A directory is the first such place and stays as direct as it was: a range is one
-`pread`, and to hand over is to flush and rename. The files read last stay open, few enough for
-any limit.
+The files read last stay open, few enough for any limit. Nothing is read or written through a link
+that leads out of the directory, which costs a look at each folder, once.
 """
 
 from __future__ import annotations
@@ -24,7 +21,7 @@ FILES_OPEN = 256
 """Files kept open; the usual limit of a process is 1,024."""
 
 FOLDERS_KEPT = 4096
-"""Folders that are known to lie within the root."""
+"""Folders of which it is remembered whether they lie within the root."""
 
 
 class LocalStorage:
@@ -36,9 +33,12 @@ class LocalStorage:
         self._open = lru_cache(FILES_OPEN)(Handle)
         self._holds = lru_cache(FOLDERS_KEPT)(self.holds)
 
+    def __reduce__(self) -> tuple[type[LocalStorage], tuple[Path]]:
+        return LocalStorage, (self.root,)
+
     @property
     def scratch(self) -> Path:
-        """Return a folder beside the objects, so that a file becomes one by its new name."""
+        """Return a folder below the root, so that a finished file only needs renaming."""
         return self.root / SCRATCH / owner.current()
 
     def uri(self, name: str = "") -> str:
@@ -56,8 +56,12 @@ class LocalStorage:
                 f"{self.uri(name)} cannot be read: {error.strerror}."
             ) from error
 
+    def get_many(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        """Read one file after another."""
+        return map(self.get, names)
+
     def get_with_age(self, name: str) -> tuple[bytes, float] | None:
-        """Return the bytes of a file and the age by its time."""
+        """Return the bytes of a file, and its age by its time of change."""
         data = self.get(name)
         return None if data is None else (data, owner.age(self.root / name))
 
@@ -66,31 +70,27 @@ class LocalStorage:
         return (self.root / name).exists()
 
     def list_dir(self, folder: str) -> list[str]:
-        """Return what `ls` would show."""
+        """Return the names of the files and folders in a folder."""
         try:
             return [entry.name for entry in os.scandir(self.root / folder)]
         except OSError:
             return []
 
     def list_prefix(self, folder: str) -> Iterator[str]:
-        """Walk."""
+        """Yield the names of all files below a folder."""
         for at, _, names in os.walk(self.root / folder):
             yield from (os.path.relpath(f"{at}/{name}", self.root) for name in names)
 
     def hash(self, name: str) -> tuple[int, str]:
         """Hash a file in pieces."""
-        path = self.root / name
-        if not self.holds(path):
-            raise CorruptCacheError(f"{path} leads out of the cache.")
+        path = self._inside(name)
         if path.is_symlink() or not path.is_file():
             raise CorruptCacheError(f"{path} is missing, or not a plain file.")
         return atomic.hash_file(path)
 
     def check_size(self, name: str, size: int) -> None:
         """Raise CorruptCacheError for a link, a missing file or one of another size."""
-        path = self.root / name
-        if not self.holds(path):
-            raise CorruptCacheError(f"{path} leads out of the cache.")
+        path = self._inside(name)
         try:
             found = path.lstat().st_size
         except OSError as error:
@@ -113,33 +113,49 @@ class LocalStorage:
 
     def put(self, name: str, data: bytes) -> None:
         """Write to a temporary file, flush and rename."""
-        path = self.root / name
+        path = self._changed(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.replace(path, data)
 
     def put_if_absent(self, name: str, data: bytes, *, flush: bool = True) -> bool:
         """Write to a temporary file, flush and link, which fails where the name is taken."""
-        path = self.root / name
+        path = self._changed(name)
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process tidied the folder away
+            with contextlib.suppress(FileNotFoundError):  # another process removed the empty folder
                 return atomic.create(path, data, flush=flush)
 
     def put_file(self, made: Path, name: str) -> None:
         """Flush and rename."""
-        final = self.root / name
+        final = self._changed(name)
         atomic.sync(made)
         final.parent.mkdir(parents=True, exist_ok=True)
         made.replace(final)
         atomic.sync(final.parent)
 
     def delete(self, name: str) -> None:
-        """Unlink a file."""
-        (self.root / name).unlink(missing_ok=True)
+        """Unlink a file, or a link, never what the link leads to."""
+        self._changed(name).unlink(missing_ok=True)
 
     def delete_dir(self, folder: str) -> None:
         """Remove a folder."""
-        shutil.rmtree(self.root / folder, ignore_errors=True)
+        shutil.rmtree(self._changed(folder), ignore_errors=True)
+
+    def _inside(self, name: str) -> Path:
+        """Return the path of an object. CorruptCacheError: it leads out of the cache."""
+        path = self.root / name
+        if not self.holds(path):
+            raise CorruptCacheError(f"{path} leads out of the cache.")
+        return path
+
+    def _changed(self, name: str) -> Path:
+        """Return the path of an object to be written or removed: its folder must lie inside."""
+        path = self.root / name
+        if not self._holds(path.parent):
+            raise CorruptCacheError(
+                f"{path} leads out of the cache and is left alone. Remove the link yourself."
+            )
+        return path
 
     def clean_up(self) -> None:
         """Remove scratch folders and temporary files whose owners are gone, and empty folders."""
@@ -149,12 +165,16 @@ class LocalStorage:
                 self.delete_dir(f"{SCRATCH}/{name}")
         atomic.sweep(self.root)
         for folder in (LEASES, SCRATCH):
-            with contextlib.suppress(OSError):  # another process is still at work in it
+            with contextlib.suppress(OSError):  # another process still uses it
                 (self.root / folder).rmdir()
+
+    def close(self) -> None:
+        """Close the files that were kept open."""
+        self._open.cache_clear()
 
 
 class Handle:
-    """An open file, closed when nobody holds it any more: no reader loses it to another."""
+    """An open file, closed with its last reference, so that no thread loses it while it reads."""
 
     __slots__ = ("number", "path")
 

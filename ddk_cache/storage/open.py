@@ -9,9 +9,14 @@ from ddk_cache.storage.local import LocalStorage
 
 
 def open_storage(place: str | Path) -> Storage:
-    """Return the place that a path or a URL names. InputError: the URL cannot be opened."""
-    if "://" in str(place):
+    """Return the storage that a path or a URL names. InputError: the URL cannot be opened."""
+    if is_url(place):
         from ddk_cache.storage.remote import RemoteStorage
 
         return RemoteStorage(str(place))
     return LocalStorage(Path(place))
+
+
+def is_url(place: str | Path) -> bool:
+    """Return whether a cache is named by a URL and not by a path."""
+    return "://" in str(place)

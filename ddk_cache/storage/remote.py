@@ -1,11 +1,10 @@
-"""Storage of an S3-like store, by way of `obstore`: s3://, gs://, az://, file:// and memory://.
+"""An object store as storage, through `obstore`: s3://, gs://, az://, file:// and memory://.
 
-A request costs tens of milliseconds, so all that is asked for together is under way together, and
-ranges of one object that lie near each other are one request, at the price of the bytes between
-them. What fails in passing is tried again by obstore with growing pauses, within a bound of time;
-after that a person is told once. An object is put whole, in one request, so that nothing half
-uploaded is left to pay for. Credentials and endpoints come from the environment, as obstore
-documents them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
+A request costs tens of milliseconds, so requests made together overlap, and ranges of one object
+that lie near each other are one request, at the price of the bytes between them. obstore retries
+what fails, with growing pauses and up to a time limit; then one error is raised. An object is put
+in one request, so that no half of an upload is left to pay for. Credentials and endpoints come
+from the environment, as obstore documents them (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …).
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -27,6 +25,8 @@ from typing import Any, TypeVar
 from ddk_cache.errors import CorruptCacheError, InputError, StorageError
 from ddk_cache.hashing import digest
 from ddk_cache.storage.base import ByteRange
+from ddk_cache.storage.pool import Pool
+from ddk_cache.storage.url import CREDENTIALS, check_url, scheme_of
 
 T = TypeVar("T")
 
@@ -37,28 +37,40 @@ NEAR = 2**18
 """Bytes between two ranges of an object below which both are one request."""
 
 PATIENCE = 60.0
-"""Seconds from the first try of a request after which it is not tried again."""
+"""Seconds after the first try of a request during which it is retried."""
 
 PAUSE = 0.5
-"""Seconds between two tries of a request that obstore does not try again by itself."""
+"""Seconds between two tries of a request that obstore does not retry."""
+
+RUNTIME: dict[str, int] = {}
+"""The process that made the first request, and thereby started obstore's threads."""
 
 
 class RemoteStorage:
-    """What lies below a URL."""
+    """The objects below a URL."""
 
     def __init__(self, url: str, patience: float | None = None) -> None:
-        """Open a URL; the environment's DDK_PATIENCE, in seconds, stands in for `PATIENCE`."""
+        """Open a URL. `patience` is in seconds; its default is DDK_PATIENCE, or else `PATIENCE`.
+
+        Raises:
+            InputError: the URL cannot be opened, holds credentials, or DDK_PATIENCE is not a
+                number above 0.
+        """
+        check_url(url)
         self.url = url.rstrip("/")
-        self.patience = patience or float(os.environ.get("DDK_PATIENCE", PATIENCE))
+        self.patience = patience or default_patience()
         try:
             import obstore
         except ImportError as error:
             raise InputError(
-                f"{url} needs the package obstore: pip install 'ddk[cloud]'."
+                f"{url} needs the package obstore: pip install 'ddk-distill[cloud]'."
             ) from error
         self._obstore = obstore
         self._store = self._open(obstore)
-        self._pool = ThreadPoolExecutor(IN_FLIGHT, "request")
+        self._pool = Pool(IN_FLIGHT)
+
+    def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str, float]]:
+        return RemoteStorage, (self.url, self.patience)
 
     def _open(self, obstore: Any) -> Any:
         retry = {"max_retries": 10, "retry_timeout": timedelta(seconds=self.patience)}
@@ -67,17 +79,23 @@ class RemoteStorage:
             "connect_timeout": "5 seconds",
         }
         endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-        client["allow_http"] = endpoint.startswith("http:")  # which only a person can have meant
-        remote = not self.url.startswith(("file:", "memory:"))
+        client["allow_http"] = endpoint.startswith(
+            "http:"
+        )  # nobody sets such an endpoint by chance
+        remote = scheme_of(self.url) in CREDENTIALS
         options: Any = {"retry_config": retry, "client_options": client} if remote else {}
         try:
             return obstore.store.from_url(self.url, **options)
         except (obstore.exceptions.BaseError, ValueError, OSError) as error:
-            raise InputError(f"{self.url} cannot be opened: {_first_line(error)}") from error
+            names = CREDENTIALS.get(scheme_of(self.url), "none")
+            raise InputError(
+                f"{self.url} cannot be opened: {_first_line(error)}. Settings come from the "
+                f"environment: {names}."
+            ) from error
 
     @cached_property
     def scratch(self) -> Path:
-        """Return a temporary folder; one that a killed process leaves is the system's to clear."""
+        """Return a temporary folder; one left by a killed process is for the system to remove."""
         return Path(tempfile.mkdtemp(prefix="ddk-"))
 
     def uri(self, name: str = "") -> str:
@@ -89,8 +107,12 @@ class RemoteStorage:
         found = self.get_with_age(name)
         return None if found is None else found[0]
 
+    def get_many(self, names: Iterable[str]) -> Iterator[bytes | None]:
+        """Get objects, up to `IN_FLIGHT` at the same time."""
+        return self._pool.map(self.get, names)
+
     def get_with_age(self, name: str) -> tuple[bytes, float] | None:
-        """Get an object, and by the store's word when it was put."""
+        """Get an object, and its age by the store's clock."""
 
         def ask() -> tuple[bytes, datetime]:
             answer = self._obstore.get(self._store, name)
@@ -141,7 +163,7 @@ class RemoteStorage:
         return len(data), digest(data)
 
     def check_size(self, name: str, size: int) -> None:
-        """Trust the ranges to tell: a store has no links, and asking for a size costs as much."""
+        """Do nothing: a store has no links, and asking for a size costs as much as a range."""
 
     def get_ranges(self, wanted: Iterable[ByteRange]) -> Iterator[bytes]:
         """Get all ranges, those of one object together and all objects at the same time."""
@@ -172,8 +194,8 @@ class RemoteStorage:
     def put_if_absent(self, name: str, data: bytes, *, flush: bool = True) -> bool:
         """Put an object on the condition that there is none.
 
-        obstore does not repeat that where an answer was lost, for it cannot know who then made
-        the object. Here its content tells: what is there as it was asked for is ours, or as good.
+        obstore does not retry this after a lost answer, because it cannot know who created the
+        object. Here the content decides: an equal object is ours, or as good as ours.
         """
         deadline = time.monotonic() + self.patience
         while True:
@@ -197,7 +219,7 @@ class RemoteStorage:
             self._ask(name, ask)
         except FileNotFoundError as error:
             raise InputError(
-                f"{self.uri(name)} cannot be written: there is no such bucket. Make it first."
+                f"{self.uri(name)} cannot be written: there is no such bucket. Create it first."
             ) from error
 
     def put_file(self, made: Path, name: str) -> None:
@@ -211,23 +233,34 @@ class RemoteStorage:
             self._ask(name, lambda: self._obstore.delete(self._store, name))
 
     def delete_dir(self, folder: str) -> None:
-        """Delete all objects that are listed, in requests of many."""
+        """Delete all objects below a prefix, many in a request."""
         if names := list(self.list_prefix(folder)):
             self._ask(folder, lambda: self._obstore.delete(self._store, names))
 
     def clean_up(self) -> None:
-        """Remove the temporary folder: on the store there is never anything half done."""
+        """Remove the temporary folder; nothing half-written is ever on the store."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def close(self) -> None:
+        """End the threads of requests."""
+        self._pool.close()
 
     def _ask(self, name: str, request: Callable[[], T]) -> T:
         """Return the answer to a request.
 
         Raises:
             StorageError: no answer came, or it was a refusal.
+            InputError: this process was forked from one that had made requests.
             FileNotFoundError: there is no such object.
             FileExistsError: the object was to be created and is there.
         """
         errors = self._obstore.exceptions
+        if RUNTIME.setdefault("process", os.getpid()) != os.getpid():
+            raise InputError(
+                f"{self.uri()} cannot be read in a forked process: obstore's threads do not "
+                "survive a fork. Start processes by 'spawn', for example "
+                "DataLoader(multiprocessing_context='spawn')."
+            )
         try:
             return request()
         except (errors.NotFoundError, FileNotFoundError) as error:
@@ -237,12 +270,38 @@ class RemoteStorage:
         except (errors.BaseError, OSError) as error:
             raise StorageError(
                 f"{self.uri(name)} cannot be reached (tried for up to {self.patience:.0f} s): "
-                f"{_first_line(error)}. What was finished is safe; the same command goes on when "
-                "the store answers."
+                f"{self._reason(error)}. Committed work is safe; run the same command again to "
+                "resume where it stopped."
             ) from error
+
+    def _reason(self, error: BaseException) -> str:
+        """Return what went wrong, and which variables to set where credentials may be missing."""
+        errors, text = self._obstore.exceptions, _first_line(error)
+        names = CREDENTIALS.get(scheme_of(self.url))
+        if names and METADATA_SERVICE in text:
+            return f"no credentials were found. Set {names}"
+        if names and isinstance(error, errors.UnauthenticatedError | errors.PermissionDeniedError):
+            return f"{text}. Check the credentials in {names}"
+        return text
+
+
+METADATA_SERVICE = "169.254.169.254"
+"""Where a virtual machine is asked for credentials when the environment has none."""
+
+
+def default_patience() -> float:
+    """Return the seconds in DDK_PATIENCE, or `PATIENCE`. Raises InputError where it is none."""
+    text = os.environ.get("DDK_PATIENCE") or str(PATIENCE)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= 1e6:
+        raise InputError(f"DDK_PATIENCE: got {text!r}, expected seconds, a number above 0.")
+    return seconds
 
 
 def _first_line(error: BaseException) -> str:
-    """Return what a person needs of an error of obstore, which goes on with its internals."""
+    """Return the first line of an error of obstore; the others are its internals."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")

@@ -1,1 +1,1 @@
-"""Rows of a cache → batches on the device."""
+"""Rows of a cache → batches."""

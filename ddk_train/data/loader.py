@@ -1,13 +1,14 @@
-"""Rows → batches on the device, read ahead by threads.
+"""Rows → batches on the device, read ahead by threads: the data of `ddk-train`.
 
-Reading ahead never decides anything. The mixture is asked in order, and what was drawn but not
-yet consumed can be put back: new weights hold from the very next batch on, and what is
-checkpointed is what was consumed. So neither threads nor depth can be told from the order or from
-the batches. The price of new weights is that what was read ahead under the old ones is read
-again, from chunks that are mostly still in memory.
+Reading ahead changes nothing but speed. Rows are drawn from the mixture in order, and batches
+drawn but not yet consumed can be put back: new weights hold from the very next batch, and a
+checkpoint records what was consumed. So order and batches do not depend on threads or depth. The
+price of new weights is that batches read ahead under the old ones are discarded and other rows
+are read, from chunks that are mostly still in memory.
 
-Each thread fills memory of its own, pinned where the device is CUDA, over and over; the copy is
-asynchronous, and the stored integers turn into targets on the device.
+Each thread reuses a buffer of its own, pinned where the device is CUDA; the copy is asynchronous,
+and the stored integers are decoded on the device. For DataLoader workers and other training
+loops there is `ddk_train.data.dataset`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
 from ddk_cache import SPLITS, Cache, SparseTargets
 from ddk_train.data.decode import Dequantizer
@@ -33,7 +33,7 @@ from ddk_train.data.mixture import Draw, Floats, Mixture
 log = logging.getLogger(__name__)
 
 THREADS = 2
-"""Threads that read. Reading and decompressing let the interpreter go."""
+"""Threads that read. Reading and decompressing release the GIL."""
 
 DEPTH = 4
 """Batches read ahead."""
@@ -41,10 +41,10 @@ DEPTH = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of a step, or of a process in it: B rows of S positions with K kept entries."""
+    """The rows of a step, or the share of one process: B rows, S positions, K kept entries."""
 
     draw: Draw
-    """Of the whole step."""
+    """The rows of the whole step, over all processes."""
     tokens: torch.Tensor
     """(B, S+1) int64"""
     loss_mask: torch.Tensor
@@ -52,9 +52,9 @@ class Batch:
     targets: SparseTargets[torch.Tensor]
     """(B, S, K)"""
     state: dict[str, Any]
-    """Of the mixture, after this batch."""
+    """State of the mixture after this batch."""
     wait: float = 0.0
-    """Seconds that the caller waited for it."""
+    """Seconds that the caller waited for this batch."""
 
     def micro(self, size: int) -> Iterator[Batch]:
         """Yield the batch in pieces of at most `size` rows."""
@@ -71,7 +71,7 @@ class Batch:
 
 
 class Buffers:
-    """Host memory for the stored rows of one batch, used again for each."""
+    """Host memory for the stored rows of one batch, reused for the next."""
 
     def __init__(self, arrays: Mapping[str, Any], device: torch.device) -> None:
         self.device, cuda = device, device.type == "cuda"
@@ -81,12 +81,12 @@ class Buffers:
         self._copied = torch.cuda.Event() if cuda else None
 
     def wait(self) -> None:
-        """Wait until the last copy out of this memory is done."""
+        """Wait until the last copy from this memory is done."""
         if self._copied:
             self._copied.synchronize()
 
     def to_device(self) -> dict[str, torch.Tensor]:
-        """Begin to copy to the device; on a CPU the tensors are this memory itself."""
+        """Start the copy to the device; on a CPU, return the memory itself."""
         moved = {name: t.to(self.device, non_blocking=True) for name, t in self.tensors.items()}
         if self._copied:
             self._copied.record(torch.cuda.current_stream(self.device))
@@ -94,18 +94,18 @@ class Buffers:
 
 
 class Ahead(NamedTuple):
-    """A batch under way."""
+    """A batch that is being read."""
 
     before: dict[str, Any]
     """State of the mixture before it was drawn."""
     batch: Future[Batch]
 
 
-class Loader(IterableDataset[Batch]):
+class Loader:
     """Endless batches of training rows of a cache in the mixture's order.
 
-    `state_dict` and `load_state_dict` are those that torchdata's StatefulDataLoader and
-    accelerate's `register_for_checkpointing` ask for; the state is as of the last batch consumed.
+    An iterator, not a dataset: torch's DataLoader refuses it, since each worker would repeat every
+    row. The state is as of the last batch consumed.
     """
 
     def __init__(
@@ -119,9 +119,10 @@ class Loader(IterableDataset[Batch]):
         threads: int = THREADS,
         depth: int = DEPTH,
     ) -> None:
-        """Read with so many threads (0: when a batch is asked for) so many batches ahead.
+        """Read `depth` batches ahead with `threads` threads; with 0 threads, read on demand.
 
-        `share` are the rows of each step that this process reads; the order is that of all.
+        `share` selects the rows of each step that this process reads; the order of rows is over
+        all processes.
         """
         self.cache, self.mixture, self.device, self.depth = cache, mixture, device, depth
         self.share = share
@@ -137,7 +138,7 @@ class Loader(IterableDataset[Batch]):
 
     @property
     def weights(self) -> Floats:
-        """Return the (D) sampling weights of the next batch; at first in proportion to rows."""
+        """Return the (D) sampling weights of the next batch; initially proportional to rows."""
         return self._weights
 
     @weights.setter
@@ -166,10 +167,10 @@ class Loader(IterableDataset[Batch]):
             try:
                 batch = self._ahead[0].batch.result()
             except BaseException:
-                self._put_back()  # nobody will want the others, and each may take as long to fail
+                self._put_back()  # the others would not be used, and each may take as long to fail
                 raise
             self._ahead.popleft()
-        self._tell_epochs(before, batch.state)
+        self._log_epochs(before, batch.state)
         return dataclasses.replace(batch, wait=time.perf_counter() - began)
 
     def _begin(self, pool: ThreadPoolExecutor) -> Ahead:
@@ -185,48 +186,46 @@ class Loader(IterableDataset[Batch]):
             buffers.wait()
             self.cache.fill(SPLITS[0], names, rows, buffers.arrays)
             stored = buffers.to_device()
-            tokens = stored["tokens"].to(torch.int64, copy=True)
-            mask = stored["loss_mask"].to(torch.bool, copy=True)
             most = self._dequantize.most(buffers.arrays)
-            targets = self._dequantize(stored, torch.from_numpy(domains).to(self.device), most)
-            return Batch(draw, tokens, mask, targets, state)
+            domain_B = torch.from_numpy(domains).to(self.device)
+            return Batch(draw, *self._dequantize(stored, domain_B, most), state)
         finally:
             self._free.put(buffers)
 
     # --- state ---
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state after the last batch consumed as plain JSON values, floats exact."""
+        """Return the state after the last batch consumed: plain JSON values, floats exact."""
         weights = [float(weight).hex() for weight in self._weights]
         return {"mixture": self._state(), "weights": weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
+        """Continue from a state."""
         self._put_back()
         self.mixture.load_state_dict(state["mixture"])
         self._weights = np.array([float.fromhex(weight) for weight in state["weights"]])
 
     def close(self) -> None:
-        """Let the threads go; nothing can be read any more."""
+        """End the threads; the loader cannot be used afterwards."""
         self._put_back()
         if self._pool:
             self._pool.shutdown()
 
     def epochs(self) -> list[float]:
-        """Return how often each domain has been gone through by what was consumed."""
+        """Return how many times the consumed batches went through each domain."""
         return self.mixture.epochs(self._state())
 
     def _state(self) -> dict[str, Any]:
         return self._ahead[0].before if self._ahead else self.mixture.state_dict()
 
     def _put_back(self) -> None:
-        """Forget what was drawn ahead."""
+        """Discard the batches drawn ahead."""
         state = self._state()
         while self._ahead:
             self._ahead.pop().batch.cancel()
         self.mixture.load_state_dict(state)
 
-    def _tell_epochs(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    def _log_epochs(self, before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
         were, are = self.mixture.begun(before), self.mixture.begun(after)
         for order, was, now in zip(self.mixture.orders, were, are, strict=True):
             if now > was:

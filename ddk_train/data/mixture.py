@@ -1,14 +1,14 @@
 """Which rows come next: a pure function of seed, weights and step.
 
-How many rows each domain gives is decided without chance: every row goes, among the domains that
-are not ahead of their weight, to the one that would fall behind soonest, and what is owed is
-carried over. Which rows they are follows from a keyed permutation of the domain's chunks, and of
-the rows within a block of chunks, so that reading stays local, any position is reached in O(1),
-the rows are never listed, and the state of the order is two numbers a domain. The trade-off
-against a full shuffle: rows of one chunk come within one block of each other.
+The number of rows per domain involves no randomness: each row goes, among the domains that are
+not ahead of their weight, to the one with the earliest deadline, and the remainder is carried
+over. A keyed permutation of the domain's chunks, and of the rows within a block of chunks, gives
+the rows themselves. So reading stays local, any position is reached in O(1), no list of rows is
+held, and the state is two numbers per domain. The trade-off compared with a full shuffle: the
+rows of one chunk stay within one block.
 
-The permutation is integer arithmetic of our own (`ddk_cache.rng`), because an order has to be
-exact for ever.
+The permutation is the project's own integer arithmetic (`ddk_cache.rng`), because the order must
+never change between versions.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ class Order:
         starts, rows = np.array([[0, 0], *extents], np.int64).T
         chunks = -(-rows // chunk_rows)
         self._ends: Ints = starts + rows
-        """Past the last row of each extent."""
+        """One past the last row of each extent."""
         self._until: Ints = np.cumsum(chunks)
-        """Chunks up to and with each extent."""
+        """Chunks up to and including each extent."""
         self._shift: Ints = starts - (self._until - chunks) * chunk_rows
-        """First row of an extent, less the rows that chunks before it would hold."""
+        """First row of each extent, minus the rows that all chunks before it can hold."""
         self.chunks, self.rows = int(chunks.sum()), int(rows.sum())
         self.slots = self.chunks * chunk_rows
-        """Places in an epoch; a chunk that is not full has some without a row."""
+        """Places in an epoch; a chunk that is not full has places without a row."""
 
     def take(self, cursor: int, count: int) -> tuple[Ints, int]:
-        """Return the next `count` rows from a cursor, and the cursor after them."""
+        """Return the next `count` rows after a cursor, and the new cursor."""
         parts = []
         while count:
             rows = self._at(np.arange(cursor, cursor + count))
@@ -58,7 +58,7 @@ class Order:
         return np.concatenate([np.empty(0, np.int64), *parts]), cursor
 
     def _at(self, cursors: Ints) -> Ints:
-        """Return the rows at these places of the order; places without a row are left out."""
+        """Return the rows at these places of the order; places without a row are skipped."""
         epochs, places = np.divmod(cursors, self.slots)
         return np.concatenate([self._in_epoch(e, places[epochs == e]) for e in np.unique(epochs)])
 
@@ -84,13 +84,13 @@ class Draw:
     """The rows of one step, in order."""
 
     domain: Ints
-    """(B) number of the domain."""
+    """(B) number of each row's domain."""
     row: Ints
-    """(B) row of that domain's training split."""
+    """(B) row number within the domain's split."""
 
 
 class Mixture:
-    """Rows of several domains by weights that may change at every step."""
+    """Rows of several domains, drawn by weights that may change at every step."""
 
     def __init__(
         self, extents: Mapping[str, Sequence[Extent]], *, chunk_rows: int, rows: int, seed: int
@@ -99,7 +99,7 @@ class Mixture:
         self.rows = rows
         self.cursor = [0] * len(self.orders)
         self.owed: Floats = np.zeros(len(self.orders))
-        """(D) rows that the weights gave a domain so far, less the rows it had."""
+        """(D) rows due to each domain by its weights so far, minus the rows drawn from it."""
 
     def next(self, weights: Floats) -> Draw:
         """Return the next step's rows under `weights` (D, summing to one)."""
@@ -111,7 +111,7 @@ class Mixture:
         return Draw(domain, row)
 
     def _pick(self, weights: Floats) -> int:
-        """Give one row to the domain that would be late soonest (earliest deadline first)."""
+        """Return the domain of the next row: the earliest deadline first."""
         self.owed = self.owed + weights
         deadline = np.where(self.owed > 0, (1 - self.owed) / np.maximum(weights, 1e-12), np.inf)
         chosen = int(np.argmin(deadline))
@@ -124,22 +124,22 @@ class Mixture:
         return np.array([order.rows for order in self.orders], np.float64)
 
     def epochs(self, state: Mapping[str, Any]) -> list[float]:
-        """Return how often each domain has been gone through at a state."""
+        """Return the number of passes over each domain at a state, with fractions."""
         return [state[order.name][0] / order.slots for order in self.orders]
 
     def begun(self, state: Mapping[str, Any]) -> list[int]:
-        """Return the epoch that each domain has last given a row of at a state, from 0."""
+        """Return the epoch of each domain's latest row at a state, counted from 0."""
         return [max(state[order.name][0] - 1, 0) // order.slots for order in self.orders]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state by domain as plain JSON values, floats exact."""
+        """Return the state by domain: plain JSON values, floats exact."""
         return {
             order.name: [cursor, float(owed).hex()]
             for order, cursor, owed in zip(self.orders, self.cursor, self.owed, strict=True)
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state; a domain that it does not know is at its beginning."""
+        """Continue from a state; a domain that is not in it starts at its beginning."""
         known = [state.get(order.name, [0, "0x0p+0"]) for order in self.orders]
         self.cursor = [int(cursor) for cursor, _ in known]
         self.owed = np.array([float.fromhex(owed) for _, owed in known])

@@ -1,23 +1,34 @@
-"""A student and its loss as one module: what is wrapped for many processes, and nothing else.
+"""The distillation loss of a causal language model: its head fused with the loss.
 
-A model is taken apart into its body, which gives hidden states, and its head, which is fused with
-the loss. Models differ in what they do after the head, so the parts are put together once on a
-few tokens and compared with the model itself; where they do not agree, or there is no such head,
-its own logits are taken, which costs memory, and that is said. The comparison makes the logits so
-large that a cap would show.
+A model runs up to its head, and the fused loss replaces the head, so that no logits are stored.
+A hook on the head catches the hidden states and lets nothing through to the projection: this
+works behind any wrapper (DDP, accelerate, peft), because the wrapper's own forward runs. Models
+differ in what they do after the head, so head and model are compared once on a few tokens, with
+logits large enough to show a cap. Where they differ, or where there is no plain linear head, the
+model's own logits are used; that takes more memory, and a warning says so. The price of the hook:
+sharded weights (FSDP) are not gathered outside of the model's forward and are not supported.
+
+Shape letters: B rows, S positions, P counted positions, K kept entries, H hidden.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
+from ddk_cache import InputError, SparseTargets
+from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
 
 log = logging.getLogger(__name__)
+
+IGNORED = -100
+"""The label of a position that does not count, as in transformers."""
 
 SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 """Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
@@ -27,43 +38,40 @@ CAP = "final_logit_softcapping"
 """The soft cap by its name in configurations (Gemma)."""
 
 PROBE_SIZE = 100.0
-"""Size of the largest logit when parts and model are compared; caps are near 30."""
+"""Size of the largest logit when head and model are compared; caps are near 30."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A model taken apart."""
+    """The head of a model, and what the model does with its output."""
 
-    body: torch.nn.Module
-    """tokens → hidden states"""
     linear: torch.nn.Linear
     scale: float
     cap: float
 
     def head(self, narrow: bool) -> Head:
-        """Return the head as it is now."""
+        """Return the head with its present weights."""
         return Head(self.linear.weight, self.linear.bias, self.scale, self.cap, narrow)
 
 
 class Objective(torch.nn.Module):
-    """Cross-entropy and divergence of a student, summed over counted positions."""
+    """Cross-entropy and divergence of a student, summed over counted positions.
+
+    `ddk-train` wraps this module for several processes, and nothing else.
+    """
 
     def __init__(self, student: Any, terms: Terms, teacher_width: int, bf16: bool) -> None:
         super().__init__()
         self.student, self.terms, self.bf16 = student, terms, bf16
-        parts = take_apart(student)
-        if isinstance(parts, str):
-            log.warning(f"the loss is not fused with the head, which takes more memory: {parts}")
-        self.parts = None if isinstance(parts, str) else parts
-        self.width = student.config.get_text_config().vocab_size
-        self.narrow = self.width < teacher_width
+        self.parts = parts_of(student)
+        self.narrow = width(student) < teacher_width
 
     def forward(
         self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, targets: Targets | None
     ) -> Sums:
         """Return the sums over the positions that `mask` counts.
 
-        `tokens` has one more column than `mask`: its last is a label only.
+        `tokens` has one more column than `mask`: the last column is a label only.
         """
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
         targets = targets and self._counted(targets, mask_BS)
@@ -81,54 +89,165 @@ class Objective(torch.nn.Module):
     def _counted(self, targets: Targets, mask_BS: torch.Tensor) -> Targets:
         """Return the targets (P, K) of counted positions, for a head of the student's width."""
         targets = pick(targets, mask_BS)
-        return within(targets, self.width) if self.narrow else targets
+        return within(targets, width(self.student)) if self.narrow else targets
 
     def _hidden(self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, Head]:
-        """Return hidden states (P, H) of counted positions, in the dtype of products, and head."""
         device = tokens_BS1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            if self.parts is None:
-                out = self.student(input_ids=tokens_BS1[:, :-1], use_cache=False).logits
-                return out[mask_BS], Head(narrow=self.narrow)
-            out = self.parts.body(input_ids=tokens_BS1[:, :-1], use_cache=False).last_hidden_state
-        hidden_PH = out[mask_BS]
-        return hidden_PH.bfloat16() if self.bf16 else hidden_PH, self.parts.head(self.narrow)
+            return hidden_and_head(self.student, self.parts, tokens_BS1, mask_BS, self.narrow)
 
     def compile_body(self) -> None:
-        """Compile the student's body; of the head, see `Terms.compiled`."""
-        (self.student if self.parts is None else self.parts.body).compile()
+        """Compile the student up to its head; `Terms.compiled` is about the rest."""
+        model = base(self.student)
+        (model if self.parts is None else getattr(model, model.base_model_prefix, model)).compile()
 
 
-def take_apart(student: Any) -> Parts | str:
-    """Return the parts of a causal language model, or why it has to stay whole."""
-    model = student.get_base_model() if hasattr(student, "get_base_model") else student
-    linear, body = model.get_output_embeddings(), getattr(model, model.base_model_prefix, None)
-    if type(linear) is not torch.nn.Linear or body is None:
-        return f"{type(model).__name__} has no plain linear head on a body of its own."
+def distillation_loss(
+    model: Any,
+    batch: Mapping[str, torch.Tensor],
+    *,
+    gamma: float = 0.2,
+    loss: str = "forward_kl",
+    temperature: float = 1.0,
+    positions: torch.Tensor | float | None = None,
+) -> torch.Tensor:
+    """Return CE + γ · T² · D(teacher ‖ student), the mean over counted positions, in nats.
+
+    `model` is a causal language model of transformers: bare, with a peft adapter, or wrapped by
+    DDP or accelerate. `batch` comes from a `CacheDataset` of the same temperature and lies on the
+    model's device. With gradient accumulation over several batches, pass their number of counted
+    positions as `positions`, and add the losses up. The gradient can be computed only once.
+
+    Raises:
+        InputError: the loss is unknown, or the batch is not one of a CacheDataset.
+    """
+    check_batch(batch)
+    terms = Terms(gamma, divergence(loss), temperature)
+    tokens_BS1, labels_P, mask_BS, targets, narrow = counted(model, batch)
+    hidden_PH, head = hidden_and_head(model, parts_of(model), tokens_BS1, mask_BS, narrow)
+    total = fused_loss(hidden_PH, head, labels_P, targets, terms).loss
+    return total / (max(1, len(labels_P)) if positions is None else positions)
+
+
+def counted(
+    model: Any, batch: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Targets, bool]:
+    """Return tokens (B, S+1), labels (P), mask (B, S), targets (P, K), and whether V is narrow."""
+    mask_BS = batch["labels"][:, 1:] != IGNORED
+    kept = SparseTargets(batch["target_ids"], batch["target_probs"], batch["target_tail"])
+    targets, V = pick(kept, mask_BS), width(model)
+    narrow = bool((targets.ids >= V).any())
+    labels_P = batch["labels"][:, 1:][mask_BS]
+    return batch["input_ids"], labels_P, mask_BS, within(targets, V) if narrow else targets, narrow
+
+
+def check_batch(batch: Mapping[str, torch.Tensor]) -> None:
+    """Raise InputError where a tensor of the loss is missing."""
+    needed = ("input_ids", "labels", "target_ids", "target_probs", "target_tail")
+    if missing := [name for name in needed if name not in batch]:
+        raise InputError(
+            f"distillation_loss: the batch has no {', '.join(missing)}. Pass the batches of a "
+            "CacheDataset, and with a Trainer set remove_unused_columns=False."
+        )
+
+
+# --- a model and its head ---
+
+
+def hidden_and_head(
+    model: Any, parts: Parts | None, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, narrow: bool
+) -> tuple[torch.Tensor, Head]:
+    """Return what the head gets at counted positions (P, H), in the dtype of products, and head.
+
+    Without parts, the hidden states are the model's own logits.
+    """
+    tokens_BS = tokens_BS1[:, :-1]
+    if parts is None:
+        return model(input_ids=tokens_BS, use_cache=False).logits[mask_BS], Head(narrow=narrow)
+    return hidden_states(model, parts.linear, tokens_BS)[mask_BS], parts.head(narrow)
+
+
+def hidden_states(model: Any, linear: torch.nn.Linear, tokens_BS: torch.Tensor) -> torch.Tensor:
+    """Run a model up to its head; return the head's input (B, S, H), of the autocast dtype."""
+    caught: list[torch.Tensor] = []
+
+    def catch(_: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hidden, device = given[0], given[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        caught.append(hidden.to(torch.get_autocast_dtype(device)) if autocast else hidden)
+        return (hidden[:, :0],)
+
+    hook = linear.register_forward_pre_hook(catch)
+    try:
+        model(input_ids=tokens_BS, use_cache=False)
+    finally:
+        hook.remove()
+    (hidden_BSH,) = caught
+    return hidden_BSH
+
+
+def base(model: Any) -> Any:
+    """Return the model of transformers within wrappers and adapters."""
+    from accelerate.utils import extract_model_from_parallel
+
+    model = extract_model_from_parallel(model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def width(model: Any) -> int:
+    """Return the number of the model's outputs, V."""
+    return int(base(model).config.get_text_config().vocab_size)
+
+
+PARTS: WeakKeyDictionary[torch.nn.Module, Parts | None] = WeakKeyDictionary()
+"""What is known of the models that were taken apart."""
+
+
+def parts_of(model: Any) -> Parts | None:
+    """Return the parts of a model, or None with a warning where its logits are needed.
+
+    The comparison runs once per model, and again when its head is replaced.
+    """
+    whole = base(model)
+    known = PARTS.get(whole)
+    if whole not in PARTS or (known and known.linear is not whole.get_output_embeddings()):
+        parts = take_apart(whole)
+        if isinstance(parts, str):
+            log.warning(f"the loss is not fused with the head, which takes more memory: {parts}")
+        PARTS[whole] = None if isinstance(parts, str) else parts
+    return PARTS[whole]
+
+
+def take_apart(model: Any) -> Parts | str:
+    """Return the parts of a causal language model, or why its own logits are needed."""
+    linear, kind = model.get_output_embeddings(), type(model).__name__
+    if type(linear) is not torch.nn.Linear:
+        return f"{kind} has no plain linear head."
     config, scale = model.config.get_text_config(), 1.0
     for name, exponent in SCALES.items():
         scale *= float(getattr(config, name, None) or 1.0) ** exponent
-    parts = Parts(body, linear, scale, float(getattr(config, CAP, None) or 0.0))
+    parts = Parts(linear, scale, float(getattr(config, CAP, None) or 0.0))
     error = difference(model, parts)
     if error > 1e-3:
-        return f"what {type(model).__name__} does after its head is not known (off by {error:.2g})."
+        return f"{kind} changes its logits after its head in an unknown way (off by {error:.2g})."
     return parts
 
 
 @torch.no_grad()
 def difference(model: Any, parts: Parts) -> float:
-    """Return how far the parts are from the model, relative to the largest logit."""
+    """Return the largest error of the parts, relative to the largest logit of the model."""
     training = model.training
     model.eval()
     tokens = torch.arange(1, 9, device=parts.linear.weight.device)[None] % len(parts.linear.weight)
-    out = parts.body(input_ids=tokens, use_cache=False)
-    hidden = getattr(out, "last_hidden_state", torch.zeros(1))
-    if hidden.shape[-1] != parts.linear.in_features:
+    try:
+        hidden = hidden_states(model, parts.linear, tokens)
+        factor = PROBE_SIZE / parts.linear(hidden).abs().max().clamp_min(1e-30)
+        hook = parts.linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+        expected = model(input_ids=tokens, use_cache=False).logits.float()
+        hook.remove()
+    except (ValueError, RuntimeError, IndexError):  # the head is not called once, on (B, S, H)
         return torch.inf
-    factor = PROBE_SIZE / parts.linear(hidden).abs().max().clamp_min(1e-30)
-    hook = parts.linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
-    expected = model(input_ids=tokens, use_cache=False).logits.float()
-    hook.remove()
-    model.train(training)
+    finally:
+        model.train(training)
     got = parts.head(False).logits(hidden[0] * factor, torch.empty_like(expected[0]))
     return float((got - expected[0]).abs().max() / expected.abs().max())

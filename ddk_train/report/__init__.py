@@ -1,1 +1,1 @@
-"""Run directories → what people look at. No torch here."""
+"""Run directories → tables, a page and JSON. Nothing here imports torch."""

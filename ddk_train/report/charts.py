@@ -1,10 +1,10 @@
 """Charts as inline SVG, for a page that opens from disk: no script, no plotting library.
 
-A chart is as wide as its box and its text keeps its size: x is in percent, y in pixels, and only
-paths are stretched. So one drawing serves a telephone and a wide screen, and the price is that
-nothing can be placed by the width of a text. Colours, fonts and margins are CSS of the page that
-holds the chart (classes `chart`, `grid`, `base`, `c0` … `c9`, …), so that light and dark, screen
-and paper need no second drawing. Values are read from native tooltips.
+A chart fills its container while its text keeps its size: x is in percent, y in pixels, and only
+paths are stretched. One drawing therefore serves a phone and a wide screen; the price is that
+nothing can be placed by the width of a text. Colors, fonts and margins are CSS of the page that
+contains the chart (classes `chart`, `grid`, `base`, `c0` … `c9`, …), so light and dark mode, screen
+and paper share one drawing. Native tooltips show the values.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
+from ddk_train.report.numbers import SCALES
+
 Floats = npt.NDArray[np.float64]
 
-COLOURS = 10
-"""Hues of the page. A series beyond them takes the first again, dashed or paler."""
-
-SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
-"""What a large number is written in."""
+COLORS = 10
+"""Colors of the page. Further series reuse them, dashed or paler."""
 
 HEIGHT = 280
 """Pixels from the lowest to the highest value."""
 
 LABEL = 15
-"""Pixels that a line of labels needs."""
+"""Height of a line of labels in pixels."""
 
 BUCKETS = 500
-"""A longer series keeps the lowest and the highest point of each of so many stretches."""
+"""A longer series is cut into this many parts, and the extremes of each part are kept."""
 
 TOOLTIPS = 60
-"""Points of a series that answer with their value, and are drawn if these are all."""
+"""Points per series that have a tooltip; they are drawn as dots if there are no more points."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,15 @@ class Series:
     x: Floats
     """(N) steps, rising."""
     y: Floats
-    """(N) values. What is not finite is left out."""
-    colour: int = 0
+    """(N) values. Values that are not finite are left out."""
+    color: int = 0
     faint: bool = False
-    """Draw it behind the others and without label and tooltips: raw values that another smooths."""
+    """Draw it behind the others, without label and tooltips: raw values of a smoothed series."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A range of values, where its ticks are, and what they say."""
+    """A range of values with its ticks and their labels."""
 
     low: float
     high: float
@@ -63,7 +62,7 @@ class Axis:
     log: bool = False
 
     def __call__(self, values: npt.ArrayLike) -> Floats:
-        """Return how far along the axis values are, 0 … 1."""
+        """Return the positions of values along the axis, 0 … 1."""
         low, high, at = (np.asarray(v, np.float64) for v in (self.low, self.high, values))
         if self.log:
             low, high, at = np.log10(low), np.log10(high), np.log10(at)
@@ -71,7 +70,7 @@ class Axis:
 
 
 def linear(low: float, high: float, ticks: int) -> Axis:
-    """Return an axis with about so many round ticks, which it begins and ends at."""
+    """Return an axis with about `ticks` round ticks, the first and the last at its ends."""
     high = high if high > low else low + max(abs(low) * 0.1, 1e-3)
     rough = (high - low) / ticks
     power = 10.0 ** math.floor(math.log10(rough))
@@ -84,7 +83,7 @@ def linear(low: float, high: float, ticks: int) -> Axis:
 
 
 def logarithmic(low: float, high: float) -> Axis:
-    """Return an axis of powers of ten, with 2 and 5 between them where there is room."""
+    """Return an axis of powers of ten, with 2 and 5 between them where they fit."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     marks = [m * 10.0**e for e in exponents for m in (1, 2, 5)]
     first = max(i for i, mark in enumerate(marks) if mark <= low * (1 + 1e-9))
@@ -96,7 +95,7 @@ def logarithmic(low: float, high: float) -> Axis:
 
 
 def steps_axis(end: float) -> Axis:
-    """Return the axis below: from step 0 to the last, which need not be round."""
+    """Return the horizontal axis, from step 0 to the last step, which need not be round."""
     end = max(end, 1)
     rounded = linear(0, max(end, 5), 5)
     count = sum(tick <= end for tick in rounded.ticks)
@@ -104,9 +103,9 @@ def steps_axis(end: float) -> Axis:
 
 
 def smooth(y: Floats, window: int) -> Floats:
-    """Return the mean of about `window` values around each; (N) → (N), all finite.
+    """Return a centered running mean over about `window` values; (N) → (N), all finite.
 
-    The window narrows towards the start, where a loss falls fast, and is cut at the end.
+    The window is narrower near the start, where a loss falls fast, and is cut off at the end.
     """
     at = np.arange(len(y))
     reach = np.minimum(window // 2, at)
@@ -124,11 +123,11 @@ def lines(
     base: float | None = None,
     log: bool | None = None,
 ) -> str:
-    """Return a line chart over steps 0 … `end`; empty where no value can be drawn.
+    """Return a line chart over steps 0 … `end`; an empty string if no value can be drawn.
 
-    `title` is for those who hear the page, `unit` stands above the axis. `base` is a value that
-    the axis has to reach, drawn as a firmer rule: nothing at all, or the teacher. `log` asks for
-    a logarithmic axis; None takes one where all is positive and spans more than a decade.
+    `title` is for screen readers, `unit` is printed above the axis. `base` is a reference value
+    that the axis must include, drawn as a heavier rule, for example zero or the teacher. `log`
+    requests a logarithmic axis; None chooses one for positive values that span more than a decade.
     """
     behind_first = sorted(series, key=lambda one: not one.faint)
     drawn = [one for one in map(_drawable, behind_first) if len(one.x)]
@@ -143,7 +142,7 @@ def lines(
     rules = [_rule("base", y) for y in (1 - y_axis(_given(base))) * height]
     paths = [_path(one, x_axis, y_axis, height) for one in drawn]
     points = [_points(one, x_axis, y_axis, height) for one in named]
-    ends = [(one.name, one.colour, height * (1 - y_axis(one.y)[-1])) for one in named]
+    ends = [(one.name, one.color, height * (1 - y_axis(one.y)[-1])) for one in named]
     stretched = f'<svg viewBox="0 0 1000 {height}" preserveAspectRatio="none">'
     body = [*rules, stretched, *paths, "</svg>", *points, _ends(ends, height)]
     unit += " (log scale)" if log else ""
@@ -159,15 +158,15 @@ def stacked(
     title: str,
     unit: str,
 ) -> str:
-    """Return shares piled up over steps.
+    """Return shares stacked over steps.
 
-    `steps` (M) is where shares (D, M) begin to hold; each holds to the next, the last to `end`.
-    Steps, not slopes: between two measurements nothing moves.
+    Shares (D, M) apply from the corresponding entry of `steps` (M) up to the next one, the last up
+    to `end`. They are drawn as steps because they are constant between two measurements.
     """
     x_axis, y_axis = steps_axis(end), linear(0, 100, 5)
     height = max(HEIGHT, LABEL * len(names))
     edges = np.append(steps, max(end, steps[-1]))
-    if edges[-1] > edges[0]:  # what was set at the very end has drawn no row yet
+    if edges[-1] > edges[0]:  # shares set at the last step have not drawn a row yet
         shares, edges = shares[:, edges[:-1] < edges[-1]], np.unique(edges)
     else:
         edges[-1] = x_axis.high
@@ -178,8 +177,8 @@ def stacked(
         body.append(f'<g class="band {_hue(domain)}">')
         for k, share in enumerate(shares[domain]):
             left, right = x_axis([edges[k], edges[k + 1]]) * 100
-            width = right - left + 0.05  # rounding leaves seams otherwise
-            size = max(sizes[domain, k] - 1, 0.5)  # a line of paper between two domains
+            width = right - left + 0.05  # closes seams that rounding leaves
+            size = max(sizes[domain, k] - 1, 0.5)  # a gap of one pixel between two domains
             note = f"{name}, steps {edges[k]:,.0f}–{edges[k + 1]:,.0f}: {share:.1%}"
             body.append(
                 f'<rect x="{left:.2f}%" y="{tops[domain, k]:.1f}" width="{width:.2f}%" '
@@ -196,7 +195,7 @@ def stacked(
 def _chart(
     body: Sequence[str], x_axis: Axis, y_axis: Axis, height: int, title: str, unit: str
 ) -> str:
-    """Return a body between its axes; the margins that hold their labels are the page's."""
+    """Return a body between its axes; the page sets the margins that contain the labels."""
     out = [f'<svg class="chart" role="img" aria-label="{escape(title)}" height="{height}">']
     out.append(f'<text class="unit" x="0" y="-12">{escape(unit)}</text>')
     for at, label in zip(y_axis(y_axis.ticks), y_axis.labels, strict=True):
@@ -217,12 +216,12 @@ def _given(base: float | None) -> list[float]:
     return [] if base is None else [base]
 
 
-def _hue(colour: int) -> str:
-    return f"c{colour % COLOURS}" + (" again" if colour >= COLOURS else "")
+def _hue(color: int) -> str:
+    return f"c{color % COLORS}" + (" again" if color >= COLORS else "")
 
 
 def _drawable(one: Series) -> Series:
-    """Drop what cannot be drawn, then thin a long series without losing its peaks."""
+    """Drop values that are not finite, then thin a long series but keep its peaks."""
     good = np.isfinite(one.y)
     x, y = one.x[good], one.y[good]
     if len(y) > 2 * BUCKETS:
@@ -231,20 +230,20 @@ def _drawable(one: Series) -> Series:
         peaks = {a + int(f(y[a:b])) for a, b in pairs for f in (np.argmin, np.argmax)}
         kept = sorted(peaks | {0, len(y) - 1})
         x, y = x[kept], y[kept]
-    return Series(one.name, x, y, one.colour, one.faint)
+    return Series(one.name, x, y, one.color, one.faint)
 
 
 def _path(one: Series, x_axis: Axis, y_axis: Axis, height: int) -> str:
     xs, ys = x_axis(one.x) * 1000, (1 - y_axis(one.y)) * height
     places = " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(xs, ys, strict=True))
-    kind = f"line {_hue(one.colour)}" + (" faint" if one.faint else "")
+    kind = f"line {_hue(one.color)}" + (" faint" if one.faint else "")
     return f'<polyline class="{kind}" points="{places}"/>'
 
 
 def _points(one: Series, x_axis: Axis, y_axis: Axis, height: int) -> str:
-    """Return the points that answer with their value: dots if they are few, else only felt."""
+    """Return the points with tooltips: visible dots if the series is short, else invisible."""
     every = math.ceil(len(one.x) / TOOLTIPS)
-    out = [f'<g class="{"points" if every == 1 else "felt"} {_hue(one.colour)}">']
+    out = [f'<g class="{"points" if every == 1 else "hover"} {_hue(one.color)}">']
     for x, y in zip(one.x[::every], one.y[::every], strict=True):
         value = f"{y:,.0f}" if abs(y) >= 1000 else f"{y:.4g}"
         out.append(
@@ -255,7 +254,7 @@ def _points(one: Series, x_axis: Axis, y_axis: Axis, height: int) -> str:
 
 
 def _ends(ends: Sequence[tuple[str, int, float]], height: int) -> str:
-    """Return names beside the right ends of (name, colour, y), pushed apart to be readable."""
+    """Return labels at the right ends of (name, color, y), moved apart so that none overlap."""
     ends = sorted(ends, key=lambda end: end[2])
     places = [end[2] for end in ends]
     for i in range(1, len(places)):
@@ -265,10 +264,10 @@ def _ends(ends: Sequence[tuple[str, int, float]], height: int) -> str:
         places[i] = ceiling = min(places[i], ceiling)
         ceiling -= LABEL
     out = ['<svg class="ends" x="100%">']
-    for (name, colour, y), place in zip(ends, places, strict=True):
+    for (name, color, y), place in zip(ends, places, strict=True):
         short = name if len(name) <= 17 else name[:16] + "…"
         out.append(
-            f'<path class="{_hue(colour)}" d="M5,{y:.1f} L16,{place:.1f} h6"/>'
+            f'<path class="{_hue(color)}" d="M5,{y:.1f} L16,{place:.1f} h6"/>'
             f'<text x="27" y="{place:.1f}" dy=".35em">{escape(short)}'
             f"<title>{escape(name)}</title></text>"
         )

@@ -1,4 +1,4 @@
-"""Several runs → how far each got, what tells them apart, and how much of that is the seed."""
+"""Several runs compared: final losses, differing settings, and the spread over seeds."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ddk_train.report.run_report import RunReport
 
 
 def compare(reports: Sequence[RunReport]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return how far runs got: rows of a value and its difference to the first run, as text.
+    """Return rows of (value, difference from the first run) per run, as text.
 
-    Three rows for the mean and for the worst domain, then one for each domain. Values are final
-    held-out losses; the worst gap is of such a loss to the teacher's. The mean is over the
-    domains that every run has measured, so that it compares like with like.
+    Three rows for the mean and the worst domain, then one per domain. Values are final held-out
+    losses in nats per position; the worst gap is the largest difference between such a loss and
+    the teacher's. The mean is over the domains that every run has measured.
     """
     found = [report.last_losses for report in reports]
     names = dict.fromkeys(name for losses in found for name in losses)
@@ -45,26 +45,35 @@ def _differences(losses: Sequence[float | None]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Seeds:
-    """Runs that differ in nothing but their seed and their directory."""
+    """Runs with the same settings except for seed and directory."""
 
     name: str
-    """The settings that tell it from other such groups."""
+    """The settings in which this group differs from the others."""
     reports: list[RunReport]
 
     def loss(self, domain: str | None = None) -> str:
-        """Return mean ± standard deviation of a final held-out loss; None is the mean's."""
-        ends = [
-            report.mean.last_loss if domain is None else report.last_losses.get(domain)
-            for report in self.reports
-        ]
-        known = np.array([loss for loss in ends if loss is not None])
+        """Return a final held-out loss over seeds: mean ± standard deviation, or only the mean
+        if there is one seed. `domain=None` is the mean over domains.
+        """  # noqa: D205
+        by_seed: dict[str, list[float]] = {}
+        for report in self.reports:
+            loss = report.mean.last_loss if domain is None else report.last_losses.get(domain)
+            if loss is not None:
+                by_seed.setdefault(str(report.settings.get("seed")), []).append(loss)
+        known = np.array([np.mean(losses) for losses in by_seed.values()])
         if len(known) < 2:
             return number(float(known[0]), ".3f") if len(known) else "–"
         return f"{known.mean():.3f} ± {known.std(ddof=1):.3f}"
 
+    @property
+    def seeds(self) -> str:
+        """Return the number of distinct seeds; a single one says nothing about their spread."""
+        count = len({str(report.settings.get("seed")) for report in self.reports})
+        return "same seed" if count == 1 < len(self.reports) else str(count)
+
 
 def by_seed(reports: Sequence[RunReport]) -> list[Seeds]:
-    """Return the groups of runs that differ only in seed; none if every run is its own."""
+    """Return the groups of runs that differ only in seed; no group if all runs differ otherwise."""
     groups: dict[str, list[RunReport]] = {}
     for report in reports:
         same = {k: v for k, v in report.settings.items() if k not in ("run", "seed")}
@@ -84,21 +93,22 @@ def by_seed(reports: Sequence[RunReport]) -> list[Seeds]:
 
 
 def spread(groups: Sequence[Seeds]) -> list[tuple[str, list[str]]]:
-    """Return final held-out losses over seeds: a row for the mean, then for each domain."""
+    """Return rows of final held-out losses over seeds: counts, the mean, then each domain."""
     names = dict.fromkeys(d.name for group in groups for r in group.reports for d in r.domains)
     return [
         ("runs", [str(len(group.reports)) for group in groups]),
+        ("seeds", [group.seeds for group in groups]),
         ("mean of domains", [group.loss() for group in groups]),
         *((name, [group.loss(name) for group in groups]) for name in names),
     ]
 
 
 def particulars(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
-    """Return what else tells runs apart: how long they trained, and the settings that differ."""
+    """Return rows of what else differs: length, speed, and the settings that are not equal."""
     rows = [
         ("steps", [number(report.steps, ",") for report in reports]),
         ("tokens", [quantity(report.tokens) for report in reports]),
-        ("tokens a second", [quantity(report.tokens_per_second) for report in reports]),
+        ("tokens per second", [quantity(report.tokens_per_second) for report in reports]),
     ]
     for name in dict.fromkeys(name for report in reports for name in report.settings):
         values = [str(report.settings.get(name, "–")) for report in reports]
@@ -108,7 +118,7 @@ def particulars(reports: Sequence[RunReport]) -> list[tuple[str, list[str]]]:
 
 
 def _apart(values: Sequence[str]) -> list[str]:
-    """Return paths without the folders that all of them begin with; other words as they are."""
+    """Return paths without the folders that all of them begin with; other text unchanged."""
     parts = [value.split("/") for value in values]
     levels = zip(*(folders[:-1] for folders in parts), strict=False)
     shared = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, levels))
@@ -116,7 +126,7 @@ def _apart(values: Sequence[str]) -> list[str]:
 
 
 def same_measure(reports: Sequence[RunReport]) -> bool:
-    """Return whether the teacher's losses agree: the same rows were held out by every run."""
+    """Return whether the teacher's losses agree, that is, all runs measured on the same rows."""
     losses = [(d.name, d.teacher_loss) for report in reports for d in report.domains]
     known = {name: loss for name, loss in losses if loss is not None}
     return all(math.isclose(known[name], loss, rel_tol=1e-3) for name, loss in losses if loss)

@@ -1,8 +1,8 @@
-"""Runs as one HTML page with pictures, which a person would rather look at than read logs.
+"""Runs as one self-contained HTML page with charts.
 
-The page holds its style and its drawings and asks for nothing else: it is larger than one that
-loads a plotting library, and opens in ten years. The template beside this file says what stands
-where; here is what it draws.
+Style and charts are part of the page, and it loads no other file: it is larger than a page that
+loads a plotting library, but opens without a network, from an e-mail, and in ten years. The layout
+is in page.html; this module computes the series of its charts.
 """
 
 from __future__ import annotations
@@ -13,66 +13,67 @@ from pathlib import Path
 import numpy as np
 
 from ddk_cache import atomic
-from ddk_train.report import charts as plot
+from ddk_train.report import charts
 from ddk_train.report.compare import by_seed, compare, particulars, same_measure, spread
 from ddk_train.report.numbers import number, perplexity, quantity, short
 from ddk_train.report.run_report import RunReport
 
 SMOOTHED = 0.03
-"""Share of a run over which the drawn training losses and speeds are averaged."""
+"""Window of the running mean of training losses and speeds, as a share of the run."""
 
 
-def gaps(report: RunReport) -> list[plot.Series]:
-    """Return the perplexity of the student over that of the teacher, a line for each domain."""
+def gaps(report: RunReport) -> list[charts.Series]:
+    """Return the student's perplexity divided by the teacher's, one series per domain."""
     losses = report.over_steps("student_loss") - report.over_steps("teacher_loss")
     steps = np.array(report.measured, np.float64)
     return [
-        plot.Series(domain.name, steps, np.exp(np.minimum(gap, 700)), colour=n)
+        charts.Series(domain.name, steps, np.exp(np.minimum(gap, 700)), color=n)
         for n, (domain, gap) in enumerate(zip(report.domains, losses, strict=True))
     ]
 
 
-def measured(report: RunReport, column: str) -> list[plot.Series]:
-    """Return a column of the history, a line for each domain."""
+def measured(report: RunReport, column: str) -> list[charts.Series]:
+    """Return a column of the history, one series per domain."""
     steps = np.array(report.measured, np.float64)
     values = report.over_steps(column)
-    return [plot.Series(d.name, steps, values[n], n) for n, d in enumerate(report.domains)]
+    return [charts.Series(d.name, steps, values[n], n) for n, d in enumerate(report.domains)]
 
 
 def logged(
-    report: RunReport, metric: str, label: str, colour: int = 0, scale: float = 1.0
-) -> list[plot.Series]:
-    """Return a metric as it was logged, and smoothed."""
+    report: RunReport, metric: str, label: str, color: int = 0, scale: float = 1.0
+) -> list[charts.Series]:
+    """Return a metric as logged, and its running mean."""
     steps, values = report.logged(metric)
     values = values * scale
-    mean = plot.smooth(values, round(SMOOTHED * len(values)))
+    mean = charts.smooth(values, round(SMOOTHED * len(values)))
     return [
-        plot.Series(label, steps, values, colour, faint=True),
-        plot.Series(label, steps, mean, colour),
+        charts.Series(label, steps, values, color, faint=True),
+        charts.Series(label, steps, mean, color),
     ]
 
 
-def overlaid(reports: Sequence[RunReport], metric: str) -> list[plot.Series]:
-    """Return a metric of each run, smoothed."""
+def overlaid(reports: Sequence[RunReport], metric: str) -> list[charts.Series]:
+    """Return the running mean of a metric, one series per run."""
     return [logged(report, metric, report.name, n)[1] for n, report in enumerate(reports)]
 
 
-def held_out(reports: Sequence[RunReport]) -> list[plot.Series]:
+def held_out(reports: Sequence[RunReport]) -> list[charts.Series]:
     """Return the mean held-out loss of the measured domains of each run.
 
-    Not of step 0, if there are others: a fresh student's loss would flatten all that follows.
+    Step 0 is left out if there are later measurements: the loss of a fresh student would flatten
+    the rest of the curve.
     """
     series = []
     for n, report in enumerate(reports):
         losses = np.ma.masked_invalid(report.over_steps("student_loss")).mean(axis=0)
         shown = slice(int(len(report.measured) > 1 and report.measured[0] == 0), None)
         steps = np.array(report.measured[shown], np.float64)
-        series.append(plot.Series(report.name, steps, losses.filled(np.nan)[shown], colour=n))
+        series.append(charts.Series(report.name, steps, losses.filled(np.nan)[shown], color=n))
     return series
 
 
 def write_page(reports: Sequence[RunReport], path: Path) -> None:
-    """Write one page that shows the runs and asks for no other file; whole or not at all."""
+    """Write one self-contained page that shows the runs, atomically."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -84,13 +85,13 @@ def write_page(reports: Sequence[RunReport], path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters.update(number=number, perplexity=perplexity, quantity=quantity, short=short)
-    told: tuple[Callable[..., object], ...] = (
+    functions: tuple[Callable[..., object], ...] = (
         *(compare, by_seed, particulars, same_measure, spread),
         *(gaps, held_out, logged, measured, overlaid),
     )
-    environment.globals.update({function.__name__: function for function in told})
-    # The drawings are markup, and escape the names in them themselves.
-    environment.globals["lines"] = lambda *args, **given: Markup(plot.lines(*args, **given))
-    environment.globals["stacked"] = lambda *args, **given: Markup(plot.stacked(*args, **given))
+    environment.globals.update({function.__name__: function for function in functions})
+    # Charts are markup, and escape the names that they contain.
+    environment.globals["lines"] = lambda *args, **given: Markup(charts.lines(*args, **given))
+    environment.globals["stacked"] = lambda *args, **given: Markup(charts.stacked(*args, **given))
     page = environment.get_template("page.html").render(reports=reports)
     atomic.replace(path, page.encode())

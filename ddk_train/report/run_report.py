@@ -1,8 +1,8 @@
-"""Run directories → facts: what a run was, did and found, as plain values. No torch.
+"""What one run directory contains, as plain values.
 
-Everything is computed from the run directory, so that a report can be made anywhere, of a run
-that still goes on as of one long finished. Losses are nats a position on held-out rows. What was
-not measured is None.
+Everything is computed from the run directory alone, so a report can be made on any machine, of a
+run that is still training or of one that finished long ago. Losses are nats per position on
+held-out rows. A value that was not measured is None.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ddk_cache import DDKError
 from ddk_train.report.numbers import finite, perplexity
 from ddk_train.run import open_run
 
@@ -32,7 +33,7 @@ class Domain:
     first_loss: float | None
     last_loss: float | None
     kl: float | None
-    """KL(teacher ‖ student) at the end, nats a position."""
+    """KL(teacher ‖ student) at the end, nats per position."""
     first_weight: float
     last_weight: float
     rows: int
@@ -41,7 +42,7 @@ class Domain:
 
     @property
     def gap(self) -> float | None:
-        """Return the loss of the student above that of the teacher, at the end."""
+        """Return the student's final loss minus the teacher's."""
         if self.last_loss is None or self.teacher_loss is None:
             return None
         return self.last_loss - self.teacher_loss
@@ -49,13 +50,13 @@ class Domain:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run directory tells."""
+    """The content of a run directory."""
 
     name: str
     settings: dict[str, Any]
     provenance: dict[str, Any]
     metrics: list[dict[str, Any]]
-    """The logged steps; see `Run.metrics`. Any value but the step may be missing."""
+    """The logged steps; see `Run.metrics`. Any value except the step may be missing."""
     history: list[dict[str, Any]]
     """The measurements; see `ddk_train.run.HISTORY`. Never empty."""
 
@@ -93,7 +94,7 @@ class RunReport:
 
     @cached_property
     def mean(self) -> Domain:
-        """Return the mean loss over domains, each counting once, with the sum of what was seen."""
+        """Return the mean loss over domains, each counted once, and the total rows and tokens."""
 
         def mean(losses: Iterable[float | None]) -> float | None:
             known = [loss for loss in losses if loss is not None]
@@ -114,7 +115,7 @@ class RunReport:
 
     @property
     def worst(self) -> Domain | None:
-        """Return the domain that ends farthest from the teacher."""
+        """Return the domain with the largest final gap."""
         known = [(domain.gap, domain) for domain in self.domains if domain.gap is not None]
         return max(known, key=lambda pair: pair[0], default=(None, None))[1]
 
@@ -125,48 +126,48 @@ class RunReport:
 
     @property
     def tokens(self) -> int:
-        """Return the tokens trained on, as far as was logged or measured."""
+        """Return the number of tokens trained on at the last logged or measured step."""
         return max([self.mean.tokens, *(int(line.get("tokens") or 0) for line in self.metrics)])
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Return the trained tokens over the time they took."""
+        """Return the mean speed of training."""
         last = self.metrics[-1] if self.metrics else {}
         tokens, seconds = finite(last.get("tokens")), finite(last.get("seconds"))
         return tokens / seconds if tokens and seconds else None
 
     @property
     def eval_share(self) -> float | None:
-        """Return the share of the time that went into measuring gaps."""
+        """Return the share of the time spent measuring gaps."""
         spent = sum(finite(row.get("eval_seconds")) or 0 for row in self.history)
         seconds = finite(self.metrics[-1].get("seconds")) if self.metrics else None
         return spent / (spent + seconds) if spent and seconds else None
 
     @property
     def cache(self) -> list[tuple[str, str]]:
-        """Return what the run says of its cache, as words."""
-        told = self.provenance
+        """Return what the run recorded about its cache, as labels and text."""
+        known = self.provenance
         extents = [
             (split, int(rows))
-            for splits in told.get("known_rows", {}).values()
+            for splits in known.get("known_rows", {}).values()
             for split, runs in splits.items()
             for _, rows in runs
         ]
         counts = {split: sum(n for s, n in extents if s == split) for split, _ in extents}
         rows = " + ".join(f"{count:,} {split}" for split, count in counts.items())
-        named = {"Cache": self.settings.get("cache"), "Identity": told.get("cache_fingerprint")}
-        named |= {"Teacher": told.get("teacher"), "Targets": told.get("targets")}
-        named |= {"Rows": rows, "Tokens a row": told.get("seq_len")}
+        named = {"Cache": self.settings.get("cache"), "Identity": known.get("cache_fingerprint")}
+        named |= {"Teacher": known.get("teacher"), "Targets": known.get("targets")}
+        named |= {"Rows": rows, "Tokens per row": known.get("seq_len")}
         return [(name, str(value)) for name, value in named.items() if value]
 
     def logged(self, name: str) -> tuple[Floats, Floats]:
-        """Return (N) steps and (N) values of a metric, where it was logged and is finite."""
+        """Return (N) steps and (N) values of a metric where it is logged and finite."""
         pairs = [(line["step"], finite(line.get(name))) for line in self.metrics]
         known = np.array([pair for pair in pairs if pair[1] is not None], np.float64).reshape(-1, 2)
         return known[:, 0], known[:, 1]
 
     def over_steps(self, column: str) -> Floats:
-        """Return (D, M) values of a column of the history, NaN where there is none."""
+        """Return (D, M) values of a column of the history, NaN where it is missing."""
         found = {(row["domain"], row["step"]): finite(row.get(column)) for row in self.history}
         values = [[found.get((d.name, step)) for step in self.measured] for d in self.domains]
         return np.array(values, np.float64)
@@ -176,30 +177,41 @@ def load(paths: Sequence[Path]) -> list[RunReport]:
     """Read run directories; one that is named twice is read once.
 
     Raises:
-        InputError: a path is no run directory.
-        DDKError: a run has no measurement yet.
+        InputError: a path is not a run directory.
+        DDKError: a run has no measurement yet, or its files are damaged.
     """
     whole = list(dict.fromkeys(path.resolve() for path in paths))
-    reports = []
-    for name, run in zip(short_names(whole), map(open_run, whole), strict=True):
-        told = run.config
-        found = told["settings"], told.get("provenance", {}), run.metrics(), run.history()
-        reports.append(RunReport(name, *found))
-    return reports
+    return [_load(name, path) for name, path in zip(short_names(whole), whole, strict=True)]
+
+
+def _load(name: str, path: Path) -> RunReport:
+    try:
+        run = open_run(path)
+        config = run.config
+        parts = config["settings"], config.get("provenance", {}), run.metrics(), run.history()
+        report = RunReport(name, *parts)
+        # Computes every value once, so that damage shows here and not halfway through a page.
+        _ = to_json([report]), report.cache, report.over_steps("weight"), report.logged("loss")
+        return report
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise DDKError(
+            f"{path} cannot be reported: its files are damaged ({type(error).__name__}: {error}). "
+            "Resume the run from its last checkpoint, or leave it out."
+        ) from error
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the last parts of different paths, as few as tell them apart."""
+    """Return the last parts of distinct paths, as few as distinguish them."""
     for depth in range(1, max(len(path.parts) for path in paths) + 1):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             break
-    # A name that is not Unicode is still a name, but no page and no terminal can hold it.
-    return [name.encode(errors="replace").decode() for name in names]
+    # Names may contain bytes that are not Unicode, and control characters for the terminal.
+    return ["".join(c if c.isprintable() else "?" for c in name) for name in names]
 
 
 def to_json(reports: Sequence[RunReport]) -> list[dict[str, Any]]:
-    """Return the facts of each run as plain JSON values."""
+    """Return each run as plain JSON values."""
     return [
         {
             "name": report.name,

@@ -1,4 +1,4 @@
-"""Runs as tables in a terminal, where rich draws them; in a file no figure is cut for its width."""
+"""Runs as tables, drawn by rich. In a file the width is fixed, so that no figure is cut off."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ddk_train.report.run_report import RunReport
 
 
 def show(reports: Sequence[RunReport]) -> None:
-    """Print a table for each run and, of several, one that compares them."""
+    """Print a table for each run and, if there are several, one that compares them."""
     from rich.console import Console
 
     console = Console()
-    if not console.is_terminal:  # a file has no width that would excuse lost figures
+    if not console.is_terminal:  # rich would assume 80 columns for a file
         console = Console(width=200)
     for report in reports:
         _show_run(report, console)
@@ -39,7 +39,7 @@ def _show_run(report: RunReport, console: Any) -> None:
     loss, speed = number(report.mean.last_loss, ".3f"), quantity(report.tokens_per_second)
     facts = f"{report.steps:,} steps, {speed} tokens/s, mean held-out loss {loss}"
     if report.eval_share is not None:
-        facts += f", {report.eval_share:.1%} of the time measuring"
+        facts += f", {report.eval_share:.1%} of the time spent measuring"
     if worst := report.worst:
         facts += f", worst domain {worst.name}"
     console.print(Text(report.name, "bold"))
@@ -65,4 +65,4 @@ def _show_comparison(reports: Sequence[RunReport], console: Any) -> None:
             table.add_row(Text(label), *map(Text, texts))
         console.print(table)
     if not same_measure(reports):
-        console.print("The held-out rows or the teacher differ: these losses are on two scales.")
+        console.print("The held-out rows or the teacher differ: these losses are not comparable.")

@@ -1,4 +1,4 @@
-"""What a cache costs beside its teacher: extraction, and everything around it.
+"""The cost of a cache compared with its teacher: extraction, and the whole build.
 
 The teacher's forward pass alone, with extraction, and a whole build are timed over the same rows
 in the same batches, in turn. A build may take little longer than forward and extraction: auditing,
@@ -23,9 +23,9 @@ from pyarrow import parquet
 from benches.common import Record, data, json_option, middle
 from ddk_cache import TargetSpec
 from ddk_cache.build import targets
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher, load_teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.layout import COMMITS
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import open_cache
@@ -115,12 +115,11 @@ def whole(
 
     The rows are planned by a first build, which is not timed, so that both do the same work.
     """
-    sources = find_sources(folder / "corpus", lambda _: None)
+    config = BuildConfig(
+        seq_len=SEQ_LEN, targets=kind, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS
+    )
     path = folder / "cache.zarr"
-    make = partial(
-        build, path, sources, teacher, tokenizer,
-        seq_len=SEQ_LEN, target_spec=kind, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS,
-    )  # fmt: skip
+    make = partial(build_cache, path, folder / "corpus", teacher, tokenizer, config)
     make()
     cache = open_cache(path)
     parts = [
@@ -152,7 +151,7 @@ def whole(
 @click.option("--large/--no-large", default=True, show_default=True, help="The 150 M teacher too.")
 @json_option
 def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:
-    """Time extraction beside the teacher's forward pass, and a build beside both."""
+    """Compare extraction with the teacher's forward pass, and a build with both."""
     settings = {"kinds": kinds, "repeats": repeats, "documents": documents}
     settings |= {"threads": torch.get_num_threads(), "seq_len": SEQ_LEN, "rows": BATCH_ROWS}
     record = Record("build", settings, ["torch", "transformers", "zarr"])
@@ -161,7 +160,7 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
     rows = extraction(teacher, BATCH_ROWS, names, repeats)
     if large:
         rows += extraction(large_teacher(), 4, names, repeats)
-    record.table("extraction beside the forward pass", rows)
+    record.table("extraction compared with the forward pass", rows)
     tokenizer = load_tokenizer(str(place))
     with tempfile.TemporaryDirectory() as scratch:
         corpus = Path(scratch) / "corpus"
@@ -170,5 +169,5 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
             table = parquet.read_table(data() / f"corpus/{name}.parquet")
             parquet.write_table(table.slice(0, documents), corpus / f"{name}.parquet")
         built = [whole(Path(scratch), teacher, tokenizer, name, repeats) for name in names]
-    record.table("a build beside forward and extraction", built)
+    record.table("a build compared with forward and extraction", built)
     record.write(json_path)

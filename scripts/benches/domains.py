@@ -24,12 +24,13 @@ import yaml
 from benches.common import Floats, Record, data, json_option, plus_minus, spread_of
 from benches.shared import SEQ_LEN, STUDENT
 from ddk_cache import InputError, MismatchError, SparseTargets, open_cache
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.hf import load_tokenizer
-from ddk_train import TrainConfig, train
+from ddk_train import TrainConfig, cut_student, train
+from ddk_train.cut import parse_layers
 from ddk_train.report.run_report import load
 from ddk_train.run import Run
 
@@ -79,7 +80,7 @@ class Bench:
     """What is different while a student is warmed."""
 
     def warmed(self, seed: int) -> Run:
-        """Return the plain training that every method of a seed goes on from."""
+        """Return the plain training from which every method of a seed starts."""
         changes = {"gamma": 0.0, "weighting": "proportional", **self.warm}
         return self.run(f"warm-{seed}", self.student, seed, changes)
 
@@ -125,30 +126,19 @@ def make_cache(path: Path, place: Path, tokens: int, holdout: float, kind: str) 
     }
     mix = path.with_name("corpus.yaml")
     mix.write_text(yaml.safe_dump({"domains": shares}))
-    build(
-        path, find_sources(mix), load_teacher(str(place / "teacher")),
+    build_cache(
+        path,
+        mix,
+        load_teacher(str(place / "teacher")),
         load_tokenizer(str(place / "teacher")),
-        seq_len=SEQ_LEN, target_spec=kind, holdout=holdout,
-    )  # fmt: skip
+        BuildConfig(seq_len=SEQ_LEN, targets=kind, holdout=holdout),
+    )
 
 
 def fresh_config(path: Path, vocab_size: int) -> None:
     """Write the config of a fresh student."""
     kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     path.write_text(json.dumps(kind | STUDENT | {"vocab_size": vocab_size}))
-
-
-def cut_from(teacher: Path, path: Path, layers: str) -> None:
-    """Write a student that is some layers of the teacher: near to it after little training."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
-    kept = [model.model.layers[int(number)] for number in layers.split(",")]
-    for place, layer in enumerate(kept):
-        layer.self_attn.layer_idx = place
-    model.model.layers = torch.nn.ModuleList(kept)
-    model.config.num_hidden_layers = len(kept)
-    model.save_pretrained(path)
 
 
 def full_distributions(teacher: Path) -> Callable[[torch.Tensor], SparseTargets[torch.Tensor]]:
@@ -168,7 +158,7 @@ def full_distributions(teacher: Path) -> Callable[[torch.Tensor], SparseTargets[
 
 
 def summary(found: Mapping[str, Sequence[Found]]) -> list[dict[str, Any]]:
-    """Return a row for each method: means over domains, and the paired difference to `BASE`.
+    """Return one row per method: means over domains, and the paired difference to `BASE`.
 
     The worst domain is the one that ends farthest above its teacher; its gap is shown.
     """
@@ -198,7 +188,7 @@ def by_domain(
     figure: Callable[[Found], Floats],
     spec: str,
 ) -> list[dict[str, Any]]:
-    """Return a row for each method and a column for each domain."""
+    """Return one row per method and one column per domain."""
     return [
         {"method": name}
         | {
@@ -212,7 +202,7 @@ def by_domain(
 def side_by_side(
     cached: Sequence[Found], live: Sequence[Found], domains: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Return the end of runs from the cache beside those with the teacher, domain by domain."""
+    """Return final losses of runs from the cache and with the live teacher, by domain."""
     rows = []
     for n, domain in enumerate(domains):
         one, other = ([run.loss[n] for run in runs] for runs in (cached, live))
@@ -252,7 +242,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
     record.table("rows drawn, %", drawn)
     if LIVE in found and "DDK" in found:
         live = side_by_side(found["DDK"], found[LIVE], domains)
-        record.table("DDK: cached targets beside the live teacher's full distributions", live)
+        record.table("DDK: cached targets compared with full distributions of a live teacher", live)
 
 
 @click.command()
@@ -265,7 +255,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--steps", default=150, show_default=True)
 @click.option("--interval", default=25, show_default=True)
-@click.option("--rows", default=8, show_default=True, help=f"Of {SEQ_LEN} tokens in a step.")
+@click.option("--rows", default=8, show_default=True, help=f"Rows of {SEQ_LEN} tokens per step.")
 @click.option("--eval-rows", default=24, show_default=True, help="Of each domain.")
 @click.option("--gamma", default=0.2, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
@@ -289,7 +279,8 @@ def main(json_path: Path | None, work: Path, **options: Any) -> None:
     cache = open_cache(path)
     if layers := options["layers"]:
         student, runs = work / f"layers-{layers}", work / f"runs-{layers}"
-        cut_from(data() / "teacher", student, layers)
+        if not student.exists():
+            cut_student(data() / "teacher", student, layers=parse_layers(layers))
     else:
         student, runs = work / "student.json", work / "runs"
         fresh_config(student, cache.spec.vocab_size)

@@ -155,7 +155,7 @@ class TensorStore(ZarrFiles):
 
 
 class Mosaic:
-    """mosaicml-streaming: a sample a row, shards that were compressed with zstd and unpacked."""
+    """mosaicml-streaming: one sample per row, shards compressed with zstd and then unpacked."""
 
     @staticmethod
     def prepare(cache: Path, copy: Path) -> None:
@@ -199,7 +199,7 @@ class MosaicFirst(Mosaic):
 
 
 class LitData:
-    """litdata: a sample a row, each compressed with zstd."""
+    """litdata: one sample per row, each compressed with zstd."""
 
     @staticmethod
     def prepare(cache: Path, copy: Path) -> None:
@@ -238,7 +238,7 @@ def blocks(cache: Cache) -> Any:
         yield cache.read_stored(DOMAIN, TRAIN, range(first, min(first + size, rows)))
 
 
-def forget(folder: Path) -> None:
+def drop_pages(folder: Path) -> None:
     """Drop the pages of all files below a folder from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():

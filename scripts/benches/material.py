@@ -3,8 +3,8 @@
 The teacher is two small random matrices, scaled so that its entropy is that of a language model
 on text (two to three nats); it costs seconds. The build is the real one, so whatever a cache holds
 is stored as it always is. Multiplying repeats its shards under new numbers, each with a record of
-its own: as copies where bytes have to be read from the disk, or as links, and only where asked,
-where their number is what matters.
+its own: as copies if bytes must be read from the disk, or as links if only their number
+matters.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ import random
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.writer import ShardWriter
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.layout import object_name, record_name
 from ddk_cache.format.manifest import create_root, write_plan
 from ddk_cache.format.plan import ShardKey
@@ -38,7 +37,7 @@ DOMAIN = "noise"
 
 
 def teacher() -> Teacher:
-    """Return a teacher whose word depends on two tokens, so that hardly two positions agree."""
+    """Return a teacher whose output depends on two tokens, so that few positions are alike."""
     generator = torch.Generator().manual_seed(0)
     into = torch.randn(2, VOCAB, 48, generator=generator)
     out = torch.randn(48, VOCAB, generator=generator) * 0.35
@@ -59,8 +58,8 @@ def built(path: Path, targets: str, tokens: int, shard_rows: int) -> Path:
     texts = ["".join(words.choices(letters, k=4095)) for _ in range(tokens // 4096)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (corpus / f"{DOMAIN}.jsonl").write_text(lines)
-    settings: dict[str, Any] = {"seq_len": SEQ_LEN, "shard_rows": shard_rows, "holdout": 0.0}
-    build(path, find_sources(corpus), teacher(), byte_tokenizer(), target_spec=targets, **settings)
+    config = BuildConfig(seq_len=SEQ_LEN, targets=targets, shard_rows=shard_rows, holdout=0.0)
+    build_cache(path, corpus, teacher(), byte_tokenizer(), config)
     shutil.rmtree(corpus)
     return path
 

@@ -1,4 +1,4 @@
-"""Random rows from a cache, beside the limit and the engines that users would pick.
+"""Random rows from a cache, compared with the bare limit and with other engines.
 
     bench.py read [--targets topk:64,sampled:12] [--json FILE]
 
@@ -44,7 +44,7 @@ def measure(engine: str, cache: str, copy: str, mode: str, seed: str) -> None:
     """Time one pass in this process and print its figures."""
     import resource
 
-    from benches.engines import ENGINES, FIRST_EPOCH, forget, remember
+    from benches.engines import ENGINES, FIRST_EPOCH, drop_pages, remember
     from ddk_cache.read.cache import open_cache
 
     opened = open_cache(cache)
@@ -71,8 +71,8 @@ def measure(engine: str, cache: str, copy: str, mode: str, seed: str) -> None:
         if engine in FIRST_EPOCH:
             reader = ENGINES[engine](Path(cache), Path(copy))
     else:
-        forget(Path(cache))
-        forget(Path(copy))
+        drop_pages(Path(cache))
+        drop_pages(Path(copy))
     began, cpu = time.perf_counter(), spent()
     run(chosen[:half])
     tokens = half * opened.spec.seq_len
@@ -95,7 +95,7 @@ def passes(engine: str, cache: Path, copy: Path, mode: str, repeats: int) -> dic
 
 
 def compare(cache: Path, engines: Sequence[str], repeats: int) -> list[dict[str, Any]]:
-    """Measure every engine; one that cannot be loaded says why."""
+    """Measure every engine; for one that cannot be loaded, print the reason."""
     from benches.engines import ENGINES, clear
 
     rows: list[dict[str, Any]] = []
@@ -111,11 +111,11 @@ def compare(cache: Path, engines: Sequence[str], repeats: int) -> list[dict[str,
             continue
         finally:
             clear(copy)
-        figures = {"CPU µs a token": warm["us"], "M tokens/s": warm["M tokens/s"]}
+        figures = {"CPU µs per token": warm["us"], "M tokens/s": warm["M tokens/s"]}
         rows.append({"engine": engine} | figures | {"M tokens/s cold": cold["M tokens/s"]})
-    limits = [row["CPU µs a token"] for row in rows if row["engine"] == "bare limit"]
+    limits = [row["CPU µs per token"] for row in rows if row["engine"] == "bare limit"]
     return [
-        row | {"÷ limit": row["CPU µs a token"] / limit} for row in rows for limit in limits
+        row | {"÷ limit": row["CPU µs per token"] / limit} for row in rows for limit in limits
     ] or rows
 
 

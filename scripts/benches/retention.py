@@ -145,7 +145,7 @@ Found = dict[str, list[dict[str, float]]]
 
 
 def summary(found: Found) -> Iterator[dict[str, str]]:
-    """Yield a row for each kind: mean ± standard deviation over seeds, and shares of the way.
+    """Yield one row per kind: mean ± standard deviation over seeds, and shares.
 
     A share is paired: of the way from cross-entropy to full distributions in the same seed; what
     follows it is the standard error of its mean.
@@ -166,7 +166,7 @@ def summary(found: Found) -> Iterator[dict[str, str]]:
 @click.command()
 @click.option("--steps", default=60, show_default=True)
 @click.option("--warm-steps", default=150, show_default=True, help="Of plain training, 0: fresh.")
-@click.option("--rows", "size", default=8, show_default=True, help="Of 256 tokens in a step.")
+@click.option("--rows", "size", default=8, show_default=True, help="Rows of 256 tokens per step.")
 @click.option("--sharpness", default=1.0, show_default=True, help="Divides the teacher's logits.")
 @click.option("--seeds", default=3, show_default=True)
 @click.option("--gamma", default=9.0, show_default=True, help="Weight of the divergence.")

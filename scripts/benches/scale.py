@@ -1,4 +1,4 @@
-"""What the size of a cache costs: opening it, memory, time a step.
+"""The effect of the size of a cache: time to open it, memory, time per step.
 
     bench.py scale [--shards 600] [--json FILE]
 
@@ -24,7 +24,7 @@ from benches.common import Record, json_option
 from ddk_cache.console import say
 
 ROWS = 32
-"""In a step."""
+"""Rows per step."""
 
 OPEN = """
 import json, sys, time
@@ -49,8 +49,8 @@ for step in range(steps):
     cache.fill("train", [cache.domains[n] for n in draw.domain], draw.row, out)
 steps -= steps // 2
 print(json.dumps({
-    "ms a step": 1e3 * (time.perf_counter() - began) / steps,
-    "CPU ms a step": 1e3 * (time.process_time() - cpu) / steps,
+    "ms per step": 1e3 * (time.perf_counter() - began) / steps,
+    "CPU ms per step": 1e3 * (time.process_time() - cpu) / steps,
     "MB": resident(),
 }))
 """

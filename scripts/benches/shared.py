@@ -52,7 +52,7 @@ def teacher_of(path: Path, sharpness: float = 1.0) -> Teacher:
 def rows_of(corpus: Path, teacher: Path, each: int) -> dict[str, dict[str, torch.Tensor]]:
     """Return at most `each` rows (R, S+1) of every domain, by domain and split."""
     tokenizer, found = load_tokenizer(str(teacher)), {}
-    for source in find_sources(corpus, lambda _: None):
+    for source in find_sources(corpus):
         parts: dict[str, list[torch.Tensor]] = {"train": [], "validation": []}
         for split, tokens, _ in token_rows(
             source, tokenizer, seq_len=SEQ_LEN, holdout=0.1, block=32, tally=Tally()

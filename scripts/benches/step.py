@@ -1,9 +1,9 @@
-"""What a step of distillation costs, beside cross-entropy alone and a teacher in the loop.
+"""The cost of a step of distillation, compared with cross-entropy and with a live teacher.
 
-One student, one batch, one precision; the variants take turns, and medians are shown. Targets are
-random of the right shape, because a step costs the same whatever they say. Peak memory is that of a
-process of its own for each variant: on a CPU what its resident set grew by in two steps, on CUDA
-what torch had allocated at most.
+One student, one batch, one precision; the variants alternate, and medians are shown. Targets are
+random, because the cost of a step does not depend on their values. Peak memory is measured in a
+separate process per variant: on a CPU the growth of its resident set over two steps, on CUDA the
+peak of torch's allocator.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def compare(setting: Setting, repeats: int, record: Record) -> None:
     rows = [
         {
             "variant": name,
-            "s a step": medians[name],
+            "s per step": medians[name],
             "tokens/s": m.positions / medians[name],
             "of best CE": medians[name] / best,
             "fastest": min(seconds[name]),
@@ -341,7 +341,7 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
 @click.option("--threads", default=0, help="Of torch; 0 leaves them.")
 @json_option
 def main(json_path: Path | None, **options: Any) -> None:
-    """Time a step from the cache beside CE alone, dense KD and a live teacher."""
+    """Compare a step from the cache with CE alone, dense KD and a live teacher."""
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     facts = options | {"threads": torch.get_num_threads()}

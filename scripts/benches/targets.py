@@ -8,6 +8,7 @@ stored; an id of random sampling counts three bytes, as its authors count.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def packed(name: str, array: Array, spec: CacheSpec) -> int:
 def bytes_of(
     spec: CacheSpec, scores: targets.Scores, tokens: torch.Tensor, frequent: Array
 ) -> tuple[dict[str, float], Targets]:
-    """Return bytes a token of each array, and the targets as they come back from a cache."""
+    """Return bytes per token of each array, and the targets after a round trip through a cache."""
     codec, S = TargetCodec(spec, frequent.tolist()), SEQ_LEN
     stored = codec.encode(as_arrays([scores]), tokens[:, 1:].numpy())
     stored["tokens"], stored["loss_mask"] = tokens.numpy(), np.ones((len(tokens), S))
@@ -193,7 +194,7 @@ def main(
                     more, _ = bytes_of(spec, spread, far, frequent * WIDE // vocab_size)
                     wide[kind].append(sum(more.values()))
                 compare(made, stored, logits, batch, student, errors)
-        record.table(f"logits / {sharpness:g}: bytes a token", cost(sizes, wide, errors))
+        record.table(f"logits / {sharpness:g}: bytes per token", cost(sizes, wide, errors))
         record.table(
             f"logits / {sharpness:g}: what is lost",
             [{"target": name} | error.row() for name, error in errors.items()],
@@ -222,7 +223,7 @@ def compare(
         labels_P = tokens[some, 1:].reshape(-1)
         for name, make in made.items():
             if name in stored:
-                kept = SparseTargets(*(part[places] for part in vars(stored[name]).values()))
+                kept = stored[name].map(operator.itemgetter(places))
             else:
                 kept = make(logits_PV, labels_P)
             errors[name].add(kept, t_PV, q_PV)

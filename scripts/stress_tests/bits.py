@@ -15,7 +15,7 @@ from stress_tests.report import Report, measurement
 @measurement
 @click.option("--flips", default=1000)
 def bits(work: Path, seed: int, flips: int) -> Report:
-    """Flip single bits of every kind of file; each has to be found, and none may be read."""
+    """Flip single bits of every kind of file; each flip must be found, and none may be read."""
     report, chance = Report(), Chance(seed)
     root = make_cache(work, documents=8)
     truth, paths = truth_of(root), files_of(root)

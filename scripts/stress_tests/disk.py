@@ -39,7 +39,7 @@ def space(folder: Path) -> tuple[int, int]:
 @measurement
 @click.option("--moments", default=10)
 def disk(work: Path, seed: int, moments: int) -> Report:
-    """Let the disk run full at different moments; one message, and the same command goes on."""
+    """Fill the disk at different moments: one message, and the same command resumes afterwards."""
     report, chance = Report(), Chance(seed)
     corpus = make_corpus(work / "corpus", 12)
     with small_disk(work / "disk") as mounted:

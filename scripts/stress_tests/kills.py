@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from ddk_cache.atomic import PARTIAL
-from ddk_cache.build.writer import TOKEN_ARRAYS
+from ddk_cache.format.spec import TOKEN_ARRAYS
 from ddk_cache.hashing import digest
 from stress_tests.material import PATIENCE, Chance, differences, make_cache, start_worker, tree
 from stress_tests.report import Report, measurement

@@ -1,4 +1,4 @@
-"""Documents that say what is not so, sealed as if it were."""
+"""False documents with a correct seal."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tell = Callable[[Path, Path], Any]
 """What changes a cache, with another cache of the same spec at hand."""
 
 Lie = tuple[str, str, Tell]
-"""What it is, what the refusal has to name, and how it is told."""
+"""Its name, what the error must name, and the change that makes it."""
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -162,7 +162,7 @@ def inspect(root: Path, truth: Mapping[Pair, str]) -> tuple[Look, int]:
 
 @measurement
 def lies(work: Path, seed: int) -> Report:
-    """Tell a cache lies; each has to be refused by name, cheaply, and none may be read."""
+    """Put false documents into a cache; each must be refused by name, without large memory."""
     report, refused, most = Report(), Counter[str](), 0
     one, other = make_cache(work, documents=12), make_cache(work, documents=12, seed=1)
     truth, told = truth_of(one), [*lies_about_documents(), *lies_about_numbers()]

@@ -39,7 +39,7 @@ class StuckError(BaseException):
 
 @dataclass
 class Look:
-    """What the library says of a cache."""
+    """The results of the library for a cache."""
 
     said: list[tuple[str, str, str]] = field(default_factory=list)
     """Stage, class of the error, message."""
@@ -49,7 +49,7 @@ class Look:
     """Exceptions that are no DDKError."""
 
     def attempt(self, stage: str, step: Callable[[], Any]) -> Any:
-        """Return what a step gives; None if it fails."""
+        """Return the result of a step; None if it fails."""
         try:
             return step()
         except DDKError as error:

@@ -20,7 +20,7 @@ from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer
 from stress_tests.report import main
 
 PATIENCE = 120.0
-"""Seconds after which a builder counts as stuck."""
+"""Seconds after which a builder is considered stuck."""
 
 SCRIPT = Path(__file__).parent.parent / "stress.py"
 
@@ -39,12 +39,11 @@ def make_corpus(folder: Path, documents: int, seed: int = 0) -> Path:
 
 
 def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any]) -> None:
-    """Build with a teacher that is a function of two matrices and takes its time."""
+    """Build with a teacher that is a function of two matrices with a delay."""
     import torch
 
-    from ddk_cache.build.job import build
-    from ddk_cache.build.teacher import Teacher
-    from ddk_cache.corpus.sources import find_sources
+    from ddk_cache import BuildConfig, Teacher
+    from ddk_cache.build import job
 
     generator = torch.Generator().manual_seed(0)
     into = torch.randn(VOCAB, 12, generator=generator)
@@ -56,7 +55,7 @@ def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any
 
     tokenizer, teacher = byte_tokenizer(), Teacher(logits, VOCAB, {"class": "matrices"})
     ready()
-    build(cache, find_sources(corpus), teacher, tokenizer, **BUILD)
+    job.build_cache(cache, corpus, teacher, tokenizer, BuildConfig(**BUILD))
 
 
 @main.command(hidden=True)
@@ -64,7 +63,7 @@ def build_cache(corpus: Path, cache: Path, delay: float, ready: Callable[[], Any
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--delay", type=float, default=0.0)
 def worker(corpus: Path, cache: Path, delay: float) -> None:
-    """Build CACHE: say that the imports are done, and begin at the next line of stdin."""
+    """Build CACHE: print a line after the imports, and begin at the next line of stdin."""
 
     def ready() -> None:
         click.echo("ready")
@@ -86,7 +85,7 @@ def start_worker(corpus: Path, cache: Path, delay: float = 0.0) -> subprocess.Po
 
 
 def run_worker(corpus: Path, cache: Path) -> tuple[int, str]:
-    """Build in a process of its own; return its exit code and what it said."""
+    """Build in a process of its own; return its exit code and stderr."""
     process = start_worker(corpus, cache)
     _, err = process.communicate("\n", PATIENCE)
     return process.returncode, err
@@ -110,7 +109,7 @@ def tree(root: Path) -> dict[str, str]:
 
 
 def differences(root: Path, right: Mapping[str, str]) -> list[str]:
-    """Return in what a tree differs from what it has to be."""
+    """Return the differences of a tree from the expected one."""
     found = tree(root)
     return [
         f"{name} is {'different' if name in found and name in right else 'missing or left over'}"

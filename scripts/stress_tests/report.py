@@ -33,7 +33,7 @@ MEASURES: dict[str, Measure] = {}
 
 @click.group(cls=Commands, context_settings={"show_default": True})
 def main() -> None:
-    """Torture a cache, and say whether it bore it."""
+    """Stress a cache, and report every violation."""
 
 
 def general(command: Any) -> Any:

@@ -36,7 +36,7 @@ OPTIONS = {
 }  # fmt: skip
 
 CLOCK = {"seconds", "tokens_per_second", "wait", "eval_share", "eval_seconds"}
-"""Metrics that say how long something took."""
+"""Metrics that depend on the clock."""
 
 
 def start(cache: Path, run: Path, student: Path) -> subprocess.Popen[str]:

@@ -10,7 +10,6 @@ import pytest
 from ddk_cache import CacheError
 from ddk_cache.build.audit import audit
 from ddk_cache.format.codec import TargetCodec
-from ddk_cache.format.plan import ShardKey
 from ddk_cache.read.cache import Cache
 
 
@@ -26,11 +25,10 @@ def scores() -> dict[str, Any]:
     }
 
 
-def run_audit(cache: Cache, given: dict[str, Any], **stored: Any) -> dict[str, Any]:
+def run_audit(cache: Cache, given: dict[str, Any], **changes: Any) -> dict[str, Any]:
     codec = TargetCodec(cache.spec)
-    encoded = codec.encode(given) | stored
-    key, labels = ShardKey("web", "train", 7), np.full((2, 3), 2)
-    return audit(key, given, encoded, labels, codec, 4)
+    encoded = codec.encode(scores() | {"logprobs": given["logprobs"]}) | changes
+    return audit("web/train/7", given, encoded, np.full((2, 3), 2), codec)
 
 
 def test_an_honest_shard_passes_and_says_what_was_seen(cache: Cache) -> None:
@@ -53,7 +51,7 @@ LIES = {
     "not finite": lie("logprobs", np.nan),
     "above one": lie("label_logprob", 0.1),
     "do not sum to one": lie("tail_logprob", np.log(0.4)),
-    "outside of the vocabulary": lie("ids", 4),
+    "outside of the vocabulary": lie("ids", 300),
     "kept twice": lie("ids", 1),
 }
 

@@ -21,7 +21,7 @@ GOLDEN: dict[str, dict[str, str]] = json.loads(
 SETTINGS: dict[str, dict[str, Any]] = {
     "topk:8": {},
     "topk:8 at temperature 2": {"temperatures": [2.0]},
-    "sampled:6": {"target_spec": "sampled:6", "seed": 3},
+    "sampled:6": {"targets": "sampled:6", "seed": 3},
     "fast": {"compression": "fast"},
 }
 

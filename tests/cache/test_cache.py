@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import multiprocessing
+import os
+import pickle
+import resource
 import shutil
+import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,11 +32,14 @@ from ddk_cache import (
     open_cache,
 )
 from ddk_cache.build.writer import ShardWriter
+from ddk_cache.format.documents import dump
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey
-from ddk_cache.read.cache import Cache, object_sizes
+from ddk_cache.hashing import canonical, digest
+from ddk_cache.read.cache import Cache
+from ddk_cache.read.chunks import ChunkKey
 from ddk_cache.storage.local import LocalStorage
-from ddk_cache.verify import verify
-from tests.conftest import BUILD
+from ddk_cache.testing import BUILD
+from ddk_cache.verify import bytes_to_hash, verify
 
 
 def pairs(cache: Cache) -> list[tuple[str, str]]:
@@ -93,9 +103,11 @@ def test_what_is_written_comes_back(cache: Cache, tmp_path: Path) -> None:
             for name, layout in cache.spec.arrays.items()
         }
         store.restore_metadata(DomainPlan((), store.metadata("some", plan)))
-        store.write(key, arrays)
+        written = store.write(key, arrays)
         for name, array in arrays.items():
-            np.testing.assert_array_equal(store.read(key, name, rows), array)
+            read = store.read(key, name, rows)
+            np.testing.assert_array_equal(read.rows, array)
+            assert read.object == written[name]
 
 
 @pytest.mark.parametrize("row", [-1, 10**6, 10**12])
@@ -200,9 +212,182 @@ def test_a_sound_cache_verifies(cache: Cache) -> None:
     heard: list[int] = []
     assert not verify(cache, heard.append)
     assert len(heard) == len(cache.manifest.shards())
-    assert sum(heard) == sum(object_sizes(cache).values())
+    objects = [path for path in (cache.root / "domains").rglob("c/**/*") if path.is_file()]
+    assert sum(heard) == sum(path.stat().st_size for path in objects) == bytes_to_hash(cache)
 
 
 def test_settings_of_the_tests_give_several_shards(cache: Cache) -> None:
     assert all(cache.shard_count(domain, "train") > 1 for domain in cache.domains)
     assert cache.spec.shard_rows == BUILD["shard_rows"]
+
+
+# --- open, closed, elsewhere ----------------------------------------------------------------------
+
+
+def test_a_closed_cache_says_so_and_holds_nothing(copy: Path) -> None:
+    def descriptors() -> int:
+        return sum(str(copy) in str(path.resolve()) for path in Path("/proc/self/fd").iterdir())
+
+    with open_cache(copy) as opened:
+        opened["letters"].train[:]
+        assert descriptors() > 0
+        (chunk,) = opened._chunks([ChunkKey("letters", "train", 0, "tokens")])
+        memory = weakref.ref(chunk.values)
+        del chunk
+        assert memory() is not None
+    assert descriptors() == 0
+    assert memory() is None
+    assert "closed" in repr(opened)
+    opened.close()
+    for use in (
+        lambda: opened["letters"].train[0],
+        lambda: opened.root,
+        lambda: pickle.dumps(opened),
+    ):
+        with pytest.raises(InputError, match=r"is closed\. Open it again"):
+            use()
+
+
+def test_a_pickled_cache_is_opened_again(cache: Cache) -> None:
+    again = pickle.loads(pickle.dumps(cache))
+    rows = again["letters"].train[[3, 1]]
+    np.testing.assert_array_equal(rows.tokens, cache["letters"].train[[3, 1]].tokens)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_the_same_and_leave_ours_alone(cache: Cache, method: str) -> None:
+    whole = cache["letters"].train[:].tokens
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        found = pool.map(tokens_of, [(cache, place) for place in range(len(whole))])
+    np.testing.assert_array_equal(np.stack(found), whole)
+    np.testing.assert_array_equal(cache["letters"].train[:].tokens, whole)
+
+
+def tokens_of(asked: tuple[Cache, int]) -> Any:
+    """Read one row, in whatever process."""
+    cache, place = asked
+    return cache["letters"].train[place].tokens
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_reads_while_another_thread_of_its_parent_does(copy: Path) -> None:
+    opened, stop = open_cache(copy), threading.Event()
+    whole = opened["letters"].train[:].tokens
+
+    def read() -> None:
+        while not stop.is_set():
+            opened["letters"].train[::-1]
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    children = []
+    for _ in range(5):
+        child = os.fork()
+        if child == 0:
+            os._exit(int((opened["letters"].train[:].tokens != whole).any()))
+        children.append(child)
+    codes = [os.waitpid(child, 0)[1] for child in children]
+    stop.set()
+    thread.join()
+    assert codes == [0] * 5
+
+
+def test_a_shard_cache_is_for_urls_only(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is on a local disk already: a shard cache is for URLs"):
+        open_cache(cache.root, shard_cache=tmp_path / "shards")
+    with pytest.raises(InputError, match="'5X' is not a size"):
+        open_cache(cache.root, shard_cache=tmp_path / "shards", shard_cache_size="5X")
+    assert not (tmp_path / "shards").exists()
+
+
+# --- the tokenizer --------------------------------------------------------------------------------
+
+
+def test_only_the_files_of_the_tokenizer_are_given_away(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (copy / "tokenizer/model.safetensors").write_bytes(b"weights")
+    (copy / "tokenizer/notes.txt").symlink_to(tmp_path / "secret")
+    opened = open_cache(copy)
+    files = opened.manifest.root.tokenizer_files
+    assert {path.name for path in opened.tokenizer_path.iterdir()} == set(files)
+    assert opened.tokenizer_path.parent != copy
+    folder = opened.tokenizer_path
+    del opened
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_a_changed_tokenizer_is_refused(copy: Path) -> None:
+    path = copy / "tokenizer/tokenizer.json"
+    path.write_bytes(path.read_bytes().replace(b'"a":', b'"b":', 1) + b" ")
+    with pytest.raises(CorruptCacheError, match=r"tokenizer.json is missing or damaged"):
+        _ = open_cache(copy).tokenizer_path
+
+
+# --- for strangers --------------------------------------------------------------------------------
+
+
+def test_the_valid_rows_stand_in_the_attributes_of_a_split(cache: Cache) -> None:
+    for domain, split in pairs(cache):
+        group = zarr.open_group(cache.root / "domains" / domain / split, mode="r")
+        assert group.attrs["valid_rows"] == [list(e) for e in cache.extents(domain, split)]
+
+
+# --- sizes that are not so ------------------------------------------------------------------------
+
+
+def claim(root: Path, name: str, value: int) -> None:
+    """Change a size in the spec, with every seal and fingerprint to go with it."""
+    edit = json.loads((root / "zarr.json").read_text())
+    body = edit["attributes"]["ddk"]
+    body["spec"][name] = value
+    body["fingerprint"] = mark = digest(canonical(body["spec"]))
+    edit["attributes"]["ddk"] = json.loads(dump(unsealed(body)))
+    (root / "zarr.json").write_text(json.dumps(edit, indent=1))
+    for path in [*root.glob("plans/*.json"), *root.glob("commits/*/*/*.json")]:
+        body = unsealed(json.loads(path.read_text())) | {"fingerprint": mark}
+        if "audit" in body and name == "seq_len":
+            count = body["rows"] * value
+            body["positions"] = count
+            body["audit"] |= {"positions": count, "kept_mass_bins": [count] + [0] * 49}
+        path.write_bytes(dump(body))
+
+
+def unsealed(body: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in body.items() if name not in {"seal", "format_version"}}
+
+
+def test_a_false_length_of_rows_is_found_before_memory_is_taken(copy: Path) -> None:
+    claim(copy, "seq_len", 2**23)
+    opened, before = open_cache(copy), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for use in (lambda: opened.buffers(4096), lambda: opened["letters"].train[:]):
+        with pytest.raises(CorruptCacheError, match=r"claims .* bytes, expected"):
+            use()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5
+
+
+def test_a_vocabulary_beyond_three_bytes_is_refused(copy: Path) -> None:
+    claim(copy, "vocab_size", 2**31 - 1)
+    with pytest.raises(CorruptCacheError, match="vocab_size: got 2147483647, expected"):
+        open_cache(copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sources": {}}, "it names no domain"),
+        ({"tokenizer_files": {"model.safetensors": [1, "x"]}}, "is not a file of a tokenizer"),
+        ({"tokenizer_files": {"config.json": [1, "x"]}}, "is not a file of a tokenizer"),
+        ({"tokenizer_files": {"../x.json": [1, "x"]}}, "is not the name of a file"),
+    ],
+)
+def test_a_root_that_makes_no_sense_is_refused(
+    change: dict[str, Any], said: str, copy: Path
+) -> None:
+    root = json.loads((copy / "zarr.json").read_text())
+    body = unsealed(root["attributes"]["ddk"]) | change
+    root["attributes"]["ddk"] = json.loads(dump(body))
+    (copy / "zarr.json").write_text(json.dumps(root, indent=1))
+    with pytest.raises(CorruptCacheError, match=said):
+        open_cache(copy)

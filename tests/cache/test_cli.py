@@ -16,23 +16,27 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
+from ddk_cache import InputError
 from ddk_cache.cli import main as cache_main
+from ddk_cache.cli import which_process
 from ddk_cache.console import Progress
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 from ddk_train.config import TrainConfig
 
+SETTINGS = (
+    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
+    "--shard-rows --batch-rows --dtype --device --trust-remote-code"
+)
+
 OPTIONS = {
-    "ddk-cache plan": "--teacher --tokenizer --seq-len --targets --temperature --seed "
-    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
-    "--probe-rows --student-speed --json",
-    "ddk-cache build": "--teacher --tokenizer --seq-len --targets --temperature --seed "
-    "--compression --holdout --chunk-rows --shard-rows --dtype --device --trust-remote-code "
-    "--batch-rows --grow --rank --world",
+    "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
+    "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --json",
-    "ddk-train run": "--student --shard-cache --shard-cache-size --weighting --alpha --weights "
+    "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
+    "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "
     "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
     "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
@@ -123,27 +127,72 @@ def test_build_refuses_what_does_not_exist(tmp_path: Path, corpus: Path, teacher
         (["--targets", "tokp:4"], "Did you mean 'topk'"),
         (["--targets", "topk:301"], "more entries than the teacher's vocabulary has (300)"),
         (["--dtype", "float23"], "Did you mean 'float32'"),
-        (["--holdout", "1.5"], "1.5 is not in the range"),
-        (["--seq-len", "0"], "0 is not in the range"),
+        (["--holdout", "1.5"], "1.5"),
+        (["--seq-len", "0"], "seq_len: got 0, expected a whole number from 1"),
         (["--sequence", "8"], "No such option"),
-        (["--seq-len", "100000"], "do not fill one training row"),
-        (["--chunk-rows", "3", "--shard-rows", "8"], "no whole number of chunks"),
+        (["--seq-len", "100000"], "seq_len: got 100,000, expected at most 64, the positions"),
+        (["--chunk-rows", "3", "--shard-rows", "8"], "not a whole number of chunks"),
     ],
 )
 def test_build_refuses_settings_by_name(
     words: list[str], said: str, tmp_path: Path, corpus: Path, teacher_dir: Path
 ) -> None:
-    result = call(
-        cache_main, "build", corpus, tmp_path / "mix.zarr", "--teacher", teacher_dir, *words
-    )
-    refused(result, 2, said)
+    base = [corpus, tmp_path / "mix.zarr", "--teacher", teacher_dir, "--seq-len", 16]
+    refused(call(cache_main, "build", *base, *words), 2, said)
+    assert not (tmp_path / "mix.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "expected"),
+    [
+        ({}, (None, None), (0, 1)),
+        ({}, (2, 4), (2, 4)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (None, None), (3, 8)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 2), (0, 2)),
+        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4"}, (None, None), (0, 4)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (None, None), (1, 2)),
+    ],
+)
+def test_rank_and_world_come_from_the_launcher(
+    names: dict[str, str], given: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert which_process(*given) == expected
+
+
+@pytest.mark.parametrize("given", [(4, 4), (1, None)])
+def test_a_rank_beyond_the_world_is_refused(given: Any) -> None:
+    with pytest.raises(InputError, match="rank: got"):
+        which_process(*given)
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_a_launcher_that_gives_no_numbers_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch, corpus: Path, tmp_path: Path
+) -> None:
+    for variable, value in {"RANK": "0", "WORLD_SIZE": "2", name: "x"}.items():
+        monkeypatch.setenv(variable, value)
+    result = call(cache_main, "build", corpus, tmp_path / "x", "--teacher", "/none")
+    refused(result, 2, f"{name}: got 'x', expected a whole number")
+
+
+def test_one_rank_speaks(corpus: Path, teacher_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "my mix.zarr"
+    base = ["build", corpus, out, "--teacher", teacher_dir, "--seq-len", 16, "--world", 2]
+    quiet = call(cache_main, *base, "--rank", 1)
+    assert (quiet.exit_code, quiet.output) == (0, "")
+    spoken = call(cache_main, *base, "--rank", 0)
+    assert spoken.exit_code == 0
+    assert f"ddk-train run '{out}' RUN" in spoken.stderr
 
 
 def test_build_leaves_another_directory_alone(
     tmp_path: Path, corpus: Path, teacher_dir: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    result = call(cache_main, "build", corpus, tmp_path, "--teacher", teacher_dir)
+    # A taken place is reported before the teacher is looked for.
+    result = call(cache_main, "build", corpus, tmp_path, "--teacher", "/none/at/all")
     refused(result, 2, "exists and is not a cache")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -167,26 +216,28 @@ def test_verify_fails_on_a_changed_byte(cache: Cache, tmp_path: Path) -> None:
     victim = path / "domains/notes/train/tail_logprob/c/0/0"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
     result = call(cache_main, "verify", path)
-    refused(result, 1, "1 problems in", "--drop-bad")
+    refused(result, 1, "1 problem in", "--drop-bad")
     assert f"BAD  {victim} has changed" in result.stdout
 
 
-def test_plan_counts_exactly_and_measures_with_a_teacher(
+def test_estimate_counts_exactly_and_measures_with_a_teacher(
     corpus: Path, teacher_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "mix.zarr"
     words = ["--seq-len", 16, "--targets", "topk:8", "--holdout", 0.3, "--shard-rows", 8]
     words += ["--chunk-rows", 2]
-    result = call(cache_main, "plan", corpus, out, "--tokenizer", teacher_dir, *words, "--json")
+    result = call(cache_main, "estimate", corpus, out, "--tokenizer", teacher_dir, *words, "--json")
     assert result.exit_code == 0, result.output
     counted = json.loads(result.stdout)
     assert not out.exists()
     assert counted["hours"] is None
-    result = call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words, "--json")
+    result = call(cache_main, "estimate", corpus, out, "--teacher", teacher_dir, *words, "--json")
     planned = json.loads(result.stdout)
     assert planned["hours"] > 0
     assert planned["domains"] == counted["domains"]
-    assert call(cache_main, "plan", corpus, out, "--teacher", teacher_dir, *words).exit_code == 0
+    assert (
+        call(cache_main, "estimate", corpus, out, "--teacher", teacher_dir, *words).exit_code == 0
+    )
     built = call(cache_main, "build", corpus, out, "--teacher", teacher_dir, *words)
     assert built.exit_code == 0, built.output
     facts = json.loads(call(cache_main, "info", out, "--json").stdout)
@@ -200,15 +251,32 @@ def test_plan_counts_exactly_and_measures_with_a_teacher(
     assert "teacher on 5 rows" in result.stdout
 
 
-def test_plan_needs_something_to_count_with(corpus: Path, tmp_path: Path) -> None:
-    refused(call(cache_main, "plan", corpus, tmp_path / "x"), 2, "at least --tokenizer")
+def test_estimate_needs_something_to_count_with(corpus: Path, tmp_path: Path) -> None:
+    refused(call(cache_main, "estimate", corpus, tmp_path / "x"), 2, "at least --tokenizer")
+
+
+def test_estimate_refuses_what_cannot_be_built(
+    corpus: Path, teacher_dir: Path, tmp_path: Path
+) -> None:
+    base = [corpus, tmp_path / "x", "--tokenizer", teacher_dir]
+    result = call(cache_main, "estimate", *base, "--seq-len", 100_000)
+    refused(result, 2, "do not fill one training row")
+    result = call(cache_main, "estimate", *base, "--student-speed", "nan")
+    refused(result, 2, "student_speed: got nan")
+    result = call(cache_main, "estimate", *base, "--device", "tpu")
+    refused(result, 2, "unknown device 'tpu'")
 
 
 def test_verify_refuses_another_teacher_and_drops_what_is_bad(
     cache: Cache, teacher_dir: Path, tmp_path: Path
 ) -> None:
     result = call(cache_main, "verify", cache.root, "--teacher", teacher_dir)
-    refused(result, 2, "class: the cache has random, this build asks for LlamaForCausalLM")
+    refused(
+        result,
+        2,
+        "was built with another teacher",
+        "class: the cache has random, this teacher has Llama",
+    )
     path = tmp_path / "mix.zarr"
     shutil.copytree(cache.root, path)
     victim = path / "domains/notes/train/tail_logprob/c/0/0"
@@ -216,7 +284,7 @@ def test_verify_refuses_another_teacher_and_drops_what_is_bad(
     result = call(cache_main, "verify", path, "--drop-bad")
     assert result.exit_code == 0, result.output
     assert "commits/notes/train/0.json" in result.stdout
-    assert "run the same 'ddk-cache build' again" in result.stderr
+    assert "Run the same 'ddk-cache build' again" in result.stderr
     refused(call(cache_main, "verify", path), 0, "is not finished")
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from ddk_cache import InputError
-from ddk_cache.cli import which_process
+from ddk_cache import owner
 from ddk_cache.owner import current
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.local import LocalStorage
-from tests.cache.test_job import BUILDER
-from tests.conftest import tree
+from tests.helpers import BUILDER, tree
 
 
 def test_three_processes_build_the_same_cache_as_one(
@@ -65,26 +64,50 @@ def test_a_claim_from_another_machine_expires_with_its_lease(tmp_path: Path) -> 
     assert elsewhere.read_text() == current()
 
 
-@pytest.mark.parametrize(
-    ("names", "given", "expected"),
-    [
-        ({}, (None, None), (0, 1)),
-        ({}, (2, 4), (2, 4)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (None, None), (3, 8)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, (0, 2), (0, 2)),
-        ({"SLURM_ARRAY_TASK_ID": "4", "SLURM_ARRAY_TASK_COUNT": "4"}, (None, None), (0, 4)),
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (None, None), (1, 2)),
-    ],
-)
-def test_rank_and_world_come_from_the_launcher(
-    names: dict[str, str], given: Any, expected: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_lease_dated_in_the_future_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in names.items():
-        monkeypatch.setenv(name, value)
-    assert which_process(*given) == expected
+    monkeypatch.setattr(owner, "LEASE", 0.4)
+    mine, elsewhere = Leases(LocalStorage(tmp_path)), tmp_path / "claims" / "work"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text("far-away+12+345")
+    tomorrow = time.time() + 86400
+    os.utime(elsewhere, (tomorrow, tomorrow))
+    assert not mine.take("work")
+    time.sleep(0.3)
+    os.utime(elsewhere, (tomorrow + 15, tomorrow + 15))  # its owner lives and renews it
+    assert not mine.take("work")
+    time.sleep(0.3)
+    assert not mine.take("work")
+    time.sleep(0.3)
+    assert mine.take("work")
 
 
-@pytest.mark.parametrize("given", [(4, 4), (1, None)])
-def test_a_rank_beyond_the_world_is_refused(given: Any) -> None:
-    with pytest.raises(InputError, match="has to be below"):
-        which_process(*given)
+def test_whoever_is_waited_for_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "ddk_cache")
+    mine, folder = Leases(LocalStorage(tmp_path)), tmp_path / "claims"
+    folder.mkdir()
+    for name in ("code.train.3", "code.train.4"):
+        (folder / name).write_text("far-away+12+345")
+        written = time.time() - 20
+        os.utime(folder / name, (written, written))
+    for _ in range(3):
+        assert not mine.take("code.train.3")
+        assert not mine.take("code.train.4")
+    (message,) = caplog.messages
+    assert "code.train.3 is leased by another machine, far-away, which renewed" in message
+    assert "20 s ago" in message
+    assert "taken over in 100 s" in message
+
+
+def test_leases_of_others_are_seen(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path)
+    mine, other = Leases(storage), Leases(storage)
+    assert not mine.others()
+    assert mine.take("a")
+    assert not mine.others()
+    assert other.others()
+    storage.put("claims/b", b"gone+99999999+1")
+    assert mine.others()  # of another host, and young

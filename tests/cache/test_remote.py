@@ -6,7 +6,9 @@ The server is that of `tests.s3`.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,15 +18,15 @@ import numpy as np
 import pytest
 
 from ddk_cache import CorruptCacheError, NotACacheError, open_cache
+from ddk_cache.describe import describe
 from ddk_cache.errors import InputError, StorageError
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_train import TrainConfig, train
-from tests.conftest import command, finish, tree
+from tests.helpers import command, finish, timeless, tree
 from tests.s3 import Flaky, Server
-from tests.train.test_trainer import timeless
 
 
 def upload(cache: Cache, url: str) -> str:
@@ -123,6 +125,53 @@ def test_info_and_verify_take_a_url(server: Server, cache: Cache) -> None:
     assert f"{url}/{victim} has changed" in out
 
 
+def test_records_are_asked_for_together(
+    server: Server, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every record once, and requests that overlap."""
+    url = upload(cache, "s3://bucket/mix.zarr")
+    opened, get = open_cache(url), RemoteStorage.get
+    under_way, most, asked, lock = 0, 0, [], threading.Lock()
+
+    def counted(storage: RemoteStorage, name: str) -> bytes | None:
+        nonlocal under_way, most
+        with lock:
+            asked.append(name)
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.02)
+        data = get(storage, name)
+        with lock:
+            under_way -= 1
+        return data
+
+    monkeypatch.setattr(RemoteStorage, "get", counted)
+    assert describe(opened)["tokens"] == 16 * sum(
+        len(s) for d in cache.values() for s in d.values()
+    )
+    assert len(asked) == len(set(asked)) == len(cache.manifest.shards())
+    assert most > 4
+
+
+def test_a_forked_process_is_told_to_be_spawned(server: Server, cache: Cache) -> None:
+    url = upload(cache, "s3://bucket/mix.zarr")
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        found = pool.apply(message_of_reading, [url])
+    assert "cannot be read in a forked process" in found
+    assert "spawn" in found
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(message_of_reading, [open_cache(url)]) == ""
+
+
+def message_of_reading(place: Any) -> str:
+    """Read a row in this process; return what is said against it."""
+    try:
+        (open_cache(place) if isinstance(place, str) else place)["letters"].train[0]
+    except InputError as error:
+        return str(error)
+    return ""
+
+
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -168,7 +217,7 @@ def test_whole_shards_are_kept_up_to_a_size_and_still_checked(
         path.unlink()
     read("2K")
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 2000
-    with pytest.raises(InputError, match="is no size"):
+    with pytest.raises(InputError, match="is not a size"):
         read("much")
 
 

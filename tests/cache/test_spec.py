@@ -1,49 +1,18 @@
-"""The shared vocabulary: names, specs, errors, public surface."""
+"""What decides the bytes of a cache: names, targets, specs; and the public surface."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
-import ddk_cache
-import ddk_train
-from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
-from ddk_cache.format.plan import (
-    DomainPlan,
-    Extent,
-    Portion,
-    extents,
-    rows_at,
-    shard_at,
-    shard_count,
-)
+from ddk_cache.errors import CorruptCacheError, InputError, MismatchError
 from ddk_cache.format.spec import CacheSpec, TargetSpec, check_name
-
-
-def spec(**changes: object) -> CacheSpec:
-    values = {
-        "seq_len": 16,
-        "vocab_size": 300,
-        "targets": "topk:8",
-        "holdout": 0.1,
-        "chunk_rows": 2,
-        "shard_rows": 8,
-        "logprob_step": 0.001,
-        "teacher": {"class": "x"},
-        "tokenizer": {"vocabulary": "y"},
-    }
-    return CacheSpec.from_json(values | changes)
+from tests.helpers import make_spec
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "a b", "x" * 65, "naïve", "a.b"])
 def test_names_that_are_no_path_part_are_refused(name: str) -> None:
     with pytest.raises(InputError, match="not usable"):
         check_name(name)
-
-
-def test_the_nearest_known_word_is_pointed_out() -> None:
-    message = unknown("weighting", "dkd", ["ddk", "uniform"])
-    assert message == "unknown weighting 'dkd'. Did you mean 'ddk'? Known: ddk, uniform."
 
 
 @pytest.mark.parametrize("text", ["topk", "topk:0", "topk:x", "tokp:3", ""])
@@ -58,13 +27,20 @@ def test_targets_that_make_no_sense_are_refused(text: str) -> None:
 )
 def test_a_spec_that_makes_no_sense_is_refused(changes: dict[str, object]) -> None:
     with pytest.raises(CorruptCacheError):
-        spec(**changes)
+        make_spec(**changes)
 
 
 def test_a_spec_survives_json_and_its_fingerprint_sees_every_field() -> None:
-    assert CacheSpec.from_json(spec().to_json()) == spec()
-    prints = {spec().fingerprint, spec(seq_len=17).fingerprint, spec(holdout=0.2).fingerprint}
-    prints |= {spec(teacher={"class": "z"}).fingerprint, spec(targets="topk:9").fingerprint}
+    assert CacheSpec.from_json(make_spec().to_json()) == make_spec()
+    prints = {
+        make_spec().fingerprint,
+        make_spec(seq_len=17).fingerprint,
+        make_spec(holdout=0.2).fingerprint,
+    }
+    prints |= {
+        make_spec(teacher={"class": "z"}).fingerprint,
+        make_spec(targets="topk:9").fingerprint,
+    }
     assert len(prints) == 5
 
 
@@ -73,7 +49,7 @@ def test_a_spec_survives_json_and_its_fingerprint_sees_every_field() -> None:
     [(256, 2, 1), (300, 2, 2), (65535, 2, 2), (65536, 4, 2), (2**18, 4, 3)],
 )
 def test_ids_take_the_bytes_that_the_vocabulary_needs(vocab: int, token: int, kept: int) -> None:
-    arrays = spec(vocab_size=vocab).arrays
+    arrays = make_spec(vocab_size=vocab).arrays
     assert arrays["tokens"].dtype.itemsize == token
     assert arrays["tokens"].fill >= vocab
     assert arrays["target_ids"].inner == (kept, 16, 8)
@@ -95,42 +71,13 @@ def test_ids_take_the_bytes_that_the_vocabulary_needs(vocab: int, token: int, ke
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(CorruptCacheError):
-        spec(**changes)
+        make_spec(**changes)
 
 
 def test_a_temperature_that_was_not_declared_is_refused_with_the_reason_and_the_choices() -> None:
-    declared = spec(temperatures=[0.5, 2.0])
+    declared = make_spec(temperatures=[0.5, 2.0])
     assert declared.temperature_place(2.0) == 1
     with pytest.raises(MismatchError, match=r"temperature 3: the mass outside.* at 0\.5, 1, 2;"):
         declared.temperature_place(3.0)
     with pytest.raises(MismatchError, match="drawn at temperature 1 and are biased at any other"):
-        spec(targets="sampled:8").temperature_place(2.0)
-
-
-def test_an_extent_begins_a_new_shard() -> None:
-    one = Portion(1, 1, "one", {"train": 9, "validation": 0})
-    two = Portion(2, 2, "two", {"train": 3, "validation": 1})
-    plan = DomainPlan((one, two))
-    assert extents(plan, "train", 8) == [Extent(0, 9), Extent(16, 3)]
-    assert shard_count(plan, "train", 8) == 3
-    found = [shard_at(plan, "train", 8, number) for number in range(3)]
-    assert found == [(8, "one"), (1, "one"), (3, "two")]
-    assert extents(plan, "validation", 8) == [Extent(0, 1)]
-    assert shard_count(plan, "validation", 8) == 1
-    assert shard_at(plan, "validation", 8, 0) == (1, "two")
-    for number in (-1, 3):
-        with pytest.raises(IndexError):
-            shard_at(plan, "train", 8, number)
-    places = np.arange(12)
-    assert rows_at(extents(plan, "train", 8), places).tolist() == [*range(9), 16, 17, 18]
-
-
-def test_the_public_names_are_these() -> None:
-    assert " ".join(ddk_cache.__all__) == (
-        "FORMAT_VERSION SPLITS Cache CacheError CacheSpec CorruptCacheError DDKError DomainPlan "
-        "Extent FormatVersionError InputError MismatchError NotACacheError Rows SparseTargets "
-        "TargetSpec UnfinishedCacheError open_cache rows_at"
-    )
-    assert ddk_train.__all__ == ["TrainConfig", "train"]
-    for package in (ddk_cache, ddk_train):
-        assert all(hasattr(package, name) for name in package.__all__)
+        make_spec(targets="sampled:8").temperature_place(2.0)

@@ -8,39 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
-from ddk_cache import CorruptCacheError, MismatchError, open_cache
-from ddk_cache.build.job import build
-from ddk_cache.build.scoring import Scorer
+from ddk_cache import (
+    CacheError,
+    CorruptCacheError,
+    MismatchError,
+    UnfinishedCacheError,
+    open_cache,
+)
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
+from ddk_cache.build.teacher import Teacher
+from ddk_cache.cli import main
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.read.cache import Cache
-from ddk_cache.verify import Problem, drop_bad, replay, verify
-from tests.conftest import BUILD, random_teacher, tree
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
+from ddk_cache.verify import Problem, bytes_to_hash, drop_bad, replay, require_sound, verify
+from tests.helpers import VICTIMS, quiet, tree
 
 Make = Callable[..., Cache]
-
-
-def quiet(amount: int) -> None:
-    """Hear of progress."""
 
 
 @pytest.fixture
 def copy(cache: Cache, tmp_path: Path) -> Path:
     return Path(shutil.copytree(cache.root, tmp_path / "mix.zarr"))
-
-
-VICTIMS = [
-    "domains/letters/train/target_ids/c/1/0/0/0",
-    "domains/notes/validation/label_logprob/c/0/0",
-    "domains/digits/train/tokens/c/0/0",
-    "domains/digits/train/loss_mask/c/1/0",
-    "domains/digits/train/tokens/zarr.json",
-    "domains/letters/zarr.json",
-    "domains/zarr.json",
-    "commits/letters/train/0.json",
-    "tokenizer/tokenizer.json",
-]
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -78,7 +71,7 @@ def test_a_domain_without_its_plan_is_made_again_as_a_whole(
 ) -> None:
     plan = copy / "plans" / "letters.json"
     plan.write_bytes(plan.read_bytes().replace(b"train", b"trian", 1))
-    with pytest.raises(CorruptCacheError, match=r"letters.json is damaged.*If it is removed"):
+    with pytest.raises(CorruptCacheError, match=r"letters.json is damaged.*Remove it and"):
         open_cache(copy)
     plan.unlink()
     make_cache(copy)
@@ -96,8 +89,8 @@ def test_token_rows_are_made_again_only_from_the_same_documents(
     shutil.copytree(corpus, other)
     text = (other / "digits.csv").read_text()
     (other / "digits.csv").write_text(text.replace("1", "2"))
-    with pytest.raises(MismatchError, match="its documents are not those"):
-        build(copy, find_sources(other), random_teacher(), tokenizer, **BUILD)
+    with pytest.raises(MismatchError, match="its documents differ from those"):
+        build_cache(copy, find_sources(other), random_teacher(), tokenizer, BuildConfig(**BUILD))
 
 
 @pytest.mark.parametrize("name", ["../evil/zarr.json", "domains/../../zarr.json", "domains/x"])
@@ -106,7 +99,7 @@ def test_a_plan_whose_documents_lie_elsewhere_is_refused(name: str, copy: Path) 
     body = parse(path.read_bytes(), str(path))
     body["metadata"][name] = "{}"
     path.write_bytes(dump(body))
-    with pytest.raises(CorruptCacheError, match="no Zarr document of a domain"):
+    with pytest.raises(CorruptCacheError, match="not a Zarr document of a domain"):
         open_cache(copy)
 
 
@@ -187,15 +180,99 @@ def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
 
 
 def test_the_teacher_agrees_with_its_cache_and_another_does_not(cache: Cache) -> None:
-    def score(seed: int) -> Any:
-        teacher = random_teacher(seed)
-        return lambda key, tokens, rows: (
-            Scorer(teacher, cache.spec, rows).score(key, tokens, quiet).arrays
-        )
-
-    found = replay(cache, score(0), 12, seed=1)
+    found = replay(cache, random_teacher(), 12, seed=1)
     assert found.rows == 12
     assert not found.bad
     assert found.stored_max <= cache.logprob.error + found.control_max + 1e-4
     assert found.control_mean <= found.control_max < 1e-3
-    assert len(replay(cache, score(1), 12, seed=1).bad) == 12
+    pretender = Teacher(random_teacher(1).logits, VOCAB, random_teacher().identity)
+    found = replay(cache, pretender, 12, seed=1)
+    assert len(found.bad) == 12
+    with pytest.raises(CacheError, match="stored targets differ from this teacher in 12 of 12"):
+        require_sound(cache, [], found)
+    with pytest.raises(
+        MismatchError, match=r"another teacher.*\n  seed: the cache has 0, this.* 1"
+    ):
+        replay(cache, random_teacher(1), 12, seed=1)
+
+
+def test_a_cache_without_committed_rows_has_nothing_to_compare(copy: Path) -> None:
+    shutil.rmtree(copy / "commits")
+    with pytest.raises(UnfinishedCacheError, match="no committed row"):
+        replay(open_cache(copy, unfinished=True), random_teacher(), 12, seed=1)
+
+
+def test_progress_reaches_the_total_also_with_a_damaged_record(copy: Path) -> None:
+    record = copy / "commits/letters/train/0.json"
+    record.write_bytes(record.read_bytes()[:-3])
+    opened, heard = open_cache(copy), list[int]()
+    assert [problem.name for problem in verify(opened, heard.append)] == [VICTIMS[7]]
+    assert sum(heard) == bytes_to_hash(opened) > 0
+
+
+def test_files_that_the_root_does_not_name_are_reported_and_dropped(
+    copy: Path, cache: Cache, tmp_path: Path
+) -> None:
+    (tmp_path / "secret").write_text("mine")
+    (copy / "tokenizer/model.safetensors").write_bytes(b"weights")
+    (copy / "tokenizer/notes.txt").symlink_to(tmp_path / "secret")
+    opened = open_cache(copy)
+    problems = verify(opened, quiet)
+    names = {"tokenizer/model.safetensors", "tokenizer/notes.txt"}
+    assert {problem.name for problem in problems} == names
+    assert all("is not part of the cache" in problem.text for problem in problems)
+    drop_bad(opened, problems)
+    assert tree(copy) == tree(cache.root)
+    assert (tmp_path / "secret").read_text() == "mine"
+
+
+@pytest.mark.parametrize("folder", ["domains/digits", "tokenizer"])
+def test_nothing_outside_of_the_cache_is_dropped(folder: str, copy: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    (copy / folder).rename(outside)
+    (copy / folder).symlink_to(outside)
+    for path in [*outside.rglob("tokens/c/0/0"), outside / "tokenizer.json"]:
+        if path.exists():
+            path.write_bytes(b"?" + path.read_bytes()[1:])
+    before, opened = tree(outside), open_cache(copy)
+    problems = verify(opened, quiet)
+    assert problems
+    with pytest.raises(CorruptCacheError, match=r"is left alone\. Remove the link yourself"):
+        drop_bad(opened, problems)
+    assert tree(outside) == before
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def command(*words: object) -> Result:
+    return CliRunner().invoke(main, ["verify", *map(str, words)])
+
+
+def test_the_command_says_how_it_ended(copy: Path) -> None:
+    result = command(copy)
+    assert (result.exit_code, result.stdout) == (0, "OK: all hashes match.\n")
+    assert "verifying 100%" in result.stderr
+    for number, said in ((0, "1 problem in"), (1, "2 problems in")):
+        victim = copy / f"domains/letters/train/tail_logprob/c/{number}/0"
+        victim.write_bytes(b"?" + victim.read_bytes()[1:])
+        result = command(copy)
+        assert result.exit_code == 1
+        assert f"{said} {copy}; --drop-bad removes what is bad" in result.stderr
+    assert command(copy, "--drop-bad").exit_code == 0
+    result = command(copy)
+    assert result.exit_code == 0
+    assert "is not finished" in result.stderr
+
+
+def test_dropping_and_comparing_are_two_commands(copy: Path) -> None:
+    result = command(copy, "--drop-bad", "--teacher", "any")
+    assert result.exit_code == 2
+    assert "one at a time" in result.stderr
+
+
+def test_names_of_files_are_shown_and_obeyed_by_nobody(copy: Path) -> None:
+    (copy / "tokenizer/x\x1b[31m").touch()
+    result = command(copy)
+    assert result.exit_code == 1
+    assert r"x\x1b[31m is not part of the cache" in result.stdout

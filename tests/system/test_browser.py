@@ -16,13 +16,14 @@ import threading
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
 from ddk_train.report.page import write_page
 from ddk_train.report.run_report import load
-from tests.train.test_report import NAMES, Page, write_run
+from tests.runs import NAMES, Page, write_run
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -40,7 +41,9 @@ const box = e => { const b = e.getBoundingClientRect(); return [b.width, b.heigh
 const charts = [...document.querySelectorAll("svg.chart")].map(c => ({
   label: c.getAttribute("aria-label"), size: box(c),
   marks: [...c.querySelectorAll("polyline, .band rect")].map(box)}));
-document.title = JSON.stringify({charts, wide: document.documentElement.scrollWidth});
+document.title = JSON.stringify({charts,
+  hidden: [...document.querySelectorAll(".wide")].map(e => e.scrollWidth - e.clientWidth),
+  wide: document.documentElement.scrollWidth});
 </script>"""
 
 
@@ -133,6 +136,24 @@ def test_every_picture_is_drawn_and_fits(
         assert chart["marks"], chart["label"]
         assert max(w for w, _ in chart["marks"]) > 30, chart["label"]
     assert found["wide"] <= max(width, 500)  # the narrowest that a headless window gets
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_a_page_of_four_runs_fits(browser: Browser, tmp_path: Path, width: int) -> None:
+    long = {"weights": ",".join(f"{name}=0.123456" for name in NAMES), "weighting": "fixed"}
+    settings: list[dict[str, Any]] = [{}, {"seed": 1}, long, long | {"seed": 1}]
+    runs = [write_run(tmp_path / f"a-run-{n}", **s) for n, s in enumerate(settings)]
+    page = tmp_path / "page.html"
+    write_page(load(runs), page)
+    policy = r'<meta http-equiv="Content-Security-Policy".*?>'
+    page.write_text(re.sub(policy, "", page.read_text()).replace("</body>", MEASURE))
+    dom, _ = browser.open(page, width=width)
+    title = re.search(r"<title>(.*?)</title>", dom, re.DOTALL)
+    assert title
+    found = json.loads(unescape(title[1]))
+    assert found["wide"] <= width
+    if width > 1000:  # a narrow page scrolls its tables
+        assert max(found["hidden"]) <= 1
 
 
 def test_the_table_in_the_browser_is_the_parquet(browser: Browser, page: Path) -> None:

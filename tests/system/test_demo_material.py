@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
+import demo_material as demo
 import pytest
 
 from ddk_cache.corpus.rows import content, split_of
-
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
-
-import demo_material as demo
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import load_teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import open_cache
+from ddk_cache.testing import student_config
 from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
-from tests.conftest import llama_config
 
 DOMAINS = ("latex", "math_word", "wiki")
 
@@ -29,15 +29,12 @@ def cache_path(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "mix.yaml").write_text(json.dumps({"domains": domains}))
     teacher = str(data / "teacher")
-    build(
+    build_cache(
         folder / "mix.zarr",
-        find_sources(folder / "mix.yaml"),
+        folder / "mix.yaml",
         load_teacher(teacher),
         load_tokenizer(teacher),
-        seq_len=128,
-        target_spec="topk:32",
-        holdout=0.3,
-        shard_rows=128,
+        BuildConfig(seq_len=128, targets="topk:32", holdout=0.3, shard_rows=128),
     )
     return folder / "mix.zarr"
 
@@ -55,7 +52,7 @@ def test_the_teacher_is_as_good_as_it_is_known_to_be(cache_path: Path) -> None:
 
 
 def test_a_student_learns_from_it(cache_path: Path, tmp_path: Path) -> None:
-    config = llama_config(vocab_size=16384, hidden_size=32, max_position_embeddings=128)
+    config = student_config(vocab_size=16384, hidden_size=32, max_position_embeddings=128)
     (tmp_path / "student.json").write_text(json.dumps(config))
     run = train(
         TrainConfig(

@@ -18,20 +18,20 @@ from typing import Any
 
 import numpy as np
 
+from ddk_cache.testing import student_config
 from ddk_train import TrainConfig, train
-from tests.conftest import llama_config
 
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "golden_losses.json"
 SETTINGS: dict[str, Any] = {
     "steps": 30, "interval": 10, "rows": 8, "micro_rows": 3, "lr": 1e-2, "gamma": 0.5,
-    "eval_rows": 4, "log_every": 1, "device": "cpu", "precision": "fp32",
+    "eval_rows": 4, "log_every": 1, "device": "cpu", "precision": "fp32", "weighting": "ddk",
 }  # fmt: skip
 
 
 def losses(folder: Path) -> dict[str, list[float]]:
     """Return what the run says, step by step and measurement by measurement."""
-    (folder / "student.json").write_text(json.dumps(llama_config()))
+    (folder / "student.json").write_text(json.dumps(student_config()))
     student, run = str(folder / "student.json"), str(folder / "run")
     done = train(TrainConfig(cache=str(DATA / "v2.zarr"), run=run, student=student, **SETTINGS))
     metrics, history = done.metrics(), done.history()

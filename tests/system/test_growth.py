@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ddk_cache import MismatchError, open_cache
-from ddk_cache.build.job import build
-from ddk_cache.corpus.sources import find_sources
+from ddk_cache import InputError, MismatchError, open_cache
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.read.cache import Cache
+from ddk_cache.testing import BUILD, random_teacher
 from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
-from tests.cache.test_verify import quiet
-from tests.conftest import BUILD, random_teacher, tree
-from tests.train.test_trainer import timeless
-
-
-def lines(first: int, last: int, letters: str) -> str:
-    generator = np.random.default_rng(0)
-    texts = ["".join(generator.choice(list(letters), 40)) for _ in range(last)]
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts[first:])
+from tests.helpers import grow, lines, quiet, timeless, tree
 
 
 @pytest.fixture
@@ -34,13 +26,8 @@ def growing(tmp_path: Path) -> Path:
     return folder
 
 
-def grow(folder: Path) -> None:
-    (folder / "one.jsonl").write_text(lines(0, 70, "abc"))
-    (folder / "two.jsonl").write_text(lines(0, 30, "xyz"))
-
-
-def make(folder: Path, tokenizer: Any, path: Path, **settings: Any) -> Cache:
-    build(path, find_sources(folder), random_teacher(), tokenizer, **BUILD | settings)
+def make(folder: Path, tokenizer: Any, path: Path, *, grow: bool = False) -> Cache:
+    build_cache(path, folder, random_teacher(), tokenizer, BuildConfig(**BUILD), grow=grow)
     return open_cache(path)
 
 
@@ -76,6 +63,56 @@ def test_a_domain_grows_at_its_end_only(growing: Path, tokenizer: Any, tmp_path:
     with pytest.raises(MismatchError, match="grows at its end only"):
         make(growing, tokenizer, path, grow=True)
     assert tree(path / "domains") == before
+
+
+def test_a_growth_that_fails_leaves_a_finished_cache_as_it_was(
+    growing: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "mix.zarr"
+    before = make(growing, tokenizer, path)
+    documents = tree(path / "plans") | tree(path / "commits")
+    root = (path / "zarr.json").read_bytes()
+    grow(growing)
+    (growing / "zero.jsonl").write_text("")
+    with pytest.raises(InputError, match="zero"):
+        make(growing, tokenizer, path, grow=True)
+    assert (path / "zarr.json").read_bytes() == root
+    assert {n: (tree(path / "plans") | tree(path / "commits"))[n] for n in documents} == documents
+    opened = open_cache(path)
+    assert opened.domains == before.domains
+    assert not verify(opened, quiet)
+    (growing / "zero.jsonl").unlink()
+    assert (path / "plans/two.json").exists()
+    # What the failed growth had planned of `two` is of other documents now.
+    (growing / "two.jsonl").write_text(lines(0, 30, "uvw"))
+    after = make(growing, tokenizer, path, grow=True)
+    assert after.domains == ["one", "two"]
+    assert [p.documents for p in after.plan("one").portions] == [40, 70]
+    assert not verify(after, quiet)
+    fresh = tmp_path / "fresh.zarr"
+    (growing / "one.jsonl").unlink()
+    make(growing, tokenizer, fresh)
+    assert tree(path / "domains/two") == tree(fresh / "domains/two")
+
+
+def test_a_first_build_with_a_bad_domain_goes_on_without_it_or_with_it_mended(
+    growing: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    for mend in (True, False):
+        path = tmp_path / f"{mend}.zarr"
+        (growing / "two.jsonl").write_text("")
+        with pytest.raises(InputError, match="two"):
+            make(growing, tokenizer, path)
+        (growing / "two.jsonl").unlink()
+        if mend:
+            (growing / "two.jsonl").write_text(lines(0, 30, "xyz"))
+        made = make(growing, tokenizer, path)
+        assert made.domains == (["one", "two"] if mend else ["one"])
+        assert not verify(made, quiet)
+        (growing / "one.jsonl").rename(growing / "three.jsonl")
+        with pytest.raises(MismatchError, match="one: "):
+            make(growing, tokenizer, path)
+        (growing / "three.jsonl").rename(growing / "one.jsonl")
 
 
 def test_a_resumed_run_keeps_to_its_rows_unless_told_otherwise(

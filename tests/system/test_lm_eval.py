@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ddk_train.trainer import train
-from tests.conftest import Configure
+from ddk_train.job import train
+from tests.helpers import Configure
 
 TASK = """
 task: ddk_letters

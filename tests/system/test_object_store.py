@@ -16,19 +16,17 @@ import pytest
 import torch
 
 from ddk_cache import InputError, MismatchError, owner
-from ddk_cache.build.job import build
+from ddk_cache.build.config import BuildConfig
+from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import StorageError
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.remote import RemoteStorage
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
 from ddk_cache.verify import drop_bad, verify
-from tests.cache.test_job import BUILDER
-from tests.cache.test_verify import VICTIMS, quiet
-from tests.conftest import BUILD, VOCAB, command, finish, random_teacher, tree
+from tests.helpers import BUILDER, VICTIMS, command, finish, grow, lines, quiet, tree
 from tests.s3 import Flaky, Server
-from tests.system.test_growth import grow, lines
 
 Make = Callable[..., Cache]
 URL = "s3://bucket/mix.zarr"
@@ -156,10 +154,10 @@ def test_a_cache_grows_on_a_store(server: Server, tokenizer: Any, tmp_path: Path
     growing.mkdir()
     (growing / "one.jsonl").write_text(lines(0, 40, "abc"))
     for place in places:
-        build(place, find_sources(growing), random_teacher(), tokenizer, **BUILD)
+        build_cache(place, growing, random_teacher(), tokenizer, BuildConfig(**BUILD))
     grow(growing)
     for place in places:
-        build(place, find_sources(growing), random_teacher(), tokenizer, grow=True, **BUILD)
+        build_cache(place, growing, random_teacher(), tokenizer, BuildConfig(**BUILD), grow=True)
     assert contents() == tree(tmp_path / "mix.zarr")
 
 
@@ -180,13 +178,13 @@ def test_a_server_that_goes_ends_the_build_in_one_message_and_it_goes_on_later(
     said = [line for line in err.splitlines() if line.startswith("Error:")]
     assert len(said) == 1
     assert f"{URL}/" in said[0]
-    assert "the same command goes on" in said[0]
+    assert "run the same command again to resume" in said[0]
     server.process.send_signal(signal.SIGCONT)
     for place in (URL, tmp_path / "mix.zarr"):
         code, _, err = finish(command("ddk-cache", "build", corpus, place, *how))
         assert code == 0, err
     assert contents() == tree(tmp_path / "mix.zarr")
-    code, out, err = finish(command("ddk-cache", "plan", corpus, URL, *how[:-2]))
+    code, out, err = finish(command("ddk-cache", "estimate", corpus, URL, *how[:-2]))
     assert code == 0, err
     assert "are free" not in out
 

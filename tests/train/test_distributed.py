@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from ddk_cache.read.cache import Cache
+from ddk_train import train
 from ddk_train.run import Run
-from ddk_train.trainer import train
-from tests.conftest import RUN, Configure
+from tests.helpers import RUN, Configure, command, finish
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def test_two_processes_give_the_update_of_one(
         torch.testing.assert_close(students[0][name], students[1][name], rtol=1e-3, atol=2e-4)
     code, err = launch(2, *words)
     assert code == 0, err
-    assert "going on after step 5 of 5" in err
+    assert err.count("resuming after step 5 of 5") == 1
 
 
 def test_rows_that_cannot_be_shared_are_refused(
@@ -74,4 +74,31 @@ def test_rows_that_cannot_be_shared_are_refused(
     words += ["--device", "cpu"]
     code, err = launch(2, *words)
     assert code
-    assert "5 rows in a step cannot be shared evenly by 2 processes" in err
+    assert "5 rows per step cannot be shared evenly by 2 processes" in err
+
+
+def test_torchrun_on_a_cpu_makes_ranks_of_one_run(
+    cache: Cache, student_config: Path, tmp_path: Path
+) -> None:
+    words = ["run", cache.root, tmp_path / "run", "--student", student_config, "--rows", 4]
+    words += ["--steps", 2, "--interval", 2, "--log-every", 1, "--eval-rows", 2]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
+    done = subprocess.run(
+        [str(word) for word in (*start, "-m", "ddk_train", *words)],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in Run(tmp_path / "run").metrics()] == [1, 2]
+    code, _, err = finish(command("ddk-train", *words))
+    assert code == 0, err
+    assert "resumed in 1 process(es) instead of 2" in err
+
+
+def test_a_damaged_world_size_is_named(cache: Cache, student_config: Path, tmp_path: Path) -> None:
+    words = ["run", cache.root, tmp_path / "run", "--student", student_config]
+    process = command("ddk-train", *words, env=os.environ | {"WORLD_SIZE": "x"})
+    code, _, err = finish(process)
+    assert code == 2
+    assert "WORLD_SIZE: got 'x', expected a number of processes" in err
+    assert "Traceback" not in err

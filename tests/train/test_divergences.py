@@ -9,26 +9,9 @@ from hypothesis import strategies as st
 
 from ddk_cache import InputError, MismatchError
 from ddk_train.loss.divergences import LOSSES, check_targets, divergence
-from tests.cache.test_spec import spec
+from tests.helpers import divergence_by_definition, make_spec
 
 NAMES = ("forward_kl", "reverse_kl", "jsd:0.5", "jsd:0.1", "skew_kl:0.1", "skew_kl:0.7")
-
-
-def value(name: str, t: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Return a divergence (P) of full distributions, straight from its definition."""
-
-    def kl(p: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
-        return (torch.xlogy(p, p) - torch.xlogy(p, r)).sum(-1)
-
-    base, _, text = name.partition(":")
-    share = float(text or 0)
-    mixed = share * t + (1 - share) * q
-    return {
-        "forward_kl": lambda: kl(t, q),
-        "reverse_kl": lambda: kl(q, t),
-        "jsd": lambda: share * kl(t, mixed) + (1 - share) * kl(q, mixed),
-        "skew_kl": lambda: kl(t, mixed),
-    }[base]()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -41,7 +24,7 @@ def test_value_and_slope_follow_the_definition(
     shape = (2, positions, buckets)
     teacher, student = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
     t, logq = teacher.softmax(-1), student.log_softmax(-1).requires_grad_()
-    expected = value(name, t, logq.exp())
+    expected = divergence_by_definition(name, t, logq.exp())
     (slope,) = torch.autograd.grad(expected.sum(), logq)
     got, got_slope = divergence(name)(t.float(), logq.detach().float())
     torch.testing.assert_close(got.double(), expected.detach(), rtol=1e-4, atol=1e-5)
@@ -69,7 +52,7 @@ def test_a_loss_that_is_none_is_refused(name: str) -> None:
 
 
 def test_what_makes_no_sense_is_refused_with_the_reason() -> None:
-    sampled, topk = spec(targets="sampled:8"), spec(temperatures=[0.5, 2.0])
+    sampled, topk = make_spec(targets="sampled:8"), make_spec(temperatures=[0.5, 2.0])
     check_targets("forward_kl", 1.0, sampled)
     check_targets("jsd:0.5", 2.0, topk)
     for name in LOSSES[1:]:

@@ -13,7 +13,7 @@ from ddk_cache import SparseTargets
 from ddk_train.loss import fused as heads
 from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Targets, Terms, fused_loss, measure, within
-from tests.train.test_divergences import value
+from tests.helpers import divergence_by_definition
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 
@@ -56,7 +56,7 @@ def reference(c: Case, head: Head, name: str, gamma: float, T: float) -> tuple[t
     q = torch.cat([q.gather(-1, c.targets.ids), rest], -1)
     t = torch.cat([c.targets.probs, c.targets.tail[:, None]], -1).double()
     some = (t > 0) | (q > 0)  # a bucket with nothing in it is none
-    d = T**2 * value(name, t.where(some, 1.0), q.where(some, 1.0))
+    d = T**2 * divergence_by_definition(name, t.where(some, 1.0), q.where(some, 1.0))
     loss = ce.sum() + gamma * d.sum()
     grads = torch.autograd.grad(loss, (hidden, weight, bias), allow_unused=True)
     made = (torch.zeros_like(c.bias) if g is None else g for g in grads)

@@ -80,10 +80,10 @@ def test_weights_hold_from_the_very_next_batch(cache: Cache) -> None:
 @pytest.mark.parametrize(
     ("settings", "temperature"),
     [
-        ({"target_spec": "topk:8", "temperatures": (2.0,)}, 1.0),
-        ({"target_spec": "topk:8", "temperatures": (2.0,)}, 2.0),
-        ({"target_spec": "sampled:6", "compression": "fast"}, 1.0),
-        ({"target_spec": "sampled:300"}, 1.0),
+        ({"targets": "topk:8", "temperatures": (2.0,)}, 1.0),
+        ({"targets": "topk:8", "temperatures": (2.0,)}, 2.0),
+        ({"targets": "sampled:6", "compression": "fast"}, 1.0),
+        ({"targets": "sampled:300"}, 1.0),
     ],
 )
 def test_batches_are_the_rows_of_the_cache_decoded(
@@ -144,6 +144,11 @@ def test_what_cannot_be_read_is_said_by_the_step_that_needs_it(
     assert batches.state_dict()["mixture"] == states[-1]
 
 
+def test_the_data_loader_of_torch_refuses_it(cache: Cache) -> None:
+    with pytest.raises(TypeError, match="'Loader' has no len"):
+        iter(torch.utils.data.DataLoader(loader(cache), num_workers=2))  # type: ignore[arg-type]
+
+
 def test_a_closed_loader_leaves_no_thread(cache: Cache) -> None:
     before = set(threading.enumerate())
     batches = loader(cache)
@@ -154,18 +159,6 @@ def test_a_closed_loader_leaves_no_thread(cache: Cache) -> None:
 
 
 # --- other people's checkpoints -------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
-def test_the_stateful_data_loader_of_torchdata_resumes_it(cache: Cache) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader").StatefulDataLoader
-    whole = [content(next(batches)) for batches in [loader(cache)] for _ in range(12)]
-    first = stateful(loader(cache), batch_size=None)
-    played = [content(batch) for _, batch in zip(range(5), first, strict=False)]
-    second = stateful(loader(cache), batch_size=None)
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), default=str)))
-    played += [content(batch) for _, batch in zip(range(7), second, strict=False)]
-    assert played == whole
 
 
 def test_accelerate_checkpoints_it(cache: Cache, tmp_path: Path) -> None:

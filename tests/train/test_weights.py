@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -14,6 +15,7 @@ from ddk_train.weights import (
     FLOOR,
     FOLLOW_GAPS,
     RULES,
+    DomainWeights,
     Floats,
     Gaps,
     Settings,
@@ -142,6 +144,43 @@ def test_smoothed_factors_keep_to_their_bounds(
         assert (np.exp(log_r) <= alpha + (1 - alpha) / 4 + 1e-12).all()
 
 
+# --- as a class ---
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_domain_weights_are_the_rule_with_its_state(rule: str) -> None:
+    given = {"a": 1.0, "b": 1.0, "c": 2.0} if rule == "fixed" else None
+    weights = DomainWeights(rule, ["a", "b", "c"], alpha=0.7, given=given)
+    np.testing.assert_allclose(weights.weights, 1 / 3)
+    settings = Settings(0.7, np.array([0.25, 0.25, 0.5]) if given else None)
+    log_r = None
+    for ratios in ([5000.0, 2.0, 1.5], [3.0, 2.0, 1.1], [1.2, 2.0, 0.9]):
+        log_r, right = update(rule, gaps(ratios, [1, 5, 3]), log_r, settings)
+        np.testing.assert_array_equal(weights.update(gaps(ratios, [1, 5, 3])), right)
+        np.testing.assert_array_equal(weights.weights, right)
+        state = json.loads(json.dumps(weights.state_dict()))
+        weights = DomainWeights(rule, ["a", "b", "c"], alpha=0.7, given=given)
+        weights.load_state_dict(state)
+        np.testing.assert_array_equal(weights.weights, right)
+
+
+def test_a_state_of_other_domains_starts_over() -> None:
+    weights = DomainWeights("ddk", ["a", "b"])
+    weights.update(gaps([2.0, 3.0]))
+    grown = DomainWeights("ddk", ["a", "b", "c"])
+    grown.load_state_dict(weights.state_dict())
+    assert grown.log_factor is None
+    np.testing.assert_allclose(grown.weights, 1 / 3)
+
+
+def test_domain_weights_refuse_what_does_not_fit() -> None:
+    with pytest.raises(InputError, match=r"unknown weighting 'dkd'\. Did you mean 'ddk'"):
+        DomainWeights("dkd", ["a"])
+    for rule, named in (("fixed", None), ("ddk", {"a": 1.0})):
+        with pytest.raises(InputError, match="belong together"):
+            DomainWeights(rule, ["a"], given=named)
+
+
 # --- what is refused ---
 
 
@@ -168,7 +207,9 @@ def test_a_student_that_is_lost_is_an_error_under_every_rule(rule: str, loss: fl
         update(rule, Gaps(np.array([loss, 1.0]), np.ones(2), np.ones(2)), None, HALF)
 
 
-@pytest.mark.parametrize("text", ["a", "a=", "a=x", "=1", "a=0", "a=-1", "a=inf", "a=1,a=2"])
+@pytest.mark.parametrize(
+    "text", ["a", "a=", "a=x", "=1", "a=0", "a=-1", "a=inf", "a=1,a=2", "a=1_0", "a=１", "a=0x1"]
+)
 def test_weights_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(InputError, match="cannot read the weight"):
         parse_weights(text)
@@ -177,6 +218,6 @@ def test_weights_that_are_none_are_refused(text: str) -> None:
 def test_weights_for_other_domains_are_refused() -> None:
     with pytest.raises(InputError, match=r"unknown domain 'cod'\. Did you mean 'code'"):
         given_weights({"cod": 1.0, "web": 1.0}, ["code", "web"])
-    with pytest.raises(InputError, match="has none for code"):
+    with pytest.raises(InputError, match="got no weight for code"):
         given_weights({"web": 1.0}, ["code", "web"])
     assert given_weights({}, ["code"]) is None

@@ -1,0 +1,70 @@
+"""Work that several processes share, item by item, without a scheduler.
+
+Each process takes a lease on an item before it works on it and moves on where another has it.
+Processes begin at different places, so that they seldom meet; one that is done early takes what
+is left, and what a dead process had leased. The price is a look at the storage for every item.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol, TypeVar
+
+from ddk_cache.errors import InputError
+from ddk_cache.storage.lease import Leases
+
+Item = TypeVar("Item")
+
+POLL = 0.5
+"""Seconds between two looks at what other processes have finished."""
+
+
+class Job(Protocol[Item]):
+    """Items of work whose results any process can see."""
+
+    def todo(self) -> list[Item]:
+        """Return the items that are not done."""
+
+    def done(self, item: Item) -> bool:
+        """Return whether an item is done."""
+
+    def lease(self, item: Item) -> str:
+        """Return the name of the lease on an item."""
+
+    def work(self, item: Item) -> None:
+        """Do an item and release its lease, at the latest in `flush`."""
+
+    def flush(self) -> None:
+        """Finish every item that was begun."""
+
+
+def share(job: Job[Item], leases: Leases, rank: int, world: int) -> None:
+    """Do items of a job until none is left, done by this process or by others."""
+    while items := job.todo():
+        first = rank * len(items) // world
+        worked = False
+        for item in items[first:] + items[:first]:
+            if job.done(item) or not leases.take(job.lease(item)):
+                continue
+            if job.done(item):  # finished and released between the two looks
+                leases.release(job.lease(item))
+                continue
+            job.work(item)
+            worked = True
+        job.flush()
+        if not worked:
+            pause(leases)
+
+
+def pause(leases: Leases) -> None:
+    """Wait for other processes for a moment, and renew the leases that this one holds."""
+    leases.beat()
+    time.sleep(POLL)
+
+
+def check_rank(rank: int, world: int) -> None:
+    """Raise InputError unless `rank` is one of `world` processes, counted from 0."""
+    if not 0 <= rank < world:
+        raise InputError(
+            f"rank: got {rank} of {world} processes, expected a number from 0 to below {world}."
+        )

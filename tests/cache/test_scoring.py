@@ -1,0 +1,52 @@
+"""The teacher over a shard: draws follow the row, whatever the batch; axes are as stored."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from ddk_cache import BuildConfig, InputError, Teacher
+from ddk_cache.build.scoring import Scorer, rows_that_fit
+from ddk_cache.format.plan import ShardKey
+from ddk_cache.testing import VOCAB, random_teacher
+
+KEY = ShardKey("web", "train", 3)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (7, 17))
+
+
+@pytest.mark.parametrize("targets", ["sampled:6", "topk:6"])
+def test_scores_do_not_depend_on_the_batch(targets: str) -> None:
+    config = BuildConfig(
+        seq_len=16, targets=targets, temperatures=(2.0, 4.0) if "topk" in targets else ()
+    )
+    teacher = random_teacher()
+    spec = config.spec(VOCAB, teacher.identity, {})
+    seen: list[int] = []
+    one = Scorer(teacher, spec, 7).score(KEY, TOKENS, seen.append)
+    other = Scorer(teacher, spec, 2).score(KEY, TOKENS, seen.append)
+    assert seen == [7 * 16, 32, 32, 32, 16]
+    for name, array in one.arrays.items():
+        np.testing.assert_allclose(array, other.arrays[name], rtol=1e-5)
+    assert one.fidelity.keys() == other.fidelity.keys()
+    temperatures = len(config.temperatures)
+    assert one.arrays["tempered_tail_logprob"].shape == (7, temperatures, 16)
+    assert one.arrays["ids"].shape == one.arrays["logprobs"].shape == (7, 16, 6)
+    shard = Scorer(teacher, spec, 7).score(KEY._replace(number=4), TOKENS, seen.append)
+    assert (one.arrays["ids"] == shard.arrays["ids"]).all() == (targets == "topk:6")
+
+
+def test_what_is_not_logits_is_an_input_error() -> None:
+    teacher = Teacher(lambda tokens: torch.zeros(1), VOCAB, {})
+    spec = BuildConfig(seq_len=16).spec(VOCAB, {}, {})
+    with pytest.raises(InputError, match=r"shape \(1,\), expected .* \(2, 16, 300\)"):
+        Scorer(teacher, spec, 2).score(KEY, TOKENS, lambda _: None)
+
+
+def test_rows_that_fit_follow_the_vocabulary() -> None:
+    spec = BuildConfig().spec(32_000, {}, {})
+    wide = dataclasses.replace(spec, vocab_size=256_000)
+    assert rows_that_fit(random_teacher(), spec) == 2
+    assert rows_that_fit(random_teacher(), wide) == 1
