@@ -1,4 +1,4 @@
-"""ddk-cache estimate | build | info | verify: options and printing.
+"""ddk-cache estimate | build | info | verify | head: options and printing.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
 reported at once.
@@ -47,6 +47,17 @@ HOW = [
 """How the teacher is run."""
 
 
+SERVED = [
+    click.option("--model",
+                 help="Name of the model on the server that --teacher is the address of.  "
+                 "[default: its only one]"),
+    click.option("--head",
+                 help="Head file (from 'ddk-cache head') or checkpoint of the model on the server: "
+                 "use hidden states instead of log-probabilities."),
+]  # fmt: skip
+"""How a teacher behind a serving engine is used."""
+
+
 def options(*groups: list[Any]) -> Callable[[Command], Command]:
     """Return a decorator that gives a command the options of several groups, in order."""
 
@@ -67,8 +78,10 @@ def main() -> None:
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache")
-@click.option("--teacher", help="Model directory or hub id, to measure bytes and hours with.")
-@options(SETTINGS, HOW)
+@click.option("--teacher",
+              help="Model directory, hub id or http://host:port of a server, to measure bytes and "
+              "hours with.")  # fmt: skip
+@options(SETTINGS, HOW, SERVED)
 @click.option("--probe-rows", type=click.IntRange(1), default=16, show_default=True,
               help="Rows to run through the teacher.")  # fmt: skip
 @click.option("--student-speed", type=click.FloatRange(0), default=50_000.0, show_default=True,
@@ -85,6 +98,8 @@ def estimate(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    model: str | None,
+    head: str | None,
     **settings: Any,
 ) -> None:
     """Estimate what building CACHE from CORPUS will cost. Nothing is written."""
@@ -95,21 +110,23 @@ def estimate(
     if not (teacher or tokenizer):
         raise InputError("give --teacher, or at least --tokenizer, to count tokens with.")
     from ddk_cache.build.estimate import estimate_cache, show
-    from ddk_cache.build.teacher import load_teacher
     from ddk_cache.hf import load_tokenizer, pick_device
+    from ddk_cache.served.teacher import find_teacher
 
     pick_device(device)
-    words = load_tokenizer(tokenizer or str(teacher), trust_remote_code=trust_remote_code)
-    model = None
     if teacher:
-        model = load_teacher(
-            teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
+        loaded, words = find_teacher(
+            teacher, tokenizer, config.targets, trust_remote_code=trust_remote_code, **how
         )
+    else:
+        loaded = None
+        words = load_tokenizer(str(tokenizer), trust_remote_code=trust_remote_code)
     facts = estimate_cache(
         cache,
         sources,
         words,
-        model,
+        loaded,
         config,
         probe_rows=probe_rows,
         student_speed=student_speed,
@@ -123,8 +140,9 @@ def estimate(
 @main.command()
 @click.argument("corpus", type=click.Path(path_type=Path))
 @click.argument("cache")
-@click.option("--teacher", required=True, help="Model directory or hub id.")
-@options(SETTINGS, HOW)
+@click.option("--teacher", required=True,
+              help="Model directory, hub id or http://host:port of a server.")  # fmt: skip
+@options(SETTINGS, HOW, SERVED)
 @click.option("--grow", is_flag=True,
               help="Add new domains, and documents at the end of old ones.")  # fmt: skip
 @click.option("--rank", type=int,
@@ -141,6 +159,8 @@ def build(
     dtype: str,
     device: str,
     trust_remote_code: bool,
+    model: str | None,
+    head: str | None,
     grow: bool,
     rank: int | None,
     world: int | None,
@@ -162,13 +182,14 @@ def build(
 
     from ddk_cache.build.create import check_place
     from ddk_cache.build.job import build_cache
-    from ddk_cache.build.teacher import load_teacher
-    from ddk_cache.hf import load_tokenizer
+    from ddk_cache.served.teacher import find_teacher
 
     check_place(storage)
-    words = load_tokenizer(tokenizer or teacher, trust_remote_code=trust_remote_code)
-    model = load_teacher(teacher, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    build_cache(cache, sources, model, words, config, grow=grow, rank=rank, world=world)
+    how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
+    loaded, words = find_teacher(
+        teacher, tokenizer, config.targets, trust_remote_code=trust_remote_code, **how
+    )
+    build_cache(cache, sources, loaded, words, config, grow=grow, rank=rank, world=world)
     if rank == 0:
         train = f"ddk-train run {shlex.quote(cache)} RUN --student …"
         say(f"{cache} is finished. Train from it:  {train}")
@@ -202,6 +223,24 @@ def _number(name: str) -> int:
 
 
 @main.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
+def head(model: str, out: Path, trust_remote_code: bool) -> None:
+    """Copy the output head of MODEL, a directory or hub id, to the file OUT.
+
+    With it as --head, a build needs nothing else of a model that a server runs. The rest of the
+    checkpoint is not read.
+    """
+    from ddk_cache.head import extract_head
+
+    found = extract_head(model, trust_remote_code=trust_remote_code)
+    found.save(out)
+    size = f"{found.vocab_size:,} × {found.hidden_size:,}"
+    say(f"{out} holds the head of {model}: {size}, hash {found.hash()}")
+
+
+@main.command()
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: str, as_json: bool) -> None:
@@ -226,7 +265,7 @@ def info(cache: str, as_json: bool) -> None:
               help="Number of rows for --teacher.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True,
               help="Seed for choosing the rows for --teacher.")  # fmt: skip
-@options(HOW)
+@options(HOW, SERVED)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def verify(
     cache: str,
@@ -251,9 +290,12 @@ def verify(
         if drop_bad:
             facts["removed"] = verification.drop_bad(opened, problems)
         elif teacher and not problems:
-            from ddk_cache.build.teacher import load_teacher
+            from ddk_cache.served.teacher import find_teacher
 
-            found = verification.replay(opened, load_teacher(teacher, **how), rows, seed)
+            spec, words = opened.spec, str(opened.tokenizer_path)
+            how["vocab_size"] = spec.vocab_size
+            loaded, _ = find_teacher(teacher, words, str(spec.targets), **how)
+            found = verification.replay(opened, loaded, rows, seed)
             facts["replay"] = vars(found)
         if as_json:
             click.echo(json.dumps(facts, indent=1))

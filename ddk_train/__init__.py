@@ -5,17 +5,39 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddk_train.config import TrainConfig
-    from ddk_train.cut import cut_student
+    from ddk_train.data.dataset import CacheDataset
+    from ddk_train.evaluate import measure_gaps
+    from ddk_train.integrations.hf import DistillationMixin, DistillationTrainer, GapCallback
     from ddk_train.job import train
+    from ddk_train.loss.objective import distillation_loss
+    from ddk_train.student.cut import cut_student
     from ddk_train.weights import DomainWeights, Gaps
 
-__all__ = ["DomainWeights", "Gaps", "TrainConfig", "cut_student", "train"]
+__all__ = [
+    "CacheDataset",
+    "DistillationMixin",
+    "DistillationTrainer",
+    "DomainWeights",
+    "GapCallback",
+    "Gaps",
+    "TrainConfig",
+    "cut_student",
+    "distillation_loss",
+    "measure_gaps",
+    "train",
+]
 
 _HOMES = {
+    "CacheDataset": "data.dataset",
+    "DistillationMixin": "integrations.hf",
+    "DistillationTrainer": "integrations.hf",
     "DomainWeights": "weights",
+    "GapCallback": "integrations.hf",
     "Gaps": "weights",
     "TrainConfig": "config",
-    "cut_student": "cut",
+    "cut_student": "student.cut",
+    "distillation_loss": "loss.objective",
+    "measure_gaps": "evaluate",
     "train": "job",
 }
 """The module of each name; it is imported when the name is first used, and torch with some."""

@@ -83,7 +83,7 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
     if html or not as_json:
         page = html or runs[0] / "report.html"
         write_page(reports, page)
-        say(f"The page is {page}.")
+        click.echo(f"page: {page}", err=as_json)
 
 
 @main.command()
@@ -94,7 +94,7 @@ def report(runs: tuple[Path, ...], html: Path | None, as_json: bool) -> None:
               "included.")  # fmt: skip
 def cut(teacher: str, out: Path, layers: str | None, keep: int | None) -> None:
     """Save a student of some layers of TEACHER, a directory or hub id, in OUT."""
-    from ddk_train.cut import cut_student, parse_layers
+    from ddk_train.student.cut import cut_student, parse_layers
 
     cut_student(teacher, out, layers=parse_layers(layers) if layers else None, keep=keep)
     say(f"The student is in {out}. Train it:  ddk-train run CACHE RUN --student {out}")

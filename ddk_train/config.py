@@ -97,7 +97,7 @@ class TrainConfig:
     decay: float = 0.2
     """Share of the run over which `schedule` wsd falls."""
     optimizer: str = "adamw"
-    """AdamW with float32 states, or with 8-bit states, which need CUDA and bitsandbytes."""
+    """AdamW with float32 states, or with 8-bit states, which need bitsandbytes."""
     weight_decay: float = 0.1
     """AdamW's weight decay of matrices; vectors (norms, biases) do not decay."""
     beta2: float = 0.95

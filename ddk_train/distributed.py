@@ -15,10 +15,11 @@ import torch
 from ddk_cache import InputError
 from ddk_cache.errors import unknown
 from ddk_cache.hf import pick_device
-from ddk_train.config import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from ddk_train.config import TrainConfig
 
 
 class Processes:

@@ -17,15 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_cache import SPLITS, Cache, Extent, SparseTargets, open_cache, rows_at
+from ddk_cache import SPLITS, TRAIN, VALIDATION, Cache, Extent, SparseTargets, open_cache, rows_at
 from ddk_cache.rng import key_of, permute
 from ddk_train.data.decode import Dequantizer
 from ddk_train.data.mixture import Floats, Ints
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
 from ddk_train.weights import Gaps
-
-TRAIN, VALIDATION = SPLITS
 
 Known = Mapping[str, Mapping[str, Sequence[Extent]]]
 """The rows in use, by domain and split."""

@@ -23,15 +23,15 @@ from ddk_train.data.loader import Loader
 from ddk_train.data.mixture import Mixture
 from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter
-from ddk_train.lora import add_adapter
 from ddk_train.loss.divergences import check_targets, divergence
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
 from ddk_train.optim import learning_rate, optimizer
 from ddk_train.provenance import identity, known_rows, provenance
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from ddk_train.signals import stop_requests
-from ddk_train.student import Student, load_student
+from ddk_train.student.load import Student, load_student
+from ddk_train.student.lora import add_adapter
 from ddk_train.trainer import LiveTargets, Trainer
 from ddk_train.weights import DomainWeights, check_measured, parse_weights
 

@@ -1,19 +1,21 @@
 """Optimizers and learning rates by name.
 
 Matrices decay, vectors (norms, biases) do not. The fused AdamW costs one kernel per step; with
-8-bit states it needs a quarter of the memory for them, and CUDA and bitsandbytes.
+8-bit states it needs a quarter of the memory for them, and bitsandbytes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ddk_cache import InputError
-from ddk_train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ddk_train.config import TrainConfig
 
 
 def optimizer(student: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

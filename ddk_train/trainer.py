@@ -25,19 +25,19 @@ from safetensors import SafetensorError
 
 from ddk_cache import Cache, DDKError, SparseTargets
 from ddk_cache.console import Progress
-from ddk_train import checkpoint
-from ddk_train.checkpoint import State, Trained, get_random
 from ddk_train.config import TrainConfig
 from ddk_train.data.loader import Batch, Loader
 from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter, Measured
-from ddk_train.lora import is_adapted
 from ddk_train.loss.objective import Objective
 from ddk_train.optim import learning_rate
-from ddk_train.run import Run
+from ddk_train.run import checkpoint
+from ddk_train.run.checkpoint import State, Trained, get_random
+from ddk_train.run.directory import Run
 from ddk_train.signals import Stop
-from ddk_train.student import Student, load_weights, save_student
+from ddk_train.student.load import Student, load_weights, save_student
+from ddk_train.student.lora import is_adapted
 from ddk_train.weights import DomainWeights
 
 log = logging.getLogger(__name__)

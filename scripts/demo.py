@@ -30,7 +30,7 @@ from ddk_cache.console import duration, say
 from ddk_cache.describe import describe
 from ddk_cache.format.spec import TargetSpec
 from ddk_train import TrainConfig, train
-from ddk_train.run import Run, open_run
+from ddk_train.run.directory import Run, open_run
 
 DEMO = Path(".demo")
 TARGETS = "sampled:16"

@@ -52,8 +52,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
     def make(path: str | Path, **settings: Any) -> Cache:
         teacher = settings.pop("teacher", testing.random_teacher())
+        words = settings.pop("tokenizer", tokenizer)
         config = BuildConfig(**testing.BUILD | settings)
-        build_cache(path, find_sources(corpus), teacher, tokenizer, config)
+        build_cache(path, find_sources(corpus), teacher, words, config)
         return open_cache(path)
 
     return make

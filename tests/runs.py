@@ -15,7 +15,7 @@ import numpy as np
 from ddk_train.config import TrainConfig
 from ddk_train.report.page import write_page
 from ddk_train.report.run_report import load
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 
 NAMES = ("books", "code", "web")
 

@@ -28,9 +28,12 @@ CACHE = [
     "build_cache", "find_sources", "load_teacher", "load_tokenizer", "open_cache", "parse_size",
     "rows_at",
 ]  # fmt: skip
-TRAIN = ["DomainWeights", "Gaps", "TrainConfig", "cut_student", "train"]
+TRAIN = [
+    "CacheDataset", "DistillationMixin", "DistillationTrainer", "DomainWeights", "GapCallback",
+    "Gaps", "TrainConfig", "cut_student", "distillation_loss", "measure_gaps", "train",
+]  # fmt: skip
 COMMANDS: dict[click.Group, list[str]] = {
-    cache_main: ["build", "estimate", "info", "verify"],
+    cache_main: ["build", "estimate", "head", "info", "verify"],
     train_main: ["cut", "report", "run"],
 }
 HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "zarr"}

@@ -312,7 +312,7 @@ class Scoring:
             positions=int(counted.sum()),
             teacher_loss=float(-scored.arrays["label_logprob"][counted].sum(dtype=np.float64)),
             batch_rows=batch_rows,
-            audit=seen | {"fidelity": scored.fidelity},
+            audit=seen | ({"fidelity": scored.fidelity} if scored.fidelity else {}),
             objects=objects | self.store.write(key, encoded),
         )
         check_readable(record, self.manifest)

@@ -23,7 +23,7 @@ from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.rng import Words, key_of, uniform
-from ddk_cache.types import Array, SparseTargets
+from ddk_cache.types import Array
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ class Scored(NamedTuple):
     """`ids` (R, S, K) and log-probabilities, nats: `logprobs` (R, S, K), and each array of the
     cache whose name ends with `_logprob`."""
     fidelity: dict[str, float]
-    """What storing it loses, summed over one position of each row; see `fidelity.compare`."""
+    """What storing it loses, summed over one position of each row; see `fidelity.compare`. Empty
+    where the teacher has no logits."""
 
 
 @dataclass
@@ -86,30 +87,24 @@ class Scorer:
     ) -> tuple[targets.Scores, dict[str, float]]:
         """Score rows first … of a shard; compare one position of each with its stored form."""
         offsets, chosen = draws(self.spec, key, first, len(batch))
-        logits = self.teacher(batch[:, :-1])
-        scores = targets.extract(
-            logits,
-            batch[:, 1:],
+        scores, logits = self.teacher.scores(
+            batch,
+            chosen,
             self.spec.targets,
             temperatures=self.spec.temperatures,
-            kept_mass=self.spec.kept_mass,
-            offsets_BS=torch.from_numpy(offsets).to(logits.device),
+            offsets_BS=torch.from_numpy(offsets).to(batch.device),
         )
         scores = targets.Scores(*(field.cpu() for field in scores))
+        if logits is None:
+            return scores, {}
         rows = torch.arange(len(batch))
         at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
-        tokens = (
-            batch[rows[:, None], torch.stack([chosen, chosen + 1], -1).to(batch.device)]
-            .cpu()
-            .numpy()
-        )
-        stored = self.codec.encode(as_arrays([at]), tokens[:, 1:])
-        kept = self.codec.targets(stored | {"tokens": tokens})
-        kept_targets = SparseTargets(
-            *(torch.from_numpy(part[:, 0]).to(logits.device) for part in vars(kept).values())
-        )
+        tokens = batch.cpu()[rows[:, None], torch.stack([chosen, chosen + 1], -1)].numpy()
+        encoded = self.codec.encode(as_arrays([at]), tokens[:, 1:])
+        device, kept = logits.device, self.codec.targets(encoded | {"tokens": tokens})
+        stored = kept.map(lambda part: torch.from_numpy(part[:, 0]).to(device))
         sampled = self.spec.targets.kind == "sampled"
-        return scores, fidelity.compare(logits[rows, chosen], kept_targets, sampled=sampled)
+        return scores, fidelity.compare(logits, stored, sampled=sampled)
 
     def _halved(self, error: Exception) -> bool:
         """Halve the batch if memory ran out and there is something to halve."""
@@ -148,6 +143,8 @@ def draws(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array,
 
 def rows_that_fit(teacher: Teacher, spec: CacheSpec) -> int:
     """Return how many rows to score in one call, by the memory that their logits take."""
+    if teacher.batch_rows:
+        return min(spec.shard_rows, teacher.batch_rows)
     room = LOGITS_BYTES
     if teacher.device.type == "cuda":
         room = torch.cuda.mem_get_info(teacher.device)[0] // 4

@@ -65,14 +65,13 @@ def extract(
     targets: TargetSpec,
     *,
     temperatures: tuple[float, ...] = (),
-    kept_mass: float = 1.0,
     offsets_BS: torch.Tensor | None = None,
 ) -> Scores:
     """Return the scores of all positions, each field with leading axes (B, S).
 
-    `temperatures` are those at which the mass outside of top-k targets is computed too; top-k
-    entries stop where they have `kept_mass`. `offsets_BS` are the uniform numbers in [0, 1) that
-    decide what is drawn; without them each call draws anew.
+    `temperatures` are those at which the mass outside of top-k targets is computed too.
+    `offsets_BS` are the uniform numbers in [0, 1) that decide what is drawn; without them each
+    call draws anew.
     """
     B, S, V = logits_BSV.shape
     chunk_bytes = CHUNK_BYTES.get(logits_BSV.device.type, CHUNK_BYTES["cuda"])
@@ -85,7 +84,9 @@ def extract(
         if targets.kind == "sampled":
             chunks.append(sampled(logits.float(), labels, offsets, targets.size))
         else:
-            chunks.append(topk(logits.float(), labels, targets.size, temperatures, kept_mass))
+            chunks.append(
+                topk(logits.float(), labels, targets.size, temperatures, targets.kept_mass)
+            )
     return Scores(*(torch.cat(part).unflatten(0, (B, S)) for part in zip(*chunks, strict=True)))
 
 

@@ -2,7 +2,8 @@
 
 A teacher is a function with a name, so that the whole pipeline runs on a CPU in seconds with a
 function of a few lines in place of a large model. Scoring is pure prefill, so a plain forward pass
-in large batches is the whole engine; a serving engine would add a process and hide the raw logits.
+in large batches is the whole engine. A teacher that needs a serving engine is in
+`ddk_cache.served.teacher`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 
+from ddk_cache.build.targets import Scores, extract
 from ddk_cache.errors import InputError, unknown
+from ddk_cache.format.spec import TargetSpec
 from ddk_cache.hashing import canonical, digest
 from ddk_cache.hf import hash_weights, load_model, pick_device
 
@@ -43,6 +46,8 @@ class Teacher:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     positions: int | None = None
     """The longest row that the teacher was made for, where there is such a limit."""
+    batch_rows: int | None = None
+    """Rows of one call, where the memory of their logits is not what decides it."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -61,6 +66,25 @@ class Teacher:
             f"teacher {self.name!r}: got {got}, expected a torch tensor of logits (B, S, V) = "
             f"{wanted}. Return floating-point logits of every position and token."
         )
+
+    def scores(
+        self,
+        tokens_BS1: torch.Tensor,
+        chosen_B: torch.Tensor,
+        targets: TargetSpec,
+        *,
+        temperatures: tuple[float, ...],
+        offsets_BS: torch.Tensor,
+    ) -> tuple[Scores, torch.Tensor | None]:
+        """Return the targets of B rows, and the logits (B, V) of one position of each row.
+
+        `chosen_B` are those positions. A teacher that has no logits returns None instead.
+        """
+        logits = self(tokens_BS1[:, :-1])
+        scores = extract(
+            logits, tokens_BS1[:, 1:], targets, temperatures=temperatures, offsets_BS=offsets_BS
+        )
+        return scores, logits[torch.arange(len(logits)), chosen_B]
 
 
 def load_teacher(

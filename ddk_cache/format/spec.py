@@ -49,32 +49,48 @@ TARGET_KINDS = {"topk": 1, "sampled": 2}
 """Kind → the least size that it can have."""
 
 
+KEPT_MASS = 0.9995
+"""Mass at which top-k entries stop: what is left is known as the tail, to a thousandth of a nat."""
+
+
 @dataclass(frozen=True)
 class TargetSpec:
     """Which entries of the teacher's distribution are kept.
 
-    `topk:64` keeps the 64 likeliest ids. `sampled:12` keeps 12: the likeliest as they are, and an
-    unbiased sample of the others.
+    `topk:64` keeps the likeliest ids, 64 at most, and fewer where they have a mass of 0.9995; that
+    mass may be given, as in `topk:64:1`. `sampled:24` keeps, unbiased, as few ids as make each
+    drawn one count at most 1/24; 24 at most.
     """
 
     kind: str
     size: int
+    kept_mass: float = KEPT_MASS
+    """Of top-k targets."""
 
     @classmethod
     def parse(cls, text: str) -> TargetSpec:
-        """Read `kind:size`. Raises InputError on an unknown kind or a size that is too small."""
-        kind, _, size = text.partition(":")
+        """Read `kind:size` or `topk:size:mass`. Raises InputError on anything else."""
+        kind, _, rest = text.partition(":")
         if kind not in TARGET_KINDS:
             raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
+        size, colon, mass = rest.partition(":")
         least = TARGET_KINDS[kind]
         if not (size.isascii() and size.isdecimal()) or int(size) < least:
             raise InputError(
                 f"targets {text!r} need a size of at least {least}, for example '{kind}:12'."
             )
-        return cls(kind, int(size))
+        if not colon:
+            return cls(kind, int(size))
+        if kind != "topk" or not re.fullmatch(r"0?\.[0-9]+|1", mass) or not float(mass) > 0:
+            raise InputError(
+                f"targets {text!r}: only topk takes a mass, above 0 and at most 1, for example "
+                "topk:64:0.999."
+            )
+        return cls(kind, int(size), float(mass))
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.size}"
+        mass = "" if self.kept_mass == KEPT_MASS else f":{self.kept_mass:g}"
+        return f"{self.kind}:{self.size}{mass}"
 
 
 # --- what a cache is ----------------------------------------------------------------------------
@@ -139,8 +155,6 @@ class CacheSpec:
     """Name and content hashes of the tokenizer."""
     prob_levels: int = 128
     """Steps between probability 0 and 1 on the scale on which kept probabilities are stored."""
-    kept_mass: float = 1.0
-    """Mass at which top-k targets stop before they have K entries; 1 keeps K everywhere."""
     temperatures: tuple[float, ...] = ()
     """Temperatures other than 1 at which the mass outside of the top k is stored too."""
     seed: int = 0
@@ -184,8 +198,6 @@ class CacheSpec:
         """Check the settings that decide how targets are drawn and stored."""
         if type(self.prob_levels) is not int or not 16 <= self.prob_levels <= 255:
             raise InputError(f"prob_levels: got {self.prob_levels}, expected 16 to 255.")
-        if type(self.kept_mass) is not float or not 0 < self.kept_mass <= 1:
-            raise InputError(f"kept_mass: got {self.kept_mass}, expected a number in (0, 1].")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise InputError(f"seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1.")
         if self.compression not in COMPRESSIONS:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from ddk_cache import SPLITS, Cache, InputError, MismatchError, open_cache
+from ddk_cache import SPLITS, TRAIN, Cache, InputError, MismatchError, open_cache
 from ddk_cache.errors import unknown
 from ddk_train.data.decode import Decoded, Dequantizer
 from ddk_train.data.mixture import Draw, Floats, Mixture
@@ -53,7 +53,7 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
         *,
         rows: int,
         weights: Weights = "uniform",
-        split: str = "train",
+        split: str = TRAIN,
         seed: int = 0,
         temperature: float = 1.0,
         epochs: int | None = None,
@@ -74,8 +74,8 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
             MismatchError: the cache does not have the targets at this temperature.
             CacheError: see `open_cache`.
         """
-        opened = cache if isinstance(cache, Cache) else open_cache(cache)
-        self.path, self.split, self.temperature = opened.where, split, temperature
+        self.cache = cache if isinstance(cache, Cache) else open_cache(cache)
+        self.split, self.temperature = split, temperature
         self.rows, self.seed, self.device = rows, seed, torch.device(device)
         self.rank, self.world = process() if rank is None or world is None else (rank, world)
         if split not in SPLITS:
@@ -84,13 +84,13 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
             raise InputError(
                 f"rows: got {rows}, expected a positive multiple of the {self.world} processes."
             )
-        extents = {name: opened.extents(name, split) for name in opened.domains}
+        extents = {name: self.cache.extents(name, split) for name in self.cache.domains}
         self._extents = {name: runs for name, runs in extents.items() if any(e.rows for e in runs)}
         if not self._extents:
-            raise InputError(f"{self.path}: no domain has rows in the split {split!r}.")
+            raise InputError(f"{self.cache.where}: no domain has rows in the split {split!r}.")
         self.domains = list(self._extents)
-        self._chunk_rows = opened.spec.chunk_rows
-        self._readers = {os.getpid(): self._reader(opened)}
+        self._chunk_rows = self.cache.spec.chunk_rows
+        self._dequantize = Dequantizer(self.cache, self.domains, self.device, temperature)
         self._start: dict[str, Any] = {"batch": 0, "mixture": {}}
         self._walk = self._at_start()
         sizes = self._walk.mixture.sizes
@@ -118,14 +118,9 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
         left = None if self._limit is None else self._limit - batch * self.rows
         share = slice(self.rank, left, self.world)
         domain_B, row_B = draw.domain[share], draw.row[share]
-        if os.getpid() not in self._readers:  # a worker shares no open files with its parent
-            self._readers[os.getpid()] = self._reader(open_cache(self.path, unfinished=True))
-        decoded = self._readers[os.getpid()].read(self.split, domain_B, row_B)
+        decoded = self._dequantize.read(self.split, domain_B, row_B)
         numbers = {"domain": torch.from_numpy(domain_B), "row": torch.from_numpy(row_B)}
         return as_dict(decoded) | numbers
-
-    def _reader(self, cache: Cache) -> Dequantizer:
-        return Dequantizer(cache, self.domains, self.device, self.temperature)
 
     def _at_start(self) -> Walk:
         mixture = Mixture(
@@ -133,9 +128,6 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
         )
         mixture.load_state_dict(self._start["mixture"])
         return Walk(mixture, self._start["batch"])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_readers": {}}
 
     # --- weights ---
 

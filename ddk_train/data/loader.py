@@ -20,13 +20,14 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ddk_cache import SPLITS, Cache, SparseTargets
+from ddk_cache import TRAIN, Cache, SparseTargets
 from ddk_train.data.decode import Dequantizer
 from ddk_train.data.mixture import Draw, Floats, Mixture
 
@@ -60,14 +61,8 @@ class Batch:
         """Yield the batch in pieces of at most `size` rows."""
         for first in range(0, len(self.tokens), size):
             part = slice(first, first + size)
-            ids, probs, tail = self.targets.ids, self.targets.probs, self.targets.tail
-            yield Batch(
-                self.draw,
-                self.tokens[part],
-                self.loss_mask[part],
-                SparseTargets(ids[part], probs[part], tail[part]),
-                self.state,
-            )
+            targets = self.targets.map(itemgetter(part))
+            yield Batch(self.draw, self.tokens[part], self.loss_mask[part], targets, self.state)
 
 
 class Buffers:
@@ -184,7 +179,7 @@ class Loader:
         buffers = self._free.get()
         try:
             buffers.wait()
-            self.cache.fill(SPLITS[0], names, rows, buffers.arrays)
+            self.cache.fill(TRAIN, names, rows, buffers.arrays)
             stored = buffers.to_device()
             most = self._dequantize.most(buffers.arrays)
             domain_B = torch.from_numpy(domains).to(self.device)

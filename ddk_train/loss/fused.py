@@ -122,7 +122,7 @@ def fused_loss(
 
 def pick(targets: Targets, index: slice | torch.Tensor) -> Targets:
     """Return the targets of some positions."""
-    return SparseTargets(targets.ids[index], targets.probs[index], targets.tail[index])
+    return targets.map(lambda values: values[index])
 
 
 def within(targets: Targets, V: int) -> Targets:

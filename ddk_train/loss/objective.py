@@ -22,20 +22,12 @@ from weakref import WeakKeyDictionary
 import torch
 
 from ddk_cache import InputError, SparseTargets
+from ddk_cache.head import scale_and_cap
+from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
 
 log = logging.getLogger(__name__)
-
-IGNORED = -100
-"""The label of a position that does not count, as in transformers."""
-
-SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
-"""Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
-Granite)."""
-
-CAP = "final_logit_softcapping"
-"""The soft cap by its name in configurations (Gemma)."""
 
 PROBE_SIZE = 100.0
 """Size of the largest logit when head and model are compared; caps are near 30."""
@@ -223,10 +215,7 @@ def take_apart(model: Any) -> Parts | str:
     linear, kind = model.get_output_embeddings(), type(model).__name__
     if type(linear) is not torch.nn.Linear:
         return f"{kind} has no plain linear head."
-    config, scale = model.config.get_text_config(), 1.0
-    for name, exponent in SCALES.items():
-        scale *= float(getattr(config, name, None) or 1.0) ** exponent
-    parts = Parts(linear, scale, float(getattr(config, CAP, None) or 0.0))
+    parts = Parts(linear, *scale_and_cap(model.config.get_text_config()))
     error = difference(model, parts)
     if error > 1e-3:
         return f"{kind} changes its logits after its head in an unknown way (off by {error:.2g})."

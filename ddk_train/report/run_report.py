@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from ddk_cache import DDKError
 from ddk_train.report.numbers import finite, perplexity
-from ddk_train.run import open_run
+from ddk_train.run.directory import open_run
 
 Floats = npt.NDArray[np.float64]
 

@@ -147,8 +147,13 @@ def whole(
 @click.command()
 @click.option("--kinds", default="topk:64,sampled:16", show_default=True)
 @click.option("--repeats", default=5, show_default=True)
-@click.option("--documents", default=7, show_default=True, help="Of each domain, to build.")
-@click.option("--large/--no-large", default=True, show_default=True, help="The 150 M teacher too.")
+@click.option("--documents", default=7, show_default=True, help="Documents per domain.")
+@click.option(
+    "--large/--no-large",
+    default=True,
+    show_default=True,
+    help="Also a teacher of 150 M.",
+)
 @json_option
 def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:
     """Compare extraction with the teacher's forward pass, and a build with both."""

@@ -24,7 +24,10 @@ from ddk_cache import InputError
 Floats = npt.NDArray[np.float64]
 
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write figures."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write JSON.",
 )
 
 

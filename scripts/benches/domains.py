@@ -30,9 +30,9 @@ from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
 from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, cut_student, train
-from ddk_train.cut import parse_layers
 from ddk_train.report.run_report import load
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
+from ddk_train.student.cut import parse_layers
 
 METHODS: dict[str, dict[str, Any]] = {
     "CPT": {"gamma": 0.0, "weighting": "proportional"},
@@ -242,7 +242,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
     record.table("rows drawn, %", drawn)
     if LIVE in found and "DDK" in found:
         live = side_by_side(found["DDK"], found[LIVE], domains)
-        record.table("DDK: cached targets compared with full distributions of a live teacher", live)
+        record.table("DDK: cached targets compared with a live teacher", live)
 
 
 @click.command()
@@ -256,12 +256,12 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 @click.option("--steps", default=150, show_default=True)
 @click.option("--interval", default=25, show_default=True)
 @click.option("--rows", default=8, show_default=True, help=f"Rows of {SEQ_LEN} tokens per step.")
-@click.option("--eval-rows", default=24, show_default=True, help="Of each domain.")
+@click.option("--eval-rows", default=24, show_default=True, help="Rows per domain.")
 @click.option("--gamma", default=0.2, show_default=True)
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--warm-steps", default=300, show_default=True)
 @click.option("--warm-lr", default=3e-3, show_default=True)
-@click.option("--tokens", default=1_200_000, show_default=True, help="Of the whole cache.")
+@click.option("--tokens", default=1_200_000, show_default=True, help="Tokens in the cache.")
 @click.option("--holdout", default=0.2, show_default=True)
 @click.option("--targets", default="sampled:16", show_default=True)
 @json_option

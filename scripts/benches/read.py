@@ -121,7 +121,7 @@ def compare(cache: Path, engines: Sequence[str], repeats: int) -> list[dict[str,
 
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--targets", default="topk:64,sampled:12", show_default=True, help="Kinds to read.")
-@click.option("--copies", default=12, show_default=True, help="Of 262,144 tokens.")
+@click.option("--copies", default=12, show_default=True, help="Copies of 262,144 tokens.")
 @click.option("--repeats", default=3, show_default=True, help="Passes; medians are shown.")
 @click.option("--engines", help="Which, joined by commas.  [default: all]")
 @json_option

@@ -165,7 +165,7 @@ def summary(found: Found) -> Iterator[dict[str, str]]:
 
 @click.command()
 @click.option("--steps", default=60, show_default=True)
-@click.option("--warm-steps", default=150, show_default=True, help="Of plain training, 0: fresh.")
+@click.option("--warm-steps", default=150, show_default=True, help="Plain training; 0: fresh.")
 @click.option("--rows", "size", default=8, show_default=True, help="Rows of 256 tokens per step.")
 @click.option("--sharpness", default=1.0, show_default=True, help="Divides the teacher's logits.")
 @click.option("--seeds", default=3, show_default=True)
@@ -173,12 +173,12 @@ def summary(found: Found) -> Iterator[dict[str, str]]:
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--each", default=400, show_default=True, help="Training rows of a domain.")
 @click.option("--targets", "names", default=NAMES, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path), help="Keep the warmed student here.")
+@click.option("--start", type=click.Path(path_type=Path), help="Folder of pre-trained students.")
 @click.option("--teacher", "teacher_path", type=click.Path(path_type=Path, exists=True),
               help="Model directory.  [default: the teacher of DDK_DATA]")  # fmt: skip
 @click.option("--layers", default=0, show_default=True,
               help="Layers of the teacher that are the student; 0: a fresh small one.")  # fmt: skip
-@click.option("--held-out-rows", default=6, show_default=True, help="Of every domain.")
+@click.option("--held-out-rows", default=6, show_default=True, help="Held-out rows per domain.")
 @json_option
 def main(
     teacher_path: Path | None,
@@ -196,7 +196,7 @@ def main(
     start: Path | None,
     json_path: Path | None,
 ) -> None:
-    """Train under each kind of target; tell its share of the way to full distributions."""
+    """Train under each kind of target; print its share of the way to full distributions."""
     teacher_path = teacher_path or data() / "teacher"
     settings = {k: v for k, v in locals().items() if k not in ("json_path", "start")}
     settings["teacher_path"] = teacher_path.name

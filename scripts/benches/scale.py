@@ -91,7 +91,7 @@ def run(code: str, *words: object) -> Mapping[str, float]:
 
 
 @click.command(help=__doc__.splitlines()[0])
-@click.option("--shards", default=600, show_default=True, help="Of the smallest cache.")
+@click.option("--shards", default=600, show_default=True, help="Shards of the smallest cache.")
 @click.option("--factors", default="1,10,100", show_default=True, help="Sizes to compare.")
 @click.option("--steps", default=64, show_default=True, help="Steps; the second half is timed.")
 @json_option

@@ -335,10 +335,14 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--bf16/--fp32", default=False, show_default=True)
 @click.option("--gradient-checkpointing", is_flag=True)
-@click.option("--compiled", is_flag=True, help="Compile the passes over a chunk of our head.")
-@click.option("--head-positions", default=0, help="Measure the head alone too, at so many.")
+@click.option("--compiled", is_flag=True, help="Compile the passes over a chunk of the fused loss.")
+@click.option(
+    "--head-positions",
+    default=0,
+    help="Positions for the projection alone.",
+)
 @click.option("--repeats", default=7, show_default=True)
-@click.option("--threads", default=0, help="Of torch; 0 leaves them.")
+@click.option("--threads", default=0, help="Torch threads; 0 keeps torch's default.")
 @json_option
 def main(json_path: Path | None, **options: Any) -> None:
     """Compare a step from the cache with CE alone, dense KD and a live teacher."""

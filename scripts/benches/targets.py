@@ -136,16 +136,21 @@ class Errors:
 
 
 @click.command()
-@click.option("--rows", default=2 * CHUNK_ROWS, show_default=True, help="Of every domain.")
-@click.option("--warm-steps", default=150, show_default=True, help="Of the student's training.")
+@click.option("--rows", default=2 * CHUNK_ROWS, show_default=True, help="Rows per domain.")
+@click.option(
+    "--warm-steps",
+    default=150,
+    show_default=True,
+    help="Training steps before.",
+)
 @click.option("--targets", "names", default=NAMES, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path), help="Keep the warmed student here.")
+@click.option("--start", type=click.Path(path_type=Path), help="Folder of pre-trained students.")
 @click.option("--teacher", "teacher_path", type=click.Path(path_type=Path, exists=True),
               help="Model directory.  [default: the teacher of DDK_DATA]")  # fmt: skip
 @click.option("--layers", default=0, show_default=True,
               help="Layers of the teacher that are the student; 0: a fresh small one.")  # fmt: skip
 @click.option("--sharpness", "sharpnesses", multiple=True, type=float, default=(1.0, 0.6),
-              show_default=True, help="Divides the teacher's logits.")  # fmt: skip
+              show_default=True, help="Divisor of the teacher's logits.")  # fmt: skip
 @json_option
 def main(
     rows: int,

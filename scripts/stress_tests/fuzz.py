@@ -89,7 +89,7 @@ def fuzz_some(root: Path, truth: Mapping[Pair, str], seeds: list[str]) -> list[t
 @measurement
 @click.option("--mutations", default=2000)
 def fuzz(work: Path, seed: int, mutations: int) -> Report:
-    """Mutate documents, sealed and not; nothing but a DDKError may come of it."""
+    """Mutate documents, sealed and not; the only permitted result is a DDKError."""
     report, classes = Report(), Counter[str]()
     root = make_cache(work, documents=5)
     truth = truth_of(root)

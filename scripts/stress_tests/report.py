@@ -67,7 +67,7 @@ def perform(measure: Measure, seed: int, sizes: Mapping[str, Any]) -> Report:
     Console().print(table)
     for line in report.wrong[:40]:
         click.echo(f"WRONG  {line}")
-    click.echo(f"{len(report.wrong)} things are wrong\n")
+    click.echo(f"violations: {len(report.wrong)}\n")
     return report
 
 

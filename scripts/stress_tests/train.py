@@ -18,7 +18,7 @@ import click
 from ddk_cache.errors import DDKError
 from ddk_cache.hashing import digest
 from ddk_cache.testing import VOCAB
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from stress_tests.material import PATIENCE, Chance, make_cache
 from stress_tests.report import Report, measurement
 

@@ -1,4 +1,4 @@
-"""Resuming: bit for bit, past damage, and from the checkpoint before where one is damaged."""
+"""Resuming: bit for bit, past a damaged checkpoint, and after one that could not be written."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main
 from ddk_train.config import TrainConfig
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from tests.helpers import command, finish
 
 FAST = ["--steps", 2, "--interval", 2, "--rows", 4, "--eval-rows", 2]

@@ -1,4 +1,4 @@
-"""CacheDataset: every row once and in order, with workers, ranks, resume and moving weights."""
+"""CacheDataset: every row once and in order, with workers, ranks, resume and new weights."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_an_epoch_has_every_row_exactly_once_over_ranks_and_workers(
     settings: dict[str, Any] = {"weights": "proportional", "epochs": 1, "split": split, "world": 3}
     ranks = [dataset(cache, rank=rank, **settings) for rank in range(3)]
     found = [rows_of(workers(data, count) if count else data) for data in ranks]
-    assert sorted(row for part in found for row in part) == every_row(cache, split)
+    assert sorted(pair for rows in found for pair in rows) == every_row(cache, split)
 
 
 def test_ranks_share_the_rows_of_one_process(cache: Cache) -> None:
@@ -110,7 +110,7 @@ def test_rank_and_world_come_from_the_launcher(
 
 
 def played(data: CacheDataset, first: int) -> list[tuple[str, dict[str, Any]]]:
-    """Return state and content of the batches up to the tenth; every third moves the weights."""
+    """Return the state before and content of each batch to the tenth; weights move often."""
     found, batches = [], iter(data)
     for number in range(first, 10):
         if number % 3 == 2:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from ddk_cache.read.cache import Cache
 from ddk_train import train
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from tests.helpers import RUN, Configure, command, finish
 
 ROOT = Path(__file__).parents[2]

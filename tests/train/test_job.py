@@ -13,7 +13,7 @@ import pytest
 from ddk_cache import DDKError, InputError, MismatchError
 from ddk_cache.read.cache import Cache
 from ddk_train import train
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from tests.helpers import Configure, command, finish, timeless, tree
 
 

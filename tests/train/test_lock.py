@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ddk_cache import InputError, owner
-from ddk_train.lock import locked
+from ddk_train.run.lock import locked
 
 
 def test_a_second_holder_is_refused_by_name_until_the_first_is_done(tmp_path: Path) -> None:
@@ -28,7 +28,7 @@ def test_a_second_holder_is_refused_by_name_until_the_first_is_done(tmp_path: Pa
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     code = (
-        "import os, sys; from pathlib import Path; from ddk_train.lock import locked\n"
+        "import os, sys; from pathlib import Path; from ddk_train.run.lock import locked\n"
         "held = locked(Path(sys.argv[1])); held.__enter__(); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, path], check=False)

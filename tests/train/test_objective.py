@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddk_cache import SparseTargets
-from ddk_train.lora import add_adapter
+from ddk_cache import InputError, SparseTargets
 from ddk_train.loss.fused import Targets, Terms
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Objective, distillation_loss, parts_of
+from ddk_train.student.lora import add_adapter
 
 SMALL: dict[str, Any] = {
     "vocab_size": 60,
@@ -126,3 +127,110 @@ def test_bfloat16_is_near_float32() -> None:
     model = make("qwen2")
     exact, short = (Objective(model, Terms(0.4), 60, bf16)(*material()) for bf16 in (False, True))
     torch.testing.assert_close(short.loss, exact.loss, rtol=2e-2, atol=0.0)
+
+
+# --- the loss for any training loop ---------------------------------------------------------------
+
+
+def as_batch() -> dict[str, torch.Tensor]:
+    """Return the material as a batch of a CacheDataset."""
+    tokens, mask, targets = material()
+    labels = torch.full_like(tokens, -100)
+    labels[:, 1:][mask] = tokens[:, 1:][mask]
+    return {
+        "input_ids": tokens,
+        "labels": labels,
+        "target_ids": targets.ids,
+        "target_probs": targets.probs,
+        "target_tail": targets.tail,
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_distillation_loss_is_the_mean_over_counted_positions(name: str) -> None:
+    model, positions = make(name).eval(), int(material()[1].sum())
+    found, expected = distillation_loss(model, as_batch(), gamma=0.4), plainly(model, 0.4)
+    torch.testing.assert_close(found, expected / positions, rtol=1e-5, atol=1e-5)
+    got, wanted = gradients(model, found), gradients(model, expected / positions)
+    for parameter, gradient in wanted.items():
+        torch.testing.assert_close(got[parameter], gradient, rtol=1e-3, atol=1e-5)
+    halves = [{k: v[part] for k, v in as_batch().items()} for part in (slice(2), slice(2, None))]
+    parts = [distillation_loss(model, h, gamma=0.4, positions=positions) for h in halves]
+    torch.testing.assert_close(parts[0] + parts[1], found)
+
+
+def test_a_narrow_student_gives_the_loss_of_the_objective() -> None:
+    model = make("llama", vocab_size=50).eval()
+    batch = as_batch()
+    batch["input_ids"] %= 50
+    batch["labels"] = batch["labels"].where(batch["labels"] < 0, batch["labels"] % 50)
+    targets = SparseTargets(batch["target_ids"], batch["target_probs"], batch["target_tail"])
+    mask = batch["labels"][:, 1:] != -100
+    sums = Objective(model, Terms(0.2), 60, bf16=False)(batch["input_ids"], mask, targets)
+    found = distillation_loss(model, batch)
+    torch.testing.assert_close(found, sums.loss / mask.sum())
+
+
+def test_the_loss_of_a_model_in_ddp_reduces_its_gradients(tmp_path: Path) -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        model = make("llama")
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        reduced: list[str] = []
+        wrapped.register_comm_hook(None, lambda _, bucket: count(reduced, bucket))
+        wanted = gradients(model, distillation_loss(model, as_batch()))
+        got = gradients(model, distillation_loss(wrapped, as_batch()))
+        assert reduced
+        for parameter, gradient in wanted.items():
+            torch.testing.assert_close(got[parameter], gradient)
+    finally:
+        dist.destroy_process_group()
+
+
+def count(seen: list[str], bucket: Any) -> Any:
+    seen.append("bucket")
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def test_the_loss_works_behind_accelerate_with_an_adapter() -> None:
+    pytest.importorskip("peft")
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    model = add_adapter(make("llama"), 2)
+    plain = distillation_loss(model, as_batch())
+    found = distillation_loss(accelerator.prepare(model), as_batch())
+    torch.testing.assert_close(found, plain)
+    assert all("lora_" in name for name in gradients(model, found))
+
+
+def test_under_autocast_products_are_in_bfloat16() -> None:
+    model = make("qwen2")
+    exact = distillation_loss(model, as_batch())
+    with torch.autocast("cpu", torch.bfloat16):
+        short = distillation_loss(model, as_batch())
+    assert short != exact
+    torch.testing.assert_close(short, exact, rtol=2e-2, atol=0.0)
+
+
+def test_a_model_is_taken_apart_once_and_again_with_another_head() -> None:
+    model = make("llama")
+    parts = parts_of(model)
+    assert parts_of(model) is parts
+    model.set_output_embeddings(torch.nn.Linear(16, 60, bias=False))
+    replaced = parts_of(model)
+    assert replaced
+    assert replaced.linear is model.get_output_embeddings()
+
+
+def test_a_batch_without_targets_is_named() -> None:
+    batch = as_batch()
+    del batch["target_tail"]
+    with pytest.raises(InputError, match="has no target_tail"):
+        distillation_loss(make("llama"), batch)
+    with pytest.raises(InputError, match="Did you mean 'forward_kl'"):
+        distillation_loss(make("llama"), as_batch(), loss="forward_k")

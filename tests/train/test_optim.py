@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 
 import numpy as np
 import pytest
@@ -34,9 +34,18 @@ def test_wsd_stays_and_falls_in_a_line() -> None:
     assert rates[100] == pytest.approx(0.1)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
-)
-def test_8_bits_are_refused_where_the_library_is_missing(configure: Configure) -> None:
+def test_8_bits_are_refused_where_the_library_is_missing(
+    configure: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(InputError, match="pip install bitsandbytes"):
         train(configure(optimizer="adamw_8bit"))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_8_bit_states_train_about_as_well(configure: Configure) -> None:
+    whole = train(configure("whole", steps=24)).metrics()
+    small = train(configure("small", steps=24, optimizer="adamw_8bit")).metrics()
+    assert small[-1]["ce"] < small[0]["ce"]
+    assert small[-1]["ce"] == pytest.approx(whole[-1]["ce"], abs=0.05)

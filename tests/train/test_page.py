@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ddk_train.report.run_report import load, to_json
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from tests.runs import NAMES, Page, drawings, page_of, write_run
 
 HOSTILE = ("<script>alert(1)</script>", "a & b", "\"'><img src=http://x/y>")

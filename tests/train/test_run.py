@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ddk_cache import DDKError, InputError, MismatchError
-from ddk_train.run import Run, open_run
+from ddk_train.run.directory import Run, open_run
 from tests.helpers import Configure, tree
 
 ROW = {"step": 0, "domain": "code", "weight": 1.0, "weight_before": None}

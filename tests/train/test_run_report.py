@@ -23,7 +23,7 @@ def test_json_holds_the_facts(tmp_path: Path) -> None:
     assert facts["tokens_per_second"] == 128
     assert facts["domains"]["code"]["kl"] == 0.25
     assert facts["eval_share"] == pytest.approx(6 / (6 + 150))
-    assert facts["settings"]["weighting"] == "ddk"
+    assert facts["settings"]["weighting"] == "excess"
 
 
 DAMAGE = {
@@ -53,7 +53,7 @@ def test_equal_directory_names_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no run directory"):
+    with pytest.raises(InputError, match="not a run directory"):
         load([tmp_path])
     with pytest.raises(DDKError, match="no measurement yet"):
         load([write_run(tmp_path / "a", measurements=0)])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ddk_cache.read.cache import Cache
-from ddk_train.run import open_run
+from ddk_train.run.directory import open_run
 from ddk_train.signals import stop_requests
 from tests.helpers import command, finish
 

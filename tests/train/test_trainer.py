@@ -18,7 +18,7 @@ from ddk_cache.testing import random_teacher
 from ddk_train import TrainConfig, train
 from ddk_train.distributed import Processes
 from ddk_train.job import assemble
-from ddk_train.run import Run
+from ddk_train.run.directory import Run
 from ddk_train.trainer import Trainer, peak_memory
 from ddk_train.weights import RULES, Gaps, Settings, update
 from tests.helpers import Configure, command, finish, read_weights

@@ -22,14 +22,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddk_cache import DDKError, InputError, MismatchError, atomic
-from ddk_train.config import TrainConfig
-from ddk_train.lock import locked
+from ddk_train.run.lock import locked
+
+if TYPE_CHECKING:
+    from ddk_train.config import TrainConfig
 
 HISTORY = pa.schema(
     [

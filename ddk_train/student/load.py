@@ -19,8 +19,8 @@ import torch
 from ddk_cache import Cache, CorruptCacheError, InputError, MismatchError, atomic
 from ddk_cache.hashing import canonical, digest
 from ddk_cache.hf import hash_weights, identify_tokenizer, load, load_model, load_tokenizer
-from ddk_train.lora import is_adapted, load_adapter
 from ddk_train.provenance import IDENTITY
+from ddk_train.student.lora import is_adapted, load_adapter
 
 log = logging.getLogger(__name__)
 

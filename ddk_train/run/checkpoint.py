@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from ddk_cache import Cache, DDKError
 from ddk_train.distributed import Processes
 from ddk_train.provenance import IDENTITY, check_identity
-from ddk_train.run import Run
-from ddk_train.student import load_weights
+from ddk_train.run.directory import Run
+from ddk_train.student.load import load_weights
 from ddk_train.weights import DomainWeights
 
 log = logging.getLogger(__name__)

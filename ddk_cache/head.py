@@ -1,0 +1,205 @@
+"""The output head of a language model on its own: hidden states → logits.
+
+It is for a teacher that only a serving engine can run: the engine returns hidden states, which are
+small, and the head makes the full distribution of them here. Only the head's tensors are read from
+a checkpoint, however large it is; their names come from the model built without weights. The price
+is that a model which does more to its logits than a factor and a soft cap is not recognized here.
+The check of a served teacher's answers is what finds it (`ddk_cache.served.teacher`).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from ddk_cache import atomic
+from ddk_cache.errors import InputError
+
+FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+"""Factors of the logits by their names in configurations, and their exponents (Cohere, Falcon H1,
+Granite)."""
+
+CAP = "final_logit_softcapping"
+"""The soft cap by its name in configurations (Gemma)."""
+
+FORMAT = "ddk-head-1"
+"""What a head file calls itself in its metadata."""
+
+
+def scale_and_cap(config: Any) -> tuple[float, float]:
+    """Return the factor of the logits and their soft cap (0 for none) from a text configuration."""
+    scale = 1.0
+    for name, exponent in FACTORS.items():
+        scale *= float(getattr(config, name, None) or 1.0) ** exponent
+    return scale, float(getattr(config, CAP, None) or 0.0)
+
+
+@dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: cap · tanh(scale · (h·Wᵀ + bias) / cap)."""
+
+    weight: torch.Tensor
+    """(V, H), W"""
+    bias: torch.Tensor | None = None
+    """(V)"""
+    scale: float = 1.0
+    cap: float = 0.0
+    """0 means no cap."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Return V."""
+        return len(self.weight)
+
+    @property
+    def hidden_size(self) -> int:
+        """Return H."""
+        return self.weight.shape[1]
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return logits (…, V) of hidden states (…, H), in the dtype of the weight."""
+        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits *= self.scale
+        if self.cap:
+            logits.div_(self.cap).tanh_().mul_(self.cap)
+        return logits
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Head:
+        """Return the head on a device."""
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        return replace(self, weight=self.weight.to(device, dtype), bias=bias)
+
+    def hash(self) -> str:
+        """Return a hash of tensors, as they were stored, and numbers."""
+        found = xxhash.xxh3_128(f"{self.scale!r} {self.cap!r}".encode())
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                found.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        return found.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the head as one safetensors file, whose metadata hold the numbers and the hash.
+
+        Raises:
+            InputError: the file cannot be written.
+        """
+        from safetensors.torch import save
+
+        tensors = {"weight": self.weight.contiguous()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
+        numbers = {"scale": repr(self.scale), "cap": repr(self.cap)}
+        metadata = {"format": FORMAT, "hash": self.hash()} | numbers
+        try:
+            atomic.replace(Path(path), save(tensors, metadata))
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error}. Give another path.") from error
+
+
+def load_head(name: str | Path) -> Head:
+    """Return a head from a file that `Head.save` wrote, or from a model's checkpoint.
+
+    Raises:
+        InputError: there is none, or it is damaged.
+    """
+    return _read_head(Path(name)) if Path(name).is_file() else extract_head(name)
+
+
+def _read_head(path: Path) -> Head:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path} is not a safetensors file: {error}.") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"{path} is not a head. Make one:  ddk-cache head MODEL {path}")
+    head = Head(
+        tensors["weight"],
+        tensors.get("bias"),
+        float(metadata["scale"]),
+        float(metadata["cap"]),
+    )
+    if head.hash() != metadata["hash"]:
+        raise InputError(f"{path} is damaged: its hash has changed. Make it again.")
+    return head
+
+
+def extract_head(name: str | Path, *, trust_remote_code: bool = False) -> Head:
+    """Return the head of a causal language model, reading nothing else of its checkpoint.
+
+    `name` is a directory or hub id with safetensors files.
+
+    Raises:
+        InputError: there is no such model, or its head is not a linear layer of its checkpoint.
+    """
+    import transformers
+
+    from ddk_cache.hf import load
+
+    config = load("model", "AutoConfig", name, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code
+            )
+    except ValueError as error:
+        raise InputError(f"{str(name)!r} is not a causal language model: {error}") from error
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, torch.nn.Linear):
+        raise InputError(f"the head of {str(name)!r} is not a linear layer.")
+    config = config.get_text_config()
+    tied = model.get_input_embeddings() if config.tie_word_embeddings else linear
+    names = {id(parameter): key for key, parameter in model.named_parameters()}
+    weight = read_tensor(name, names[id(tied.weight)])
+    bias = None if linear.bias is None else read_tensor(name, names[id(linear.bias)])
+    return Head(weight, bias, *scale_and_cap(config))
+
+
+def read_tensor(name: str | Path, key: str) -> torch.Tensor:
+    """Return one tensor of a checkpoint.
+
+    Its name may be longer or shorter at the front than `key`, as in models that wrap another, or be
+    an old name of a head.
+
+    Raises:
+        InputError: the checkpoint has no such tensor, or no safetensors files.
+    """
+    from safetensors import safe_open
+    from transformers.utils.hub import cached_file
+
+    def file(filename: str) -> str | None:
+        path: str | None = cached_file(
+            str(name), filename, _raise_exceptions_for_missing_entries=False
+        )
+        return path
+
+    old = key.replace("lm_head.", "embed_out.")
+
+    def matching(keys: list[str]) -> str | None:
+        found = [k for k in keys if k in (key, old)] or [k for k in keys if key.endswith(f".{k}")]
+        found = found or [k for k in keys if k.endswith(f".{key.removeprefix('model.')}")]
+        return found[0] if len(found) == 1 else None
+
+    if index := file("model.safetensors.index.json"):
+        places = json.loads(Path(index).read_text())["weight_map"]
+        found = matching(list(places))
+        shard = file(places[found]) if found else None
+    elif shard := file("model.safetensors"):
+        with safe_open(shard, "pt") as tensors:
+            found = matching(list(tensors.keys()))
+    else:
+        raise InputError(f"{str(name)!r} has no safetensors files, of which to read the head.")
+    if not (found and shard):
+        raise InputError(f"the checkpoint {str(name)!r} has no tensor {key!r}.")
+    with safe_open(shard, "pt") as tensors:
+        tensor: torch.Tensor = tensors.get_tensor(found)
+    return tensor

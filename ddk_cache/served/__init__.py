@@ -1,0 +1,1 @@
+"""A teacher that a serving engine runs."""

@@ -1,0 +1,1 @@
+"""Distillation from a cache in other people's trainers."""

@@ -1,0 +1,1 @@
+"""The run directory: settings, metrics, history, checkpoints, and who holds it."""

@@ -1,0 +1,1 @@
+"""The student: loaded, adapted, cut from its teacher, saved."""

@@ -1,0 +1,52 @@
+"""Stored integers decoded on a device, against the NumPy codec of the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ddk_cache import SPLITS, MismatchError
+from ddk_cache.read.cache import Cache
+from ddk_train.data.decode import Dequantizer, look_up
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize(
+    ("targets", "temperature"),
+    [("topk:8", 1.0), ("topk:8", 2.0), ("sampled:6", 1.0), ("sampled:300", 1.0)],
+)
+def test_rows_are_those_of_the_numpy_codec(
+    split: str, targets: str, temperature: float, make_cache: Any, tmp_path: Path
+) -> None:
+    settings = {"temperatures": (2.0,)} if temperature != 1 else {}
+    cache = make_cache(tmp_path / "mix.zarr", targets=targets, **settings)
+    decode = Dequantizer(cache, cache.domains, CPU, temperature)
+    for number, name in enumerate(cache.domains):
+        row_B = cache.row_numbers(name, split)[-3:]
+        found = decode.read(split, np.full(len(row_B), number), row_B)
+        wanted = cache.read(name, split, row_B, temperature=temperature)
+        np.testing.assert_array_equal(found.tokens, wanted.tokens)
+        np.testing.assert_array_equal(found.loss_mask, wanted.loss_mask)
+        np.testing.assert_array_equal(found.targets.ids, wanted.targets.ids)
+        np.testing.assert_allclose(found.targets.probs, wanted.targets.probs, rtol=2e-6)
+        np.testing.assert_allclose(found.targets.tail, wanted.targets.tail, rtol=2e-6)
+        total = found.targets.probs.sum(-1) + found.targets.tail
+        np.testing.assert_allclose(total, 1.0, rtol=1e-5)
+
+
+def test_a_temperature_without_targets_is_refused(cache: Cache) -> None:
+    with pytest.raises(MismatchError, match="temperature"):
+        Dequantizer(cache, cache.domains, CPU, 3.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32, torch.int64])
+def test_tables_take_codes_of_any_integer_type(dtype: torch.dtype) -> None:
+    codes = torch.tensor([[3, 0], [1, 1]]).to(dtype)
+    table = torch.tensor([10.0, 11.0, 12.0, 13.0])
+    assert look_up(table, codes).tolist() == [[13.0, 10.0], [11.0, 11.0]]
