@@ -15,7 +15,7 @@ import numpy as np
 
 from ddk_cache.errors import CacheError
 from ddk_cache.format.audit_summary import MASS_BINS
-from ddk_cache.format.codec import LogprobCodec, TargetCodec
+from ddk_cache.format.codec import REST, LogprobCodec, TargetCodec
 from ddk_cache.types import Array
 
 SLACK = 1e-3
@@ -82,12 +82,18 @@ def _stored_as_computed(
 ) -> dict[str, float]:
     """Decode what will be written and compare it; return the largest errors.
 
-    An entry may be off by its own rounding; one entry of each position, the one that is what the
-    others leave of one, by the rounding of all the others.
+    An entry may be off by its own rounding. What the others leave of one may be off by the rounding
+    of all the others: it is one entry, or an equal share for each drawn entry.
     """
+    error = 0.0
+    for name in scores.keys() & stored.keys():
+        nats = _error(scores[name], stored[name], codec.logprob)
+        error = max(error, float(nats.max(initial=0)))
+        good = nats <= codec.logprob.error + SLACK
+        _require(where, f"stored {name} differ from the computed", good, nats)
     tokens = np.concatenate([labels[:, :1], labels], 1)  # the first token is never used
     found = codec.targets({**stored, "tokens": tokens})
-    ids, probs, bound = _computed(scores, codec)
+    ids, probs, bound = _computed(scores, stored, codec)
     order, theirs = np.argsort(ids, -1), np.argsort(found.ids, -1)
     ids, probs, bound = (np.take_along_axis(part, order, -1) for part in (ids, probs, bound))
     K = found.ids.shape[-1]  # the others are padding, which comes first in this order
@@ -100,24 +106,23 @@ def _stored_as_computed(
     good = off <= bound + probs * total + SLACK
     good = (good.sum(-1) >= K - 1) & (off <= total + SLACK).all(-1)
     _require(where, "stored probabilities differ from the computed", good, off.max(-1))
-    error = 0.0
-    for name in scores.keys() & stored.keys():
-        nats = _error(scores[name], stored[name], codec.logprob)
-        error = max(error, float(nats.max(initial=0)))
-        good = nats <= codec.logprob.error + SLACK
-        _require(where, f"stored {name} differ from the computed", good, nats)
     return {"largest_error": error, "largest_prob_error": float(off.max())}
 
 
-def _computed(scores: Mapping[str, Array], codec: TargetCodec) -> tuple[Array, Array, Array]:
+def _computed(
+    scores: Mapping[str, Array], stored: Mapping[str, Array], codec: TargetCodec
+) -> tuple[Array, Array, Array]:
     """Return ids, probabilities and how far rounding may move each, (R, S, K)."""
     ids, probs = scores["ids"], np.exp(scores["logprobs"])
     bound = np.where(probs > 0, codec.prob.error(probs), 0.0)
     if codec.sampled:
         drawn = (ids >= 0) & (probs == 0)
-        share = np.exp(scores["tail_logprob"]) / np.maximum(drawn.sum(-1), 1)
+        count = np.maximum(drawn.sum(-1), 1)
+        share = np.exp(scores["tail_logprob"]) / count
+        rest = bound.sum(-1) / count
+        off = np.where(stored["drawn_prob"] == REST, rest, codec.drawn.error * share)
         probs = np.where(drawn, share[..., None], probs)
-        bound = np.where(drawn, codec.drawn.error * probs, bound)
+        bound = np.where(drawn, off[..., None], bound)
     return ids, probs, bound
 
 

@@ -4,11 +4,12 @@ Positions are taken in chunks, so that no float32 copy of all logits ever exists
 teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. Kept
 log-probabilities are those of the full vocabulary, never renormalized.
 
-Two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since the ids outside
-are known only by their total mass. `sampled` keeps B ids and is unbiased: ids above a threshold c
-are kept exactly, and from all others a systematic sample is drawn, each with probability t/c and
-counted as c. Of all unbiased choices of B entries this has the least variance ("threshold" or
-"priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949).
+There are two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since of the
+ids outside only the total mass is known. `sampled` is unbiased: ids above a threshold c are kept
+exactly, and from all others a systematic sample is drawn, each with probability t/c and counted as
+c. Of all unbiased choices of as many entries this has the least variance ("threshold" or
+"priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949). All positions have the
+same threshold, 1/B, so a position gets as many entries as it needs, and B at most.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class Scores(NamedTuple):
     """The teacher's output at P positions, log-probabilities in nats, named as it is stored."""
 
     ids: torch.Tensor
-    """(P, K) int64, the likeliest first, then drawn ones in order of id; −1 where a position needs
-    fewer than K."""
+    """(P, K) int64, the likeliest first, then drawn ones in order of id; then −1, where a position
+    needs fewer than K."""
     logprobs: torch.Tensor
     """(P, K) float32; −inf where an entry was drawn, since those share the tail equally, and where
     there is none."""
@@ -97,7 +98,7 @@ def topk(
     temperatures: tuple[float, ...] = (),
     kept_mass: float = 1.0,
 ) -> Scores:
-    """Keep the k likeliest ids, or as many as have a mass of `kept_mass`.
+    """Keep the k likeliest ids, or the fewest that have a mass of `kept_mass` < 1.
 
     The mass outside is summed over the ids outside instead of taken as 1 − Σ, which would lose it
     to cancellation where the teacher is confident.
@@ -105,8 +106,10 @@ def topk(
     kept_PK, ids_PK = largest(logits_PV, k)
     logprobs_PK, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PK, ids_PK)
     probs_PK = logprobs_PK.exp().double()
-    needed_PK = (probs_PK.cumsum(-1) - probs_PK < kept_mass) & (probs_PK > 0)
-    # What is not needed stands for the first id once more, so that nothing outside is touched.
+    enough = kept_mass if kept_mass < 1 else math.inf  # rounded, a sum may reach one too early
+    # NaN is kept: the audit refuses it by name.
+    needed_PK = ~((probs_PK.cumsum(-1) - probs_PK >= enough) | (probs_PK == 0))
+    # Padding repeats the first id, so that nothing outside is touched.
     kept_ids_PK = ids_PK.where(needed_PK, ids_PK[:, :1])
     tail_P = probs_PV.scatter_(-1, kept_ids_PK, 0.0).sum(-1).log()
     tempered = [_outside(logits_PV, kept_ids_PK, temperature) for temperature in temperatures]
@@ -123,7 +126,7 @@ def topk(
 def sampled(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor, size: int
 ) -> Scores:
-    """Keep as few ids, unbiased, as make each drawn one count at most 1 / size; at most `size`.
+    """Keep an unbiased sample: the fewest ids of which each drawn one counts at most 1 / size.
 
     With n entries of which the h likeliest are the head, each drawn entry counts
     c(n) = (1 − Σ head) / (n − h). A threshold c needs Σ min(1, t / c) entries, so the least n with
@@ -140,7 +143,7 @@ def sampled(
     rest_PB = probs_PB.flip(-1).cumsum(-1).flip(-1) + outside_P[:, None]
     count_P = entries(probs_PB, rest_PB, size)
     left_PB = count_P[:, None] - order_B
-    below_PB = (probs_PB * left_PB < rest_PB * (1 - 1e-9)) | (left_PB <= 0)
+    below_PB = (probs_PB * left_PB < rest_PB - NEGLIGIBLE / size) | (left_PB <= 0)
     head_P = torch.where(below_PB.any(-1), below_PB.int().argmax(-1), size).clamp(min=1)
     head_PB = order_B < head_P[:, None]
     probs_PV.scatter_(-1, ids_PB, probs_PB.where(~head_PB, 0.0).float())

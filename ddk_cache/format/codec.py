@@ -1,13 +1,21 @@
 """Sparse targets ↔ stored integers, each with its error bound.
 
-Kept probabilities are rounded on an even grid of p^¼. Rounding on the grid of √p would cost the
+Exact probabilities are rounded on an even grid of p^¼. Rounding on the grid of √p would cost the
 least KL for its bits at temperature 1, and p^¼ does at temperature 2; p^¼ has no lower end that
-matters, so one byte serves every teacher and adds a few ten-thousandths of a nat to the KL. Kept
-entries are in order of id, because an order by value costs more bytes than all values together;
-ids are numbered by frequency and stored as differences, one plane per byte. Single
-log-probabilities (of the tail, of the true token) are 16-bit integers on an even grid of nats.
+matters, so one byte serves every teacher and adds a few ten-thousandths of a nat to the KL. Drawn
+entries share one probability, which has one code for each position. Entries are in order of id,
+because an order by value costs more bytes than all values together; ids are numbered by frequency
+and stored as differences, one plane per byte. Single log-probabilities (of the tail, of the true
+token) are 16-bit integers on an even grid of nats.
 
-The price of the order is that the likeliest entry is not the first one.
+What a reader can compute is not stored: not the true token, where it is an exact entry, and not
+one probability of each position, which is what the others leave of one. That one is the largest,
+so it absorbs the rounding of all others.
+
+Entries of a row follow one another, so a position with few of them costs few bytes. The price: a
+position is found by adding up the counts before it, and the likeliest entry is not the first one.
+
+Shape letters: R rows, S positions, K entries of a position.
 """
 
 from __future__ import annotations
@@ -129,21 +137,21 @@ class Numbering:
 
 
 REST = 255
-"""The code of drawn entries that share what the others leave of one."""
+"""The code of drawn entries that share what the exact entries leave of one."""
 
 
 @dataclass(frozen=True)
 class DrawnCodec:
-    """The probability that each drawn entry stands for, at most 1/size: sixteen steps an octave.
+    """The probability that each drawn entry stands for, at most 1 / size: 16 steps per octave.
 
-    A step is 4.4 %, and the mass that rounding moves goes to the likeliest entry.
+    A step is 4.4 %. The mass that rounding moves goes to the likeliest entry.
     """
 
     size: int
 
     @property
     def error(self) -> float:
-        """Return the largest relative error of a probability above 1e-6 / size."""
+        """Return the largest relative error of a probability above 2⁻¹⁵ / size."""
         return float(2 ** (1 / 32) - 1)
 
     def encode(self, probs: Array) -> Array:
@@ -154,19 +162,19 @@ class DrawnCodec:
     @cached_property
     def values(self) -> Array:
         """(256) float64 probability of each code."""
-        octaves = np.arange(256) / 16
-        return np.asarray(2.0**-octaves / self.size)
+        values: Array = np.exp2(-np.arange(256) / 16) / self.size
+        return values
 
 
 class Entries(NamedTuple):
-    """Where the stored entries of some rows lie: R rows of S positions, K the most of any."""
+    """Where the stored entries of some rows lie."""
 
     place: Array
     """(R, S, K) index into the entries of the row."""
     inside: Array
     """(R, S, K) whether there is such an entry; the others are padding."""
     exact: Array
-    """(R, S, 1) how many entries of a position are stored as they are; they come first."""
+    """(R, S, 1) how many entries of a position are exact; they come first."""
 
 
 class TargetCodec:
@@ -183,8 +191,8 @@ class TargetCodec:
     def encode(self, scores: Mapping[str, Array], labels: Array) -> dict[str, Array]:
         """Return the arrays to store, from those that `Scorer.score` returns; `labels` is (R, S).
 
-        The entries of a position are put in order: first those kept as they are, then those that
-        were drawn, each group by its numbers; the true token is left out, since its id and its
+        The exact entries of a position come first, then the drawn ones, each group in order of its
+        numbers. The true token is left out where it is an exact entry: its id and its
         log-probability are stored anyway. The entries of a row follow one another.
         """
         ids, probs = scores["ids"], np.exp(scores["logprobs"])
@@ -195,14 +203,14 @@ class TargetCodec:
         codes = self.prob.encode(probs)
         drawn = (stored & ~exact).sum(-1)
         tail = np.exp(scores["tail_logprob"].astype(np.float64))
-        # The likeliest of the others is what is missing to one, and its code is 0; unless what
-        # was drawn has more mass.
+        # Code 0, of what the others leave of one, is that of the likeliest exact entry; but where
+        # the drawn entries have more mass together, they share what is left.
         likeliest = np.argmax(exact & (~label | (exact.sum(-1) == 1)[..., None]), -1)[..., None]
         largest = np.take_along_axis(probs, likeliest, -1)[..., 0]
         rest_is_drawn = (drawn > 0) & (tail >= largest)
         code = np.where(rest_is_drawn[..., None], np.take_along_axis(codes, likeliest, -1), 0)
         np.put_along_axis(codes, likeliest, code.astype(np.uint8), -1)
-        # Group, number and code sorted as one integer: the code comes along for nothing.
+        # Group, number and code are sorted as one integer, so no second pass moves the codes.
         keys = self.numbering.numbers[np.maximum(ids, 0)].astype(np.uint64) << np.uint64(8) | codes
         keys |= np.where(exact, np.uint64(0), np.uint64(1) << np.uint64(40))
         keys = np.where(stored, keys, np.uint64(2**64 - 1))
@@ -231,7 +239,7 @@ class TargetCodec:
         }
 
     def _joined(self, values: Array, kept: Array) -> Array:
-        """Return (R, S · size) the kept ones of (R, S, K) values, row by row, and zeros behind."""
+        """Return (R, S · size): the kept ones of (R, S, K) values, row by row, and zeros after."""
         R, S, _ = values.shape
         joined = np.zeros((R, S * self.spec.targets.size), values.dtype)
         inside = np.arange(joined.shape[1]) < kept.sum((1, 2))[:, None]
@@ -243,12 +251,13 @@ class TargetCodec:
     ) -> SparseTargets[Array]:
         """Return (R, S, K) targets of stored rows; entries and tail sum to one.
 
-        K is the most entries of any of these positions. A position with fewer has the id −1 and
-        probability 0 behind its own.
+        `stored` holds the tokens too. K is the most entries of any of these positions. A position
+        with fewer is padded with the id −1 and probability 0.
 
         Raises:
             MismatchError: the cache does not store the tail at this temperature.
-            CorruptCacheError: an id is outside of the vocabulary.
+            CorruptCacheError: an id is outside of the vocabulary, or a row counts more entries
+                than it has room for.
         """
         label = stored["label_kept"].astype(bool)[..., None]
         entries = self._entries(stored, label)
@@ -270,7 +279,10 @@ class TargetCodec:
         width = stored["target_probs"].shape[1]
         ends = count.cumsum(-1)
         if len(ends) and ends[:, -1].max() > width:
-            raise CorruptCacheError("a row counts more entries than it has room for.")
+            raise CorruptCacheError(
+                f"exact_count and drawn_count: got {ends[:, -1].max():,} entries in a row, "
+                f"expected at most {width:,}."
+            )
         order = np.arange((count + label[..., 0]).max(initial=1))
         inside = order < count[..., None]
         place = np.where(inside, (ends - count)[..., None] + order, 0)
@@ -301,20 +313,20 @@ class TargetCodec:
         codes = _take(stored["target_probs"], np.where(ahead, begins + order, 0)) * ahead
         probs = self.prob.values[codes].astype(np.float64)
         at_label = label & (order == entries.inside.sum(-1, keepdims=True))
-        # One entry is what is missing to one: the exact one without a code, else the true token.
+        # Code 0 is what the others leave of one; the true token is where no other is exact.
         implied = np.where(entries.exact > 0, ahead & (codes == 0), at_label)
-        least = probs.max(-1, keepdims=True)
+        shared = np.zeros(label.shape, bool)
         tail = np.zeros((*label.shape[:2], 1))
         if self.sampled:
             share = self.drawn.values[stored["drawn_prob"]][..., None]
-            least = np.maximum(least, share)
+            shared = stored["drawn_prob"][..., None] == REST
             drawn = entries.inside & ~ahead
-            rest_is_drawn = stored["drawn_prob"][..., None] == REST
-            implied = np.where(rest_is_drawn, drawn, implied)
-            least = np.where(rest_is_drawn, 0, least)
+            implied = np.where(shared, drawn, implied)
             probs += share * (drawn & ~implied)
         else:
             tail += self.logprob.probs(stored["tail_logprob"])[..., None]
+        # What is left is not less than any other but the true token, unless it is shared.
+        least = np.where(shared, 0, probs.max(-1, keepdims=True))
         known = self.logprob.probs(stored["label_logprob"])[..., None]
         probs += known * (at_label & ~implied)
         rest = 1 - tail - probs.sum(-1, keepdims=True)
@@ -328,11 +340,15 @@ class TargetCodec:
             beside = {"temperatures": list(self.spec.temperatures)} if "tempered" in name else {}
             return self.logprob.attributes() | beside
         if name == "target_probs":
-            zero = "an equal share of the tail" if self.sampled else "0"
+            zero = "what the other entries of the position leave of one"
             return {"levels": self.prob.levels, "power": POWER, "code_0": zero}
+        if name == "drawn_prob":
+            rest = "an equal share of what the exact entries leave of one"
+            return {"largest": 1 / self.drawn.size, "per_octave": 16, "code_255": rest}
         if name == "target_ids":
             return {
-                "planes": "bytes, lowest first, of the differences of ascending numbers",
+                "planes": "bytes, lowest first, of differences of numbers, which begin anew with "
+                "the exact and the drawn entries of each position",
                 "numbers": "the frequent_ids of the domain's group, then all other ids in order",
             }
         return {}

@@ -50,16 +50,16 @@ TARGET_KINDS = {"topk": 1, "sampled": 2}
 
 
 KEPT_MASS = 0.9995
-"""Mass at which top-k entries stop: what is left is known as the tail, to a thousandth of a nat."""
+"""Mass at which top-k entries stop. The tail holds what is left, with an error of 2⁻¹¹ nats."""
 
 
 @dataclass(frozen=True)
 class TargetSpec:
     """Which entries of the teacher's distribution are kept.
 
-    `topk:64` keeps the likeliest ids, 64 at most, and fewer where they have a mass of 0.9995; that
-    mass may be given, as in `topk:64:1`. `sampled:24` keeps, unbiased, as few ids as make each
-    drawn one count at most 1/24; 24 at most.
+    `topk:64` keeps the likeliest ids: 64, or fewer where fewer have a mass of 0.9995. The mass can
+    be given, as in `topk:64:0.999`. `sampled:24` keeps an unbiased sample: the fewest ids with
+    which each drawn id counts at most 1/24. That is 24 ids or fewer.
     """
 
     kind: str
@@ -81,7 +81,8 @@ class TargetSpec:
             )
         if not colon:
             return cls(kind, int(size))
-        if kind != "topk" or not re.fullmatch(r"0?\.[0-9]+|1", mass) or not float(mass) > 0:
+        number = re.fullmatch(r"([0-9]*\.)?[0-9]+(e-[0-9]+)?", mass)
+        if kind != "topk" or not number or not 0 < float(mass) <= 1:
             raise InputError(
                 f"targets {text!r}: only topk takes a mass, above 0 and at most 1, for example "
                 "topk:64:0.999."
@@ -89,7 +90,7 @@ class TargetSpec:
         return cls(kind, int(size), float(mass))
 
     def __str__(self) -> str:
-        mass = "" if self.kept_mass == KEPT_MASS else f":{self.kept_mass:g}"
+        mass = "" if self.kept_mass == KEPT_MASS else f":{self.kept_mass!r}"
         return f"{self.kind}:{self.size}{mass}"
 
 
@@ -112,10 +113,6 @@ MOST_TEMPERATURES = 16
 
 COMPRESSIONS = ("small", "fast")
 """zstd for fewer bytes, lz4 for less work at every reading."""
-
-TOKEN_ARRAYS = ("tokens", "loss_mask")
-"""Written when the rows are planned, before the teacher runs."""
-
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned, before the teacher runs."""

@@ -72,7 +72,7 @@ class Dequantizer:
         return self(stored, torch.from_numpy(domain_B).to(self.device), self.most(arrays))
 
     def most(self, stored: Mapping[str, Any]) -> int:
-        """Return K of stored rows, from arrays in host memory: a device would have to be asked."""
+        """Return K of stored rows in host memory; on a device, it would have to wait for it."""
         count = stored["exact_count"].astype(np.int64) + stored["label_kept"]
         if self.sampled:
             count += stored["drawn_count"]
@@ -89,7 +89,7 @@ class Dequantizer:
     def targets(self, stored: Stored, domain_B: torch.Tensor, most: int) -> Targets:
         """Return the (B, S, K) targets of rows; entries and tail sum to one.
 
-        A position with fewer entries has the id −1 and probability 0 behind its own.
+        A position with fewer than K entries is padded with the id −1 and probability 0.
         """
         slots = Slots.of(stored, most)
         ids_BSK = self._ids(stored["target_ids"], domain_B, slots)
@@ -122,20 +122,21 @@ class Dequantizer:
         begin_BS1 = slots.exact.cumsum(1, dtype=torch.int32) - slots.exact
         codes_BSK = take(stored["target_probs"], begin_BS1 + slots.order, slots.ahead)
         probs_BSK = look_up(self.values, codes_BSK).double()  # code 0, and padding, is 0
-        # One entry is what the others leave of one: the exact one without a code, else the label.
+        # Code 0 is what the others leave of one; the true token is where no other is exact.
         coded_BSK = slots.ahead & (codes_BSK == 0)
         implied_BSK = torch.where(slots.exact > 0, coded_BSK, slots.at_label)
-        least_BS1 = probs_BSK.amax(-1, keepdim=True)
-        tail_BS1 = torch.zeros_like(least_BS1)
+        shared_BS1 = torch.zeros_like(slots.exact, dtype=torch.bool)
+        tail_BS1 = torch.zeros_like(slots.exact, dtype=torch.float64)
         if self.sampled:
             share_BS1 = look_up(self.shares, stored["drawn_prob"])[..., None]
             shared_BS1 = (stored["drawn_prob"] == self.rest_code)[..., None]
             drawn_BSK = slots.inside & ~slots.ahead
             implied_BSK = torch.where(shared_BS1, drawn_BSK, implied_BSK)
-            least_BS1 = least_BS1.maximum(share_BS1).masked_fill(shared_BS1, 0.0)
             probs_BSK += share_BS1 * (drawn_BSK & ~implied_BSK)
         else:
             tail_BS1 = look_up(self.probs, stored["tail_logprob"])[..., None].double()
+        # What is left is not less than any other but the true token, unless it is shared.
+        least_BS1 = probs_BSK.amax(-1, keepdim=True).masked_fill(shared_BS1, 0.0)
         label_BS1 = look_up(self.probs, stored["label_logprob"])[..., None]
         probs_BSK += label_BS1 * (slots.at_label & ~implied_BSK)
         rest_BS1 = 1 - tail_BS1 - probs_BSK.sum(-1, keepdim=True)
