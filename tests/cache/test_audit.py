@@ -76,7 +76,7 @@ def test_disorder_and_a_wrong_encoding_are_refused(cache: Cache) -> None:
     with pytest.raises(CacheError, match="stored label_logprob differ from the computed"):
         run_audit(cache, scores(), label_logprob=np.full((2, 3), 7, np.uint16))
     width = 3 * cache.spec.targets.size
-    changes = [
+    changes: list[dict[str, Any]] = [
         {"target_ids": np.ones((2, 2, width), np.uint8)},
         {"exact_count": np.zeros((2, 3), np.uint8)},
         {"label_kept": np.zeros((2, 3), np.uint8)},
