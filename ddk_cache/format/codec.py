@@ -156,8 +156,9 @@ class DrawnCodec:
 
     def encode(self, probs: Array) -> Array:
         """Return uint8 codes."""
-        octaves: Array = -np.log2(np.maximum(probs * self.size, 2.0**-32))
-        return np.clip(np.rint(16 * octaves), 0, REST - 1).astype(np.uint8)
+        octaves = -np.log2(np.maximum(probs * self.size, 2.0**-32))
+        codes: Array = np.clip(np.rint(16 * octaves), 0, REST - 1)
+        return codes.astype(np.uint8)
 
     @cached_property
     def values(self) -> Array:
