@@ -36,9 +36,9 @@ class SparseTargets(Generic[A]):
     """
 
     ids: A
-    """(..., K) token ids."""
+    """(..., K) token ids; −1 where a position has fewer than K entries."""
     probs: A
-    """(..., K) float32 probabilities."""
+    """(..., K) float32 probabilities; 0 where there is no entry."""
     tail: A
     """(...) float32, the probability of all ids that were not kept."""
 

@@ -30,12 +30,15 @@ loss = -(labels * labels.attrs["scale"]).where(labels != labels.attrs["minus_inf
 print(f"teacher: {float(loss.mean()):.3f} nats per token over {count} rows")
 print(loss.mean("position").to_series().describe().round(3).to_string())
 
-# Ids are numbered by frequency; a position stores their differences, one plane per byte.
+# Ids are numbered by frequency; a position stores their differences, one plane per byte. The
+# entries of a row follow one another, and docs/format.md decodes all of them.
 spec = json.loads((path / "zarr.json").read_text())["attributes"]["ddk"]["spec"]
 frequent = json.loads((path / "plans/letters.json").read_text())["frequent_ids"]
 order = np.array(frequent + sorted(set(range(spec["vocab_size"])) - set(frequent)))
-planes = split["target_ids"][start]
+count = split["exact_count"][start, 0]
+planes = split["target_ids"][start][:, :count]
 ids = order[sum(planes[b].astype(int) << 8 * b for b in range(len(planes))).cumsum(-1)]
-probs = (split["target_probs"][start] / spec["prob_levels"]) ** 4
-kept = dict(zip(ids[0].tolist(), probs[0].round(3).tolist(), strict=True))
+probs = (split["target_probs"][start][:count] / spec["prob_levels"]) ** 4
+kept = dict(zip(ids.tolist(), probs.round(3).tolist(), strict=True))
 print(f"after token {split['tokens'][start, 0]} the teacher expects {kept}")
+print("(0 stands for what the other entries and the tail leave of one)")

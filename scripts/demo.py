@@ -33,7 +33,7 @@ from ddk_train import TrainConfig, train
 from ddk_train.run.directory import Run, open_run
 
 DEMO = Path(".demo")
-TARGETS = "sampled:16"
+TARGETS = "sampled:24"
 STUDENT = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

@@ -48,7 +48,7 @@ build_cache(sys.argv[1], sys.argv[2], slow, byte_tokenizer(), BuildConfig(**BUIL
 """A slow build of argv[2] at argv[1], for a process that is killed; it prints one line first."""
 
 VICTIMS = [
-    "domains/letters/train/target_ids/c/1/0/0/0",
+    "domains/letters/train/target_ids/c/1/0/0",
     "domains/notes/validation/label_logprob/c/0/0",
     "domains/digits/train/tokens/c/0/0",
     "domains/digits/train/loss_mask/c/1/0",

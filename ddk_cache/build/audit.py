@@ -15,7 +15,7 @@ import numpy as np
 
 from ddk_cache.errors import CacheError
 from ddk_cache.format.audit_summary import MASS_BINS
-from ddk_cache.format.codec import LogprobCodec, TargetCodec
+from ddk_cache.format.codec import REST, LogprobCodec, TargetCodec
 from ddk_cache.types import Array
 
 SLACK = 1e-3
@@ -51,13 +51,14 @@ def audit(
     _require(where, "a probability is above one", np.asarray(top <= SLACK), np.exp(top))
     sums = np.asarray(np.abs(kept + rest - 1) < 5 * SLACK)
     _require(where, "kept entries and tail do not sum to one", sums, kept)
-    in_range = (ids.min(-1) >= 0) & (ids.max(-1) < codec.spec.vocab_size)
+    in_range = (ids.min(-1) >= -1) & (ids[..., 0] >= 0) & (ids.max(-1) < codec.spec.vocab_size)
     _require(where, "an id is outside of the vocabulary", in_range, ids.max(-1))
-    ranked = np.sort(ids.astype(np.uint32), -1)
-    _require(where, "an id is kept twice", (ranked[..., 1:] != ranked[..., :-1]).all(-1))
+    ranked = np.sort(ids, -1)
+    twice = (ranked[..., 1:] == ranked[..., :-1]) & (ranked[..., 1:] >= 0)
+    _require(where, "an id is kept twice", ~twice.any(-1))
     falling = np.asarray(probs[..., 1:] <= probs[..., :-1])
     _require(where, "entries are not in order", np.asarray(falling.all(-1)))
-    errors = _stored_as_computed(where, scores, stored, probs, codec)
+    errors = _stored_as_computed(where, scores, stored, labels, codec)
     mass = np.clip(kept, 0, 1)
     with np.errstate(invalid="ignore"):
         nats = np.where(probs > 0, probs * logprobs, 0.0)
@@ -76,26 +77,53 @@ def _stored_as_computed(
     where: str,
     scores: Mapping[str, Array],
     stored: Mapping[str, Array],
-    probs: Array,
+    labels: Array,
     codec: TargetCodec,
 ) -> dict[str, float]:
-    """Decode what will be written and compare it; return the largest errors."""
-    codes, eight = codec.prob.encode(probs), np.uint64(8)
-    wanted = scores["ids"].astype(np.uint64) << eight | codes
-    found = codec.ids(stored["target_ids"]).astype(np.uint64) << eight | stored["target_probs"]
-    wanted.sort(axis=-1)
-    found.sort(axis=-1)
-    _require(where, "stored entries differ from the computed", (wanted == found).all(-1))
-    off = np.abs(codec.prob.values[codes] - probs)
-    good = off <= codec.prob.error(probs) + SLACK
-    _require(where, "stored probabilities differ from the computed", good, off)
+    """Decode what will be written and compare it; return the largest errors.
+
+    An entry may be off by its own rounding. What the others leave of one may be off by the rounding
+    of all the others: it is one entry, or an equal share for each drawn entry.
+    """
     error = 0.0
     for name in scores.keys() & stored.keys():
         nats = _error(scores[name], stored[name], codec.logprob)
         error = max(error, float(nats.max(initial=0)))
         good = nats <= codec.logprob.error + SLACK
         _require(where, f"stored {name} differ from the computed", good, nats)
+    tokens = np.concatenate([labels[:, :1], labels], 1)  # the first token is never used
+    found = codec.targets({**stored, "tokens": tokens})
+    ids, probs, bound = _computed(scores, stored, codec)
+    order, theirs = np.argsort(ids, -1), np.argsort(found.ids, -1)
+    ids, probs, bound = (np.take_along_axis(part, order, -1) for part in (ids, probs, bound))
+    K = found.ids.shape[-1]  # the others are padding, which comes first in this order
+    same = (ids[..., -K:] == np.take_along_axis(found.ids, theirs, -1)).all(-1)
+    same &= (ids[..., :-K] < 0).all(-1)
+    _require(where, "stored entries differ from the computed", same)
+    probs, bound = probs[..., -K:], bound[..., -K:]
+    off = np.abs(np.take_along_axis(found.probs, theirs, -1) - probs)
+    total = bound.sum(-1, keepdims=True)
+    good = off <= bound + probs * total + SLACK
+    good = (good.sum(-1) >= K - 1) & (off <= total + SLACK).all(-1)
+    _require(where, "stored probabilities differ from the computed", good, off.max(-1))
     return {"largest_error": error, "largest_prob_error": float(off.max())}
+
+
+def _computed(
+    scores: Mapping[str, Array], stored: Mapping[str, Array], codec: TargetCodec
+) -> tuple[Array, Array, Array]:
+    """Return ids, probabilities and how far rounding may move each, (R, S, K)."""
+    ids, probs = scores["ids"], np.exp(scores["logprobs"])
+    bound = np.where(probs > 0, codec.prob.error(probs), 0.0)
+    if codec.sampled:
+        drawn = (ids >= 0) & (probs == 0)
+        count = np.maximum(drawn.sum(-1), 1)
+        share = np.exp(scores["tail_logprob"]) / count
+        rest = bound.sum(-1) / count
+        off = np.where(stored["drawn_prob"] == REST, rest, codec.drawn.error * share)
+        probs = np.where(drawn, share[..., None], probs)
+        bound = np.where(drawn, off[..., None], bound)
+    return ids, probs, bound
 
 
 def _require(

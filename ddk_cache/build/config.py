@@ -43,9 +43,9 @@ class BuildConfig:
 
     seq_len: int = 1024
     """Positions in a row."""
-    targets: str = "sampled:16"
-    """Entries kept of each distribution: topk:K (the K likeliest) or sampled:B (B entries whose
-    expectation is the whole distribution)."""
+    targets: str = "sampled:24"
+    """Entries kept of each distribution: sampled:B (an unbiased sample, B at most) or topk:K (the K
+    likeliest, fewer where they have a mass of 0.9995; topk:K:MASS sets it)."""
     temperatures: tuple[float, ...] = ()
     """Temperature other than 1 at which topk targets can be trained on; repeatable."""
     seed: int = 0

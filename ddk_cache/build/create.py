@@ -198,7 +198,8 @@ def try_teacher(teacher: Teacher, spec: CacheSpec, batch_rows: int | None) -> in
     scorer = Scorer(teacher, spec, rows)
     tokens = np.zeros((rows, spec.seq_len + 1), np.int64)
     scores = scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None).arrays
-    audit("a first batch", scores, scorer.codec.encode(scores), tokens[:, 1:], scorer.codec)
+    labels = tokens[:, 1:]
+    audit("a first batch", scores, scorer.codec.encode(scores, labels), labels, scorer.codec)
     return batch_rows or scorer.batch_rows
 
 

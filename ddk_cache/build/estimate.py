@@ -146,7 +146,7 @@ def probe(scorer: Scorer, sample: tuple[Array, Array]) -> dict[str, Any]:
     counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
     small = dataclasses.replace(spec, shard_rows=chunks * spec.chunk_rows)
     codec = TargetCodec(spec, np.argsort(-counts, kind="stable")[:FREQUENT].tolist())
-    stored = codec.encode(scores)
+    stored = codec.encode(scores, tokens[:, 1:])
     audit("the probe", scores, stored, tokens[:, 1:], codec)
     with tempfile.TemporaryDirectory() as folder:
         writer = ShardWriter(LocalStorage(Path(folder)), small)

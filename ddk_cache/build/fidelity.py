@@ -25,12 +25,12 @@ def compare(
     """
     t_NV = logits_NV.double().softmax(-1)
     N, V = t_NV.shape
-    outside = max(V - stored.ids.shape[-1], 1)
-    s_NV = (
-        (stored.tail.double() / outside)[:, None]
-        .expand(N, V)
-        .scatter(-1, stored.ids, stored.probs.double())
-    )
+    kept_NK = stored.ids >= 0
+    outside_N = (V - kept_NK.sum(-1)).clamp(min=1)
+    # What is padding repeats the first entry.
+    ids_NK = stored.ids.where(kept_NK, stored.ids[:, :1])
+    probs_NK = stored.probs.where(kept_NK, stored.probs[:, :1]).double()
+    s_NV = (stored.tail.double() / outside_N)[:, None].expand(N, V).scatter(-1, ids_NK, probs_NK)
     error_N = ((t_NV - s_NV) ** 2).sum(-1) / ((1 / V - t_NV) ** 2).sum(-1).clamp(min=1e-30)
     # A probability below what a byte can store does not hold the student to zero.
     kl_N = torch.xlogy(t_NV, t_NV) - torch.xlogy(t_NV, s_NV.clamp(min=1e-12))
@@ -38,6 +38,6 @@ def compare(
         "positions": float(N),
         "kl": 0.0 if sampled else float(kl_N.sum()),
         "total_variation": float((t_NV - s_NV).abs().sum() / 2),
-        "tail": float(N - t_NV.gather(-1, stored.ids).sum()),
+        "tail": float(N - (t_NV.gather(-1, ids_NK) * kept_NK).sum()),
         "gradient_error": float(error_N.sum()),
     }

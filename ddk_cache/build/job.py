@@ -300,8 +300,9 @@ class Scoring:
     ) -> None:
         """Encode, audit, write and commit one shard, and release its lease."""
         codec, counted = self.codecs[key.domain], mask.rows.astype(bool)
-        encoded = codec.encode(scored.arrays)
-        seen = audit(str(key), scored.arrays, encoded, tokens.rows[:, 1:], codec)
+        labels = tokens.rows[:, 1:].astype(np.int64)
+        encoded = codec.encode(scored.arrays, labels)
+        seen = audit(str(key), scored.arrays, encoded, labels, codec)
         objects = {"tokens": tokens.object, "loss_mask": mask.object}
         record = Record(
             key=key,

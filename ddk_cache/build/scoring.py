@@ -23,7 +23,7 @@ from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.rng import Words, key_of, uniform
-from ddk_cache.types import Array, SparseTargets
+from ddk_cache.types import Array
 
 log = logging.getLogger(__name__)
 
@@ -99,10 +99,10 @@ class Scorer:
             return scores, {}
         rows = torch.arange(len(batch))
         at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
-        kept = self.codec.targets(self.codec.encode(as_arrays([at])))
-        stored = SparseTargets(
-            *(torch.from_numpy(part[:, 0]).to(logits.device) for part in vars(kept).values())
-        )
+        tokens = batch.cpu()[rows[:, None], torch.stack([chosen, chosen + 1], -1)].numpy()
+        encoded = self.codec.encode(as_arrays([at]), tokens[:, 1:])
+        device, kept = logits.device, self.codec.targets(encoded | {"tokens": tokens})
+        stored = kept.map(lambda part: torch.from_numpy(part[:, 0]).to(device))
         sampled = self.spec.targets.kind == "sampled"
         return scores, fidelity.compare(logits, stored, sampled=sampled)
 

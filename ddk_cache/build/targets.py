@@ -4,11 +4,12 @@ Positions are taken in chunks, so that no float32 copy of all logits ever exists
 teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. Kept
 log-probabilities are those of the full vocabulary, never renormalized.
 
-Two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since the ids outside
-are known only by their total mass. `sampled` keeps B ids and is unbiased: ids above a threshold c
-are kept exactly, and from all others a systematic sample is drawn, each with probability t/c and
-counted as c. Of all unbiased choices of B entries this has the least variance ("threshold" or
-"priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949).
+There are two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since of the
+ids outside only the total mass is known. `sampled` is unbiased: ids above a threshold c are kept
+exactly, and from all others a systematic sample is drawn, each with probability t/c and counted as
+c. Of all unbiased choices of as many entries this has the least variance ("threshold" or
+"priority" sampling; Duffield, Lund and Thorup 2007; drawn as by Madow 1949). All positions have the
+same threshold, 1/B, so a position gets as many entries as it needs, and B at most.
 """
 
 from __future__ import annotations
@@ -28,16 +29,22 @@ gave twice the speed of 64 MiB), on a GPU it must fill the device."""
 GROUP = 128
 """Neighboring ids whose mass is summed before a draw searches for its id among them."""
 
+NEGLIGIBLE = 1e-6
+"""Mass, in units of the threshold, that is not worth an entry: where a teacher is all but certain,
+an entry for it would cost bytes and change nothing."""
+
 
 class Scores(NamedTuple):
     """The teacher's output at P positions, log-probabilities in nats, named as it is stored."""
 
     ids: torch.Tensor
-    """(P, K) int64, the likeliest first; drawn ids last, in order of id."""
+    """(P, K) int64, the likeliest first, then drawn ones in order of id; then −1, where a position
+    needs fewer than K."""
     logprobs: torch.Tensor
-    """(P, K) float32; −inf where an entry was drawn: those share the tail equally."""
+    """(P, K) float32; −inf where an entry was drawn, since those share the tail equally, and where
+    there is none."""
     tail_logprob: torch.Tensor
-    """(P) float32 log-mass of all ids that are not kept exactly; −inf where there are none."""
+    """(P) float32 log-mass of all ids that are not kept as they are; −inf where there are none."""
     label_logprob: torch.Tensor
     """(P) float32 log-probability of the true next token, kept or not."""
     tempered_tail_logprob: torch.Tensor
@@ -47,7 +54,7 @@ class Scores(NamedTuple):
         """Return the targets as a reader of the cache gets them, before rounding."""
         probs, tail = self.logprobs.exp(), self.tail_logprob.exp()
         if kind == "sampled":
-            drawn = torch.isneginf(self.logprobs)
+            drawn = torch.isneginf(self.logprobs) & (self.ids >= 0)
             share = tail / drawn.sum(-1).clamp(min=1)
             probs, tail = probs.where(~drawn, share[..., None]), torch.zeros_like(tail)
         return SparseTargets(self.ids, probs, tail)
@@ -78,7 +85,9 @@ def extract(
         if targets.kind == "sampled":
             chunks.append(sampled(logits.float(), labels, offsets, targets.size))
         else:
-            chunks.append(topk(logits.float(), labels, targets.size, temperatures))
+            chunks.append(
+                topk(logits.float(), labels, targets.size, temperatures, targets.kept_mass)
+            )
     return Scores(*(torch.cat(part).unflatten(0, (B, S)) for part in zip(*chunks, strict=True)))
 
 
@@ -87,27 +96,43 @@ def topk(
     labels_P: torch.Tensor,
     k: int,
     temperatures: tuple[float, ...] = (),
+    kept_mass: float = 1.0,
 ) -> Scores:
-    """Keep the k likeliest ids.
+    """Keep the k likeliest ids, or the fewest that have a mass of `kept_mass` < 1.
 
     The mass outside is summed over the ids outside instead of taken as 1 − Σ, which would lose it
     to cancellation where the teacher is confident.
     """
     kept_PK, ids_PK = largest(logits_PV, k)
     logprobs_PK, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PK, ids_PK)
-    tail_P = probs_PV.scatter_(-1, ids_PK, 0.0).sum(-1).log()
-    tempered = [_outside(logits_PV, ids_PK, temperature) for temperature in temperatures]
+    probs_PK = logprobs_PK.exp().double()
+    enough = kept_mass if kept_mass < 1 else math.inf  # rounded, a sum may reach one too early
+    # NaN is kept: the audit refuses it by name.
+    needed_PK = ~((probs_PK.cumsum(-1) - probs_PK >= enough) | (probs_PK == 0))
+    # Padding repeats the first id, so that nothing outside is touched.
+    kept_ids_PK = ids_PK.where(needed_PK, ids_PK[:, :1])
+    tail_P = probs_PV.scatter_(-1, kept_ids_PK, 0.0).sum(-1).log()
+    tempered = [_outside(logits_PV, kept_ids_PK, temperature) for temperature in temperatures]
     tempered_PT = torch.stack(tempered, -1) if tempered else tail_P.new_empty(len(tail_P), 0)
-    return Scores(ids_PK, logprobs_PK, tail_P, label_P, tempered_PT)
+    return Scores(
+        ids_PK.where(needed_PK, -1),
+        logprobs_PK.where(needed_PK, -torch.inf),
+        tail_P,
+        label_P,
+        tempered_PT,
+    )
 
 
 def sampled(
     logits_PV: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor, size: int
 ) -> Scores:
-    """Keep `size` ids, unbiased: the head exactly, the rest drawn.
+    """Keep an unbiased sample: the fewest ids of which each drawn one counts at most 1 / size.
 
-    With the h likeliest ids in the head, c = (1 − Σ head) / (size − h); h is the least number for
-    which the next id is below c. The likeliest id is always in the head.
+    With n entries of which the h likeliest are the head, each drawn entry counts
+    c(n) = (1 − Σ head) / (n − h). A threshold c needs Σ min(1, t / c) entries, so the least n with
+    c(n) ≤ 1 / size is that sum at c = 1 / size, rounded up. The head then ends before the first id
+    below c(n); the likeliest id is always in it. One threshold for all positions gives the least
+    total error for a given number of entries.
     """
     kept_PB, ids_PB = largest(logits_PV, size)
     logprobs_PB, label_P, probs_PV = _normalized(logits_PV, labels_P, kept_PB, ids_PB)
@@ -116,17 +141,30 @@ def sampled(
     outside_P = probs_PV.scatter_(-1, ids_PB, 0.0).sum(-1, dtype=torch.float64)
     # Mass of everything from the b-th likeliest on, added up from its small end.
     rest_PB = probs_PB.flip(-1).cumsum(-1).flip(-1) + outside_P[:, None]
-    below_PB = probs_PB * (size - order_B) < rest_PB * (1 - 1e-9)
+    count_P = entries(probs_PB, rest_PB, size)
+    left_PB = count_P[:, None] - order_B
+    below_PB = (probs_PB * left_PB < rest_PB - NEGLIGIBLE / size) | (left_PB <= 0)
     head_P = torch.where(below_PB.any(-1), below_PB.int().argmax(-1), size).clamp(min=1)
     head_PB = order_B < head_P[:, None]
     probs_PV.scatter_(-1, ids_PB, probs_PB.where(~head_PB, 0.0).float())
-    drawn_PB, tail_P = draw(probs_PV, size - head_P, size, offsets_P)
+    drawn_PB, tail_P = draw(probs_PV, count_P - head_P, size, offsets_P)
     # The first of the drawn ids go where the head ends.
     place_PB = (order_B - head_P[:, None]).clamp(min=0)
-    ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB))
+    ids_PB = ids_PB.where(head_PB, drawn_PB.gather(-1, place_PB)).where(left_PB > 0, -1)
     logprobs_PB = logprobs_PB.where(head_PB, -torch.inf)
-    tail_P = tail_P.where(head_P < size, 0.0).log().float()
+    tail_P = tail_P.where(head_P < count_P, 0.0).log().float()
     return Scores(ids_PB, logprobs_PB, tail_P, label_P, tail_P.new_empty(len(tail_P), 0))
+
+
+def entries(probs_PB: torch.Tensor, rest_PB: torch.Tensor, size: int) -> torch.Tensor:
+    """Return (P) the entries that a threshold of 1 / size needs, from 1 to size.
+
+    `probs_PB` are the `size` likeliest, `rest_PB` the mass of each and of everything after it.
+    """
+    large_P = (probs_PB * size >= 1).sum(-1)
+    rest_P = torch.cat([rest_PB, torch.zeros_like(rest_PB[:, :1])], -1).gather(-1, large_P[:, None])
+    needed_P = (large_P + size * rest_P[:, 0] - NEGLIGIBLE).ceil().long()
+    return needed_P.clamp(1, size)
 
 
 def draw(

@@ -65,8 +65,8 @@ def group(**attributes: Any) -> str:
 
 def shuffle_of(spec: CacheSpec, name: str) -> Literal["noshuffle", "bitshuffle"]:
     """Return how blosc puts the values of an array: zstd finds more in bytes as they are."""
-    single = spec.arrays[name].dtype.itemsize == 1
-    return "noshuffle" if single and spec.compression == "small" else "bitshuffle"
+    plain = name == "tokens" or spec.arrays[name].dtype.itemsize == 1
+    return "noshuffle" if plain and spec.compression == "small" else "bitshuffle"
 
 
 class ShardWriter:

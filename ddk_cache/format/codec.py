@@ -1,13 +1,21 @@
 """Sparse targets ↔ stored integers, each with its error bound.
 
-Kept probabilities are rounded on an even grid of p^¼. Rounding on the grid of √p would cost the
+Exact probabilities are rounded on an even grid of p^¼. Rounding on the grid of √p would cost the
 least KL for its bits at temperature 1, and p^¼ does at temperature 2; p^¼ has no lower end that
-matters, so one byte serves every teacher and adds a few ten-thousandths of a nat to the KL. Kept
-entries are in order of id, because an order by value costs more bytes than all values together;
-ids are numbered by frequency and stored as differences, one plane per byte. Single
-log-probabilities (of the tail, of the true token) are 16-bit integers on an even grid of nats.
+matters, so one byte serves every teacher and adds a few ten-thousandths of a nat to the KL. Drawn
+entries share one probability, which has one code for each position. Entries are in order of id,
+because an order by value costs more bytes than all values together; ids are numbered by frequency
+and stored as differences, one plane per byte. Single log-probabilities (of the tail, of the true
+token) are 16-bit integers on an even grid of nats.
 
-The price of the order is that the likeliest entry is not the first one.
+What a reader can compute is not stored: not the true token, where it is an exact entry, and not
+one probability of each position, which is what the others leave of one. That one is the largest,
+so it absorbs the rounding of all others.
+
+Entries of a row follow one another, so a position with few of them costs few bytes. The price: a
+position is found by adding up the counts before it, and the likeliest entry is not the first one.
+
+Shape letters: R rows, S positions, K entries of a position.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -128,6 +136,48 @@ class Numbering:
         return cls(ids, numbers)
 
 
+REST = 255
+"""The code of drawn entries that share what the exact entries leave of one."""
+
+
+@dataclass(frozen=True)
+class DrawnCodec:
+    """The probability that each drawn entry stands for, at most 1 / size: 16 steps per octave.
+
+    A step is 4.4 %. The mass that rounding moves goes to the likeliest entry.
+    """
+
+    size: int
+
+    @property
+    def error(self) -> float:
+        """Return the largest relative error of a probability above 2⁻¹⁵ / size."""
+        return float(2 ** (1 / 32) - 1)
+
+    def encode(self, probs: Array) -> Array:
+        """Return uint8 codes."""
+        octaves = -np.log2(np.maximum(probs * self.size, 2.0**-32))
+        codes: Array = np.clip(np.rint(16 * octaves), 0, REST - 1)
+        return codes.astype(np.uint8)
+
+    @cached_property
+    def values(self) -> Array:
+        """(256) float64 probability of each code."""
+        values: Array = np.exp2(-np.arange(256) / 16) / self.size
+        return values
+
+
+class Entries(NamedTuple):
+    """Where the stored entries of some rows lie."""
+
+    place: Array
+    """(R, S, K) index into the entries of the row."""
+    inside: Array
+    """(R, S, K) whether there is such an entry; the others are padding."""
+    exact: Array
+    """(R, S, 1) how many entries of a position are exact; they come first."""
+
+
 class TargetCodec:
     """The targets of one domain."""
 
@@ -135,73 +185,155 @@ class TargetCodec:
         self.spec = spec
         self.logprob = LogprobCodec(spec.logprob_step)
         self.prob = ProbCodec(spec.prob_levels)
+        self.drawn = DrawnCodec(spec.targets.size)
         self.sampled = spec.targets.kind == "sampled"
         self.numbering = Numbering.of(frequent_ids, spec.vocab_size)
 
-    def encode(self, scores: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the arrays to be stored, from those that `Scorer.score` returns.
+    def encode(self, scores: Mapping[str, Array], labels: Array) -> dict[str, Array]:
+        """Return the arrays to store, from those that `Scorer.score` returns; `labels` is (R, S).
 
-        Entries are put in order of their numbers.
+        The exact entries of a position come first, then the drawn ones, each group in order of its
+        numbers. The true token is left out where it is an exact entry: its id and its
+        log-probability are stored anyway. The entries of a row follow one another.
         """
-        codes = self.prob.encode(np.exp(scores["logprobs"]))
-        # Number and code are sorted as one integer, so that the code follows its id.
-        keys = self.numbering.numbers[scores["ids"]].astype(np.uint64) << np.uint64(8) | codes
+        ids, probs = scores["ids"], np.exp(scores["logprobs"])
+        valid = ids >= 0
+        exact = valid & (probs > 0)
+        label = exact & (ids == labels[..., None])
+        stored = valid & ~label
+        codes = self.prob.encode(probs)
+        drawn = (stored & ~exact).sum(-1)
+        tail = np.exp(scores["tail_logprob"].astype(np.float64))
+        # Code 0, of what the others leave of one, is that of the likeliest exact entry; but where
+        # the drawn entries have more mass together, they share what is left.
+        likeliest = np.argmax(exact & (~label | (exact.sum(-1) == 1)[..., None]), -1)[..., None]
+        largest = np.take_along_axis(probs, likeliest, -1)[..., 0]
+        rest_is_drawn = (drawn > 0) & (tail >= largest)
+        code = np.where(rest_is_drawn[..., None], np.take_along_axis(codes, likeliest, -1), 0)
+        np.put_along_axis(codes, likeliest, code.astype(np.uint8), -1)
+        # Group, number and code are sorted as one integer, so no second pass moves the codes.
+        keys = self.numbering.numbers[np.maximum(ids, 0)].astype(np.uint64) << np.uint64(8) | codes
+        keys |= np.where(exact, np.uint64(0), np.uint64(1) << np.uint64(40))
+        keys = np.where(stored, keys, np.uint64(2**64 - 1))
         keys.sort(axis=-1)
+        count, first = stored.sum(-1), (exact & ~label).sum(-1)
+        order = np.arange(ids.shape[-1])
+        kept, ahead = order < count[..., None], order < first[..., None]
         numbers = (keys >> np.uint64(8)).astype("<u4")
         steps = np.diff(numbers, axis=-1, prepend=np.uint32(0))
-        planes = steps.view(np.uint8).reshape(*steps.shape, 4)[..., : self.spec.id_bytes]
-        stored = {
-            "target_ids": np.ascontiguousarray(np.moveaxis(planes, -1, -3)),
-            "target_probs": keys.astype(np.uint8),
+        steps = np.where(order == first[..., None], numbers, steps)  # the second group starts anew
+        row = self._joined(steps, kept).view(np.uint8).reshape(len(ids), -1, 4)
+        arrays = {
+            "exact_count": first.astype(self.spec.arrays["exact_count"].dtype),
+            "label_kept": label.any(-1).astype(np.uint8),
+            "target_ids": np.ascontiguousarray(np.moveaxis(row[..., : self.spec.id_bytes], -1, 1)),
+            "target_probs": self._joined(keys.astype(np.uint8), ahead),
         }
-        rest = ("tail_logprob", "label_logprob", "tempered_tail_logprob")
-        return stored | {
-            name: self.logprob.encode(scores[name]) for name in rest if name in self.spec.arrays
+        if self.sampled:
+            arrays["drawn_count"] = drawn.astype(self.spec.arrays["drawn_count"].dtype)
+            share = self.drawn.encode(np.where(drawn > 0, tail / np.maximum(drawn, 1), 1))
+            arrays["drawn_prob"] = np.where(rest_is_drawn, REST, share).astype(np.uint8)
+        return arrays | {
+            name: self.logprob.encode(scores[name])
+            for name in ("tail_logprob", "label_logprob", "tempered_tail_logprob")
+            if name in self.spec.arrays
         }
+
+    def _joined(self, values: Array, kept: Array) -> Array:
+        """Return (R, S · size): the kept ones of (R, S, K) values, row by row, and zeros after."""
+        R, S, _ = values.shape
+        joined = np.zeros((R, S * self.spec.targets.size), values.dtype)
+        inside = np.arange(joined.shape[1]) < kept.sum((1, 2))[:, None]
+        joined[inside] = values[kept]
+        return joined
 
     def targets(
         self, stored: Mapping[str, Array], temperature: float = 1.0
     ) -> SparseTargets[Array]:
-        """Return (R, S, K) targets of stored rows, scaled so that entries and tail sum to one.
+        """Return (R, S, K) targets of stored rows; entries and tail sum to one.
+
+        `stored` holds the tokens too. K is the most entries of any of these positions. A position
+        with fewer is padded with the id −1 and probability 0.
 
         Raises:
             MismatchError: the cache does not store the tail at this temperature.
-            CorruptCacheError: an id is outside of the vocabulary.
+            CorruptCacheError: an id is outside of the vocabulary, or a row counts more entries
+                than it has room for.
         """
-        codes = stored["target_probs"]
+        label = stored["label_kept"].astype(bool)[..., None]
+        entries = self._entries(stored, label)
+        ids = self._ids(stored["target_ids"], entries)
+        probs, tail = self._probs(stored, entries, label)
+        at_label = label & (np.arange(ids.shape[-1]) == entries.inside.sum(-1, keepdims=True))
+        ids = np.where(at_label, stored["tokens"][:, 1:, None].astype(np.int64), ids)
         if temperature != 1:
-            return self._tempered(stored, codes, temperature)
-        probs, tail = self.prob.values[codes], self.logprob.probs(stored["tail_logprob"])
-        scale = (1 / (probs.sum(-1, dtype=np.float64) + tail)).astype(np.float32)
-        probs, tail = probs * scale[..., None], tail * scale
-        if self.sampled:
-            drawn = codes == 0
-            count = drawn.sum(-1)
-            share = np.where(count > 0, tail / np.maximum(count, 1), 0.0).astype(np.float32)
-            probs = np.where(drawn, share[..., None], probs)
-            tail = np.where(count > 0, 0, tail)
-        return SparseTargets(self.ids(stored["target_ids"]), probs, tail)
+            place = self.spec.temperature_place(temperature)
+            tail = self.logprob.probs(stored["tempered_tail_logprob"][..., place, :])
+            weights = probs ** np.float32(1 / temperature)
+            scale = (1 - tail) / weights.sum(-1, dtype=np.float64)
+            probs = weights * scale[..., None].astype(np.float32)
+        return SparseTargets(ids, probs, tail)
 
-    def _tempered(
-        self, stored: Mapping[str, Array], codes: Array, temperature: float
-    ) -> SparseTargets[Array]:
-        """Return targets at another temperature: t^(1/T), which fills 1 − tail."""
-        place = self.spec.temperature_place(temperature)
-        tail = self.logprob.probs(stored["tempered_tail_logprob"][..., place, :])
-        weights = (self.prob.values ** (1 / temperature))[codes]
-        scale = ((1 - tail) / weights.sum(-1, dtype=np.float64)).astype(np.float32)
-        return SparseTargets(self.ids(stored["target_ids"]), weights * scale[..., None], tail)
+    def _entries(self, stored: Mapping[str, Array], label: Array) -> Entries:
+        exact = stored["exact_count"].astype(np.int64)
+        count = exact + stored["drawn_count"] if self.sampled else exact
+        width = stored["target_probs"].shape[1]
+        ends = count.cumsum(-1)
+        if len(ends) and ends[:, -1].max() > width:
+            raise CorruptCacheError(
+                f"exact_count and drawn_count: got {ends[:, -1].max():,} entries in a row, "
+                f"expected at most {width:,}."
+            )
+        order = np.arange((count + label[..., 0]).max(initial=1))
+        inside = order < count[..., None]
+        place = np.where(inside, (ends - count)[..., None] + order, 0)
+        return Entries(place, inside, exact[..., None])
 
-    def ids(self, planes: Array) -> Array:
-        """Return (R, S, K) int64 ids of (R, bytes, S, K) planes."""
+    def _ids(self, planes: Array, entries: Entries) -> Array:
+        """Return (R, S, K) ids of (R, bytes, S · size) planes, −1 where there is no entry."""
         steps = planes[:, 0].astype(np.uint32)
         for place in range(1, planes.shape[1]):
             steps |= planes[:, place].astype(np.uint32) << np.uint32(8 * place)
-        numbers = steps.cumsum(-1, dtype=np.uint32)
-        if numbers.size and numbers.max() >= self.spec.vocab_size:
+        steps = _take(steps, entries.place) * entries.inside
+        sums = steps.cumsum(-1, dtype=np.int64)
+        order = np.arange(sums.shape[-1])
+        ahead = np.take_along_axis(sums, np.maximum(entries.exact - 1, 0), -1)
+        numbers = sums - np.where((order >= entries.exact) & (entries.exact > 0), ahead, 0)
+        if numbers.size and (numbers * entries.inside).max() >= self.spec.vocab_size:
             raise CorruptCacheError("a stored id is outside of the vocabulary.")
-        ids: Array = self.numbering.ids[numbers].astype(np.int64)
-        return ids
+        ids = self.numbering.ids[numbers * entries.inside].astype(np.int64)
+        return np.where(entries.inside, ids, -1)
+
+    def _probs(
+        self, stored: Mapping[str, Array], entries: Entries, label: Array
+    ) -> tuple[Array, Array]:
+        """Return (R, S, K) probabilities at temperature 1 and the (R, S) tail, float32."""
+        order = np.arange(entries.inside.shape[-1])
+        ahead = order < entries.exact
+        begins = entries.exact.cumsum(1) - entries.exact
+        codes = _take(stored["target_probs"], np.where(ahead, begins + order, 0)) * ahead
+        probs = self.prob.values[codes].astype(np.float64)
+        at_label = label & (order == entries.inside.sum(-1, keepdims=True))
+        # Code 0 is what the others leave of one; the true token is where no other is exact.
+        implied = np.where(entries.exact > 0, ahead & (codes == 0), at_label)
+        shared = np.zeros(label.shape, bool)
+        tail = np.zeros((*label.shape[:2], 1))
+        if self.sampled:
+            share = self.drawn.values[stored["drawn_prob"]][..., None]
+            shared = stored["drawn_prob"][..., None] == REST
+            drawn = entries.inside & ~ahead
+            implied = np.where(shared, drawn, implied)
+            probs += share * (drawn & ~implied)
+        else:
+            tail += self.logprob.probs(stored["tail_logprob"])[..., None]
+        # What is left is not less than any other but the true token, unless it is shared.
+        least = np.where(shared, 0, probs.max(-1, keepdims=True))
+        known = self.logprob.probs(stored["label_logprob"])[..., None]
+        probs += known * (at_label & ~implied)
+        rest = 1 - tail - probs.sum(-1, keepdims=True)
+        probs += np.maximum(rest / np.maximum(implied.sum(-1, keepdims=True), 1), least) * implied
+        scale = 1 / (probs.sum(-1, keepdims=True) + tail)
+        return (probs * scale).astype(np.float32), (tail * scale)[..., 0].astype(np.float32)
 
     def attributes(self, name: str) -> dict[str, Any]:
         """Return what a plain Zarr reader needs to decode an array."""
@@ -209,11 +341,20 @@ class TargetCodec:
             beside = {"temperatures": list(self.spec.temperatures)} if "tempered" in name else {}
             return self.logprob.attributes() | beside
         if name == "target_probs":
-            zero = "an equal share of the tail" if self.sampled else "0"
+            zero = "what the other entries of the position leave of one"
             return {"levels": self.prob.levels, "power": POWER, "code_0": zero}
+        if name == "drawn_prob":
+            rest = "an equal share of what the exact entries leave of one"
+            return {"largest": 1 / self.drawn.size, "per_octave": 16, "code_255": rest}
         if name == "target_ids":
             return {
-                "planes": "bytes, lowest first, of the differences of ascending numbers",
+                "planes": "bytes, lowest first, of differences of numbers, which begin anew with "
+                "the exact and the drawn entries of each position",
                 "numbers": "the frequent_ids of the domain's group, then all other ids in order",
             }
         return {}
+
+
+def _take(row: Array, place: Array) -> Array:
+    """Return (R, S, K) values of (R, width) at places."""
+    return np.take_along_axis(row, place.reshape(len(row), -1), 1).reshape(place.shape)

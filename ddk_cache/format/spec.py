@@ -20,7 +20,7 @@ import numpy as np
 from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
 from ddk_cache.hashing import canonical, digest
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """The layout described in docs/format.md; any other version is refused by name."""
 
 
@@ -49,32 +49,49 @@ TARGET_KINDS = {"topk": 1, "sampled": 2}
 """Kind → the least size that it can have."""
 
 
+KEPT_MASS = 0.9995
+"""Mass at which top-k entries stop. The tail holds what is left, with an error of 2⁻¹¹ nats."""
+
+
 @dataclass(frozen=True)
 class TargetSpec:
     """Which entries of the teacher's distribution are kept.
 
-    `topk:64` keeps the 64 likeliest ids. `sampled:12` keeps 12: the likeliest as they are, and an
-    unbiased sample of the others.
+    `topk:64` keeps the likeliest ids: 64, or fewer where fewer have a mass of 0.9995. The mass can
+    be given, as in `topk:64:0.999`. `sampled:24` keeps an unbiased sample: the fewest ids with
+    which each drawn id counts at most 1/24. That is 24 ids or fewer.
     """
 
     kind: str
     size: int
+    kept_mass: float = KEPT_MASS
+    """Of top-k targets."""
 
     @classmethod
     def parse(cls, text: str) -> TargetSpec:
-        """Read `kind:size`. Raises InputError on an unknown kind or a size that is too small."""
-        kind, _, size = text.partition(":")
+        """Read `kind:size` or `topk:size:mass`. Raises InputError on anything else."""
+        kind, _, rest = text.partition(":")
         if kind not in TARGET_KINDS:
             raise InputError(unknown("kind of target", kind, TARGET_KINDS) + " Example: topk:64.")
+        size, colon, mass = rest.partition(":")
         least = TARGET_KINDS[kind]
         if not (size.isascii() and size.isdecimal()) or int(size) < least:
             raise InputError(
                 f"targets {text!r} need a size of at least {least}, for example '{kind}:12'."
             )
-        return cls(kind, int(size))
+        if not colon:
+            return cls(kind, int(size))
+        number = re.fullmatch(r"([0-9]*\.)?[0-9]+(e-[0-9]+)?", mass)
+        if kind != "topk" or not number or not 0 < float(mass) <= 1:
+            raise InputError(
+                f"targets {text!r}: only topk takes a mass, above 0 and at most 1, for example "
+                "topk:64:0.999."
+            )
+        return cls(kind, int(size), float(mass))
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.size}"
+        mass = "" if self.kept_mass == KEPT_MASS else f":{self.kept_mass!r}"
+        return f"{self.kind}:{self.size}{mass}"
 
 
 # --- what a cache is ----------------------------------------------------------------------------
@@ -204,17 +221,22 @@ class CacheSpec:
         """The arrays of every split, by name. Their order is the order of writing."""
         S, K, T = self.seq_len, self.targets.size, len(self.temperatures)
         ids = np.dtype("<u2" if self.vocab_size < 2**16 else "<u4")
+        counts = np.dtype("u1" if K < 2**8 else "<u2")
         byte, logprob = np.dtype("u1"), np.dtype("<u2")
-        impossible = int(np.iinfo(ids).max)
-        entry = ("position", "entry")
         layouts = {
-            "tokens": ArrayLayout(ids, (S + 1,), impossible, ("token",)),
+            "tokens": ArrayLayout(ids, (S + 1,), int(np.iinfo(ids).max), ("token",)),
             "loss_mask": ArrayLayout(byte, (S,), 0),
-            "target_ids": ArrayLayout(byte, (self.id_bytes, S, K), 255, ("byte", *entry)),
-            "target_probs": ArrayLayout(byte, (S, K), 0, entry),
-            "tail_logprob": ArrayLayout(logprob, (S,), 0),
             "label_logprob": ArrayLayout(logprob, (S,), 0),
+            "label_kept": ArrayLayout(byte, (S,), 0),
+            "exact_count": ArrayLayout(counts, (S,), 0),
+            "target_ids": ArrayLayout(byte, (self.id_bytes, S * K), 0, ("byte", "entry")),
+            "target_probs": ArrayLayout(byte, (S * K,), 0, ("entry",)),
         }
+        if self.targets.kind == "sampled":
+            layouts["drawn_count"] = ArrayLayout(counts, (S,), 0)
+            layouts["drawn_prob"] = ArrayLayout(byte, (S,), 0)
+        else:
+            layouts["tail_logprob"] = ArrayLayout(logprob, (S,), 0)
         if T:
             layouts["tempered_tail_logprob"] = ArrayLayout(
                 logprob, (T, S), 0, ("temperature", "position")

@@ -181,8 +181,9 @@ class Loader:
             buffers.wait()
             self.cache.fill(TRAIN, names, rows, buffers.arrays)
             stored = buffers.to_device()
-            decoded = self._dequantize(stored, torch.from_numpy(domains).to(self.device))
-            return Batch(draw, *decoded, state)
+            most = self._dequantize.most(buffers.arrays)
+            domain_B = torch.from_numpy(domains).to(self.device)
+            return Batch(draw, *self._dequantize(stored, domain_B, most), state)
         finally:
             self._free.put(buffers)
 

@@ -305,8 +305,14 @@ def divergence_(
     slope_PB = weight * slope_PB
     gradient_PB = slope_PB + (of_q - slope_PB.sum(-1, keepdim=True)) * logq_PB.exp()
     logits_PV.mul_(gradient_PB[:, -1:] / sum_P1.clamp_min(1.0))
-    logits_PV.scatter_(-1, targets.ids, gradient_PB[:, :-1])
+    # Added, not written: padding adds nothing to the entry that it stands for.
+    logits_PV.scatter_add_(-1, first(targets.ids), gradient_PB[:, :-1])
     return norm_P1, value_P
+
+
+def first(ids_PK: torch.Tensor) -> torch.Tensor:
+    """Return ids that can be looked up: padding (−1) repeats the first entry."""
+    return ids_PK.where(ids_PK >= 0, ids_PK[:, :1])
 
 
 def buckets_(
@@ -318,8 +324,8 @@ def buckets_(
     as 1 − Q: no cancellation where the student is confident, and no clamp. The logits are
     overwritten by the terms of that sum, with 0 at kept ids.
     """
-    kept_PK = logits_PV.gather(-1, ids_PK)
-    logits_PV.scatter_(-1, ids_PK, -torch.inf)
+    kept_PK = logits_PV.gather(-1, first(ids_PK)).masked_fill_(ids_PK < 0, -torch.inf)
+    logits_PV.scatter_(-1, first(ids_PK), -torch.inf)
     top_P1 = logits_PV.amax(-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)
     # The largest outside becomes exp(0): the sum is at least 1, or there is nothing outside.
     sum_P1 = logits_PV.sub_(top_P1).exp_().sum(-1, keepdim=True)

@@ -145,7 +145,7 @@ def whole(
 
 
 @click.command()
-@click.option("--kinds", default="topk:64,sampled:16", show_default=True)
+@click.option("--kinds", default="topk:64,sampled:24", show_default=True)
 @click.option("--repeats", default=5, show_default=True)
 @click.option("--documents", default=7, show_default=True, help="Documents per domain.")
 @click.option(

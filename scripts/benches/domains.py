@@ -263,7 +263,7 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 @click.option("--warm-lr", default=3e-3, show_default=True)
 @click.option("--tokens", default=1_200_000, show_default=True, help="Tokens in the cache.")
 @click.option("--holdout", default=0.2, show_default=True)
-@click.option("--targets", default="sampled:16", show_default=True)
+@click.option("--targets", default="sampled:24", show_default=True)
 @json_option
 def main(json_path: Path | None, work: Path, **options: Any) -> None:
     """Train under each rule of domain weights; compare held-out losses over seeds."""

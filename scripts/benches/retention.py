@@ -28,7 +28,7 @@ from benches.shared import (
     hidden_of,
     rows_of,
     teacher_of,
-    warmed_student,
+    warmed,
 )
 from ddk_cache.console import say
 from ddk_train.loss.fused import Head, Sums, Terms, fused_loss, in_chunks, softmax_, spread
@@ -173,9 +173,17 @@ def summary(found: Found) -> Iterator[dict[str, str]]:
 @click.option("--lr", default=1e-3, show_default=True)
 @click.option("--each", default=400, show_default=True, help="Training rows of a domain.")
 @click.option("--targets", "names", default=NAMES, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path), help="File of the pre-trained student.")
+@click.option("--start", type=click.Path(path_type=Path), help="Folder of pre-trained students.")
+@click.option("--teacher", "teacher_path", type=click.Path(path_type=Path, exists=True),
+              help="Model directory.  [default: the teacher of DDK_DATA]")  # fmt: skip
+@click.option("--layers", default=0, show_default=True,
+              help="Layers of the teacher that are the student; 0: a fresh small one.")  # fmt: skip
+@click.option("--held-out-rows", default=6, show_default=True, help="Held-out rows per domain.")
 @json_option
 def main(
+    teacher_path: Path | None,
+    layers: int,
+    held_out_rows: int,
     steps: int,
     warm_steps: int,
     size: int,
@@ -189,18 +197,21 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Train under each kind of target; print its share of the way to full distributions."""
+    teacher_path = teacher_path or data() / "teacher"
     settings = {k: v for k, v in locals().items() if k not in ("json_path", "start")}
+    settings["teacher_path"] = teacher_path.name
     record = Record("retention", settings, ["torch", "transformers"])
-    where, teacher = data(), teacher_of(data(), sharpness)
-    rows = rows_of(where, each)
+    teacher, rows = (
+        teacher_of(teacher_path, sharpness),
+        rows_of(data() / "corpus", teacher_path, each),
+    )
     for part in rows.values():
-        part["validation"] = part["validation"][:6]
-    vocab_size = teacher(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+        part["validation"] = part["validation"][:held_out_rows]
     chosen = kinds(names)
     found: Found = {}
     for seed in range(seeds):
         began = time.perf_counter()
-        student = starting_student(rows, vocab_size, warm_steps, seed, start)
+        student = starting_student(teacher_path, layers, rows, warm_steps, seed, start)
         students = train_together(
             student, teacher, rows, chosen,
             size=size, micro=min(size, 8), steps=steps, lr=lr, gamma=gamma, seed=100 + seed,
@@ -219,16 +230,19 @@ def main(
     record.write(json_path)
 
 
-def starting_student(rows: Any, vocab_size: int, steps: int, seed: int, kept: Path | None) -> Any:
+def starting_student(
+    teacher: Path, layers: int, rows: Any, steps: int, seed: int, kept: Path | None
+) -> Any:
     """Return the student that all kinds begin from; a warmed one is kept for the next call."""
-    student = fresh_student(vocab_size, seed)
+    student = fresh_student(teacher, layers, seed)
     if not steps:
         return student
-    path = kept / f"warmed-{steps}-{seed}.pt" if kept else None
+    name = f"warmed-{teacher.name}-{layers}-{steps}-{seed}.pt"
+    path = kept / name if kept else None
     if path and path.exists():
         student.load_state_dict(torch.load(path, weights_only=True))
         return student
-    student = warmed_student(rows, vocab_size, steps, 2e-3, seed)
+    warmed(student, rows, steps, 2e-4 if layers else 2e-3, seed)
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(student.state_dict(), path)

@@ -1,4 +1,8 @@
-"""Rows, teacher and student of the measurements that train: the shared ones, small and real."""
+"""Rows, teacher and student of the measurements that train.
+
+The teacher is the small one beside the corpus, or any model directory; the student is a small fresh
+Llama, or a cut of the teacher: some of its layers, evenly spaced.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +36,9 @@ Teacher = Callable[[torch.Tensor], torch.Tensor]
 """(B, S) tokens → (B, S, V) float32 logits."""
 
 
-def teacher_of(data: Path, sharpness: float = 1.0) -> Teacher:
-    """Return the teacher, its logits divided by `sharpness`."""
-    model = load_teacher(str(data / "teacher"), dtype="float32", device="cpu")
+def teacher_of(path: Path, sharpness: float = 1.0) -> Teacher:
+    """Return the teacher of a model directory, its logits divided by `sharpness`."""
+    model = load_teacher(str(path), dtype="float32", device="cpu")
 
     @torch.inference_mode()
     def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
@@ -45,10 +49,10 @@ def teacher_of(data: Path, sharpness: float = 1.0) -> Teacher:
     return logits
 
 
-def rows_of(data: Path, each: int) -> dict[str, dict[str, torch.Tensor]]:
+def rows_of(corpus: Path, teacher: Path, each: int) -> dict[str, dict[str, torch.Tensor]]:
     """Return at most `each` rows (R, S+1) of every domain, by domain and split."""
-    tokenizer, found = load_tokenizer(str(data / "teacher")), {}
-    for source in find_sources(data / "corpus"):
+    tokenizer, found = load_tokenizer(str(teacher)), {}
+    for source in find_sources(corpus):
         parts: dict[str, list[torch.Tensor]] = {"train": [], "validation": []}
         for split, tokens, _ in token_rows(
             source, tokenizer, seq_len=SEQ_LEN, holdout=0.1, block=32, tally=Tally()
@@ -70,26 +74,34 @@ def batches(rows: dict[str, dict[str, torch.Tensor]], size: int, seed: int) -> I
                 yield pool[numbers]
 
 
-def fresh_student(vocab_size: int, seed: int) -> Any:
-    """Return a new student."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def fresh_student(teacher: Path, layers: int, seed: int) -> Any:
+    """Return a student of that many layers of the teacher, or for 0 a new one."""
+    from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **STUDENT))
+    if not layers:
+        vocab_size = AutoConfig.from_pretrained(teacher).vocab_size
+        return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **STUDENT))
+    student = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    kept = np.linspace(0, len(student.model.layers) - 1, layers).round().astype(int)
+    student.model.layers = torch.nn.ModuleList(student.model.layers[n] for n in kept)
+    student.config.num_hidden_layers = layers
+    return student
 
 
 def hidden_of(student: Any, tokens_BS1: torch.Tensor) -> torch.Tensor:
     """Return the hidden states (P, H) of rows. Products are in bfloat16, as on a GPU."""
     with torch.autocast("cpu", torch.bfloat16):
-        hidden_BSH: torch.Tensor = student.model(tokens_BS1[:, :-1]).last_hidden_state
+        hidden_BSH: torch.Tensor = student.model(
+            tokens_BS1[:, :-1], use_cache=False
+        ).last_hidden_state
     return hidden_BSH.flatten(0, 1).bfloat16()
 
 
-def warmed_student(rows: Any, vocab_size: int, steps: int, lr: float, seed: int) -> Any:
+def warmed(student: Any, rows: Any, steps: int, lr: float, seed: int) -> Any:
     """Return a student after plain training of so many steps of 16 rows."""
     from ddk_train.loss.fused import Head, Terms, fused_loss
 
-    student = fresh_student(vocab_size, seed)
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     for step, tokens in zip(range(steps), batches(rows, 16, seed), strict=False):
         hidden = hidden_of(student, tokens)

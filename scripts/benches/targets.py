@@ -75,7 +75,7 @@ def bytes_of(
 ) -> tuple[dict[str, float], Targets]:
     """Return bytes per token of each array, and the targets after a round trip through a cache."""
     codec, S = TargetCodec(spec, frequent.tolist()), SEQ_LEN
-    stored = codec.encode(as_arrays([scores]))
+    stored = codec.encode(as_arrays([scores]), tokens[:, 1:].numpy())
     stored["tokens"], stored["loss_mask"] = tokens.numpy(), np.ones((len(tokens), S))
     size = {name: packed(name, stored[name], spec) / (len(tokens) * S) for name in spec.arrays}
     kept = vars(codec.targets(stored)).values()
@@ -93,13 +93,15 @@ class Errors:
     def add(self, made: Targets, t_PV: torch.Tensor, q_PV: torch.Tensor) -> None:
         """Compare targets of some positions with teacher and student distributions."""
         P, V = t_PV.shape
-        s_PV = torch.zeros_like(t_PV).scatter_(-1, made.ids, made.probs.to(t_PV.dtype))
+        ids = made.ids.where(made.ids >= 0, made.ids[:, :1])  # padding repeats the first entry
+        s_PV = torch.zeros_like(t_PV).scatter_add_(-1, ids, made.probs.to(t_PV.dtype))
         # The tail bucket pulls every id outside by the same factor; see ddk_train.loss.divergences.
-        kept = torch.zeros_like(t_PV, dtype=torch.bool).scatter_(-1, made.ids, True)
+        kept = torch.zeros_like(t_PV, dtype=torch.bool).scatter_(-1, ids, True)
         outside_P1 = q_PV.where(~kept, 0.0).sum(-1, keepdim=True).clamp(min=1e-30)
         s_PV = s_PV.where(kept, q_PV * (made.tail[:, None] / outside_P1).to(q_PV.dtype))
         exact, error = q_PV - t_PV, s_PV - t_PV
-        even = (made.tail[:, None] / (V - made.ids.shape[-1])).to(t_PV.dtype)
+        outside = (V - kept.sum(-1, keepdim=True)).clamp(min=1)
+        even = (made.tail[:, None] / outside).to(t_PV.dtype)
         flat = torch.where(kept, s_PV, even)
         self.sums["positions"] += P
         self.sums["ids"] += float((made.probs > 0).sum())
@@ -142,22 +144,37 @@ class Errors:
     help="Training steps before.",
 )
 @click.option("--targets", "names", default=NAMES, show_default=True)
-@click.option("--start", type=click.Path(path_type=Path), help="File of the pre-trained student.")
+@click.option("--start", type=click.Path(path_type=Path), help="Folder of pre-trained students.")
+@click.option("--teacher", "teacher_path", type=click.Path(path_type=Path, exists=True),
+              help="Model directory.  [default: the teacher of DDK_DATA]")  # fmt: skip
+@click.option("--layers", default=0, show_default=True,
+              help="Layers of the teacher that are the student; 0: a fresh small one.")  # fmt: skip
+@click.option("--sharpness", "sharpnesses", multiple=True, type=float, default=(1.0, 0.6),
+              show_default=True, help="Divisor of the teacher's logits.")  # fmt: skip
 @json_option
 def main(
-    rows: int, warm_steps: int, names: str, start: Path | None, json_path: Path | None
+    rows: int,
+    warm_steps: int,
+    names: str,
+    start: Path | None,
+    teacher_path: Path | None,
+    layers: int,
+    sharpnesses: tuple[float, ...],
+    json_path: Path | None,
 ) -> None:
     """Measure bytes and errors of every kind of target."""
     from benches.retention import starting_student
 
     settings = {k: v for k, v in locals().items() if isinstance(v, (int, str)) and k != "start"}
+    teacher_path = teacher_path or data() / "teacher"
+    settings["teacher"] = teacher_path.name
     record = Record("targets", settings, ["torch", "numcodecs", "zarr"])
-    teacher, material = teacher_of(data()), rows_of(data(), 400)
+    teacher, material = teacher_of(teacher_path), rows_of(data() / "corpus", teacher_path, 400)
     vocab_size = teacher(torch.zeros(1, 1, dtype=torch.long)).shape[-1]
-    student = starting_student(material, vocab_size, warm_steps, 0, start)
+    student = starting_student(teacher_path, layers, material, warm_steps, 0, start)
     made = kinds(names)
     ours = [name for name in made if name.split(":")[0] in TARGET_KINDS]
-    for sharpness in (1.0, 0.6):
+    for sharpness in sharpnesses:
         errors: dict[str, Errors] = defaultdict(Errors)
         sizes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         wide: dict[str, list[float]] = defaultdict(list)
@@ -175,9 +192,11 @@ def main(
                     size, stored[kind] = bytes_of(spec, scores, batch, frequent)
                     for name, value in size.items():
                         sizes[kind][name].append(value)
-                    spread = scores._replace(ids=scores.ids * WIDE // vocab_size)
+                    wider = torch.where(scores.ids < 0, -1, scores.ids * WIDE // vocab_size)
+                    spread = scores._replace(ids=wider)
                     spec = spec_of(kind, WIDE, "small")
-                    more, _ = bytes_of(spec, spread, batch, frequent * WIDE // vocab_size)
+                    far = batch * WIDE // vocab_size
+                    more, _ = bytes_of(spec, spread, far, frequent * WIDE // vocab_size)
                     wide[kind].append(sum(more.values()))
                 compare(made, stored, logits, batch, student, errors)
         record.table(f"logits / {sharpness:g}: bytes per token", cost(sizes, wide, errors))
@@ -203,7 +222,9 @@ def compare(
         places = slice(first * SEQ_LEN, (first + 2) * SEQ_LEN)
         logits_PV = logits_BSV[some].flatten(0, 1)
         t_PV = logits_PV.softmax(-1)
-        q_PV = student(input_ids=tokens[some, :-1]).logits.flatten(0, 1).softmax(-1)
+        q_PV = (
+            student(input_ids=tokens[some, :-1], use_cache=False).logits.flatten(0, 1).softmax(-1)
+        )
         labels_P = tokens[some, 1:].reshape(-1)
         for name, make in made.items():
             if name in stored:
@@ -222,16 +243,16 @@ def cost(
     rows: list[dict[str, Any]] = []
     for kind, arrays in sizes.items():
         each = {name: float(np.mean(values)) for name, values in arrays.items()}
-        entries = each["target_ids"] + each["target_probs"]
-        entries += each["tail_logprob"] if kind.startswith("sampled") else 0.0
+        shared = {"tokens", "loss_mask", "label_logprob", "tail_logprob"}
+        entries = sum(size for name, size in each.items() if name not in shared)
         rows.append(
             {"target": kind}
             | each
-            | {"ids, probs": entries, "all": sum(each.values())}
+            | {"entries": entries, "all": sum(each.values())}
             | {f"all, V {WIDE:,}": float(np.mean(wide[kind]))}
         )
     for name, error in errors.items():
         if name.startswith("random"):
             drawn = error.row()["distinct ids"]
-            rows.append(dict.fromkeys(rows[0], "") | {"target": name, "ids, probs": 3 * drawn})
+            rows.append(dict.fromkeys(rows[0], "") | {"target": name, "entries": 3 * drawn})
     return rows

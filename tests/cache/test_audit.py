@@ -6,11 +6,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ddk_cache import CacheError
 from ddk_cache.build.audit import audit
-from ddk_cache.format.codec import TargetCodec
+from ddk_cache.build.scoring import as_arrays
+from ddk_cache.build.targets import extract
+from ddk_cache.format.codec import REST, TargetCodec
 from ddk_cache.read.cache import Cache
+from tests.helpers import make_spec
 
 
 def scores() -> dict[str, Any]:
@@ -21,14 +25,14 @@ def scores() -> dict[str, Any]:
         "ids": np.broadcast_to([2, 0], shape).copy(),
         "logprobs": np.broadcast_to(np.log(p[:2]), shape).astype(np.float32),
         "tail_logprob": np.full((2, 3), np.log(0.2), np.float32),
-        "label_logprob": np.full((2, 3), np.log(0.05), np.float32),
+        "label_logprob": np.full((2, 3), np.log(0.5), np.float32),
     }
 
 
 def run_audit(cache: Cache, given: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    codec = TargetCodec(cache.spec)
-    encoded = codec.encode(scores() | {"logprobs": given["logprobs"]}) | changes
-    return audit("web/train/7", given, encoded, np.full((2, 3), 2), codec)
+    codec, labels = TargetCodec(cache.spec), np.full((2, 3), 2)
+    encoded = codec.encode(scores() | {"logprobs": given["logprobs"]}, labels) | changes
+    return audit("web/train/7", given, encoded, labels, codec)
 
 
 def test_an_honest_shard_passes_and_says_what_was_seen(cache: Cache) -> None:
@@ -69,7 +73,29 @@ def test_disorder_and_a_wrong_encoding_are_refused(cache: Cache) -> None:
         run_audit(cache, given)
     with pytest.raises(CacheError, match="stored tail_logprob differ from the computed"):
         run_audit(cache, scores(), tail_logprob=np.full((2, 3), 7, np.uint16))
-    with pytest.raises(CacheError, match="stored entries differ"):
-        run_audit(cache, scores(), target_ids=np.zeros((2, 2, 3, 2), np.uint8))
-    with pytest.raises(CacheError, match="stored entries differ"):
-        run_audit(cache, scores(), target_probs=np.zeros((2, 3, 2), np.uint8))
+    with pytest.raises(CacheError, match="stored label_logprob differ from the computed"):
+        run_audit(cache, scores(), label_logprob=np.full((2, 3), 7, np.uint16))
+    width = 3 * cache.spec.targets.size
+    changes: list[dict[str, Any]] = [
+        {"target_ids": np.ones((2, 2, width), np.uint8)},
+        {"exact_count": np.zeros((2, 3), np.uint8)},
+        {"label_kept": np.zeros((2, 3), np.uint8)},
+    ]
+    for change in changes:
+        with pytest.raises(CacheError, match="stored entries differ"):
+            run_audit(cache, scores(), **change)
+    with pytest.raises(CacheError, match="stored probabilities differ"):
+        run_audit(cache, scores(), target_probs=np.full((2, width), 128, np.uint8))
+
+
+def test_drawn_entries_that_share_the_rounding_of_many_pass() -> None:
+    """Ten equal entries are rounded the same way, and two drawn ones are what they leave of one."""
+    spec = make_spec(targets="sampled:12", seq_len=1, vocab_size=30)
+    probs = torch.tensor(10 * [0.0905] + 20 * [0.00475])
+    labels = torch.tensor([[29]])
+    found = as_arrays([extract(probs.log()[None, None], labels, spec.targets)])
+    codec = TargetCodec(spec)
+    stored = codec.encode(found, labels.numpy())
+    assert stored["drawn_prob"] == REST
+    seen = audit("web/train/7", found, stored, labels.numpy(), codec)
+    assert seen["largest_prob_error"] > 0.005

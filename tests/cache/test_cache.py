@@ -151,8 +151,8 @@ def test_what_is_no_cache_is_said_to_be_none(tmp_path: Path) -> None:
 
 
 def test_another_format_version_is_named(copy: Path) -> None:
-    edit_root(copy, lambda body: body.update(format_version=3))
-    with pytest.raises(FormatVersionError, match="version 3; this ddk reads version 2"):
+    edit_root(copy, lambda body: body.update(format_version=2))
+    with pytest.raises(FormatVersionError, match="version 2; this ddk reads version 3"):
         open_cache(copy)
 
 
@@ -196,7 +196,7 @@ def test_a_flipped_bit_is_never_read_as_a_number(copy: Path, cache: Cache) -> No
 
 @pytest.mark.parametrize("how", ["missing", "empty", "short"])
 def test_a_damaged_object_is_a_named_error(copy: Path, how: str) -> None:
-    path = copy / "domains" / "digits" / "train" / "target_ids" / "c" / "0" / "0" / "0" / "0"
+    path = copy / "domains" / "digits" / "train" / "target_ids" / "c" / "0" / "0" / "0"
     whole = path.read_bytes()
     path.unlink()
     if how != "missing":

@@ -116,7 +116,7 @@ def test_info_and_verify_take_a_url(server: Server, cache: Cache) -> None:
     assert code == 0, err
     assert json.loads(out)["path"] == url
     assert finish(command("ddk-cache", "verify", url))[0] == 0
-    victim = "domains/letters/train/target_ids/c/0/0/0/0"
+    victim = "domains/letters/train/target_ids/c/0/0/0"
     whole = RemoteStorage(url).get(victim)
     assert whole is not None
     RemoteStorage(url).put(victim, whole[:-9] + b"?" + whole[-8:])
@@ -206,7 +206,7 @@ def test_whole_shards_are_kept_up_to_a_size_and_still_checked(
     assert len(kept) == cache.shard_count("letters", "train") * len(cache.spec.arrays)
     bucket = RemoteStorage(url)
     for number in range(cache.shard_count("letters", "train")):
-        bucket.delete(f"domains/letters/train/target_ids/c/{number}/0/0/0")
+        bucket.delete(f"domains/letters/train/target_ids/c/{number}/0/0")
     read("1G")  # from the copies alone
     for path in folder.iterdir():
         path.write_bytes(path.read_bytes()[:-5] + b"?????")

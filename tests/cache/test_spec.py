@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ddk_cache.errors import CorruptCacheError, InputError, MismatchError
 from ddk_cache.format.spec import CacheSpec, TargetSpec, check_name
@@ -52,7 +54,39 @@ def test_ids_take_the_bytes_that_the_vocabulary_needs(vocab: int, token: int, ke
     arrays = make_spec(vocab_size=vocab).arrays
     assert arrays["tokens"].dtype.itemsize == token
     assert arrays["tokens"].fill >= vocab
-    assert arrays["target_ids"].inner == (kept, 16, 8)
+    assert arrays["target_ids"].inner == (kept, 16 * 8)
+
+
+@pytest.mark.parametrize(
+    ("text", "mass"),
+    [
+        ("sampled:8", 0.9995),
+        ("topk:8", 0.9995),
+        ("topk:8:1", 1.0),
+        ("topk:8:1.0", 1.0),
+        ("topk:8:.25", 0.25),
+        ("topk:8:0.99999999", 0.99999999),
+        ("topk:8:1e-05", 1e-5),
+    ],
+)
+def test_targets_are_read_as_they_are_written(text: str, mass: float) -> None:
+    found = TargetSpec.parse(text)
+    assert (found.size, found.kept_mass) == (8, mass)
+    assert TargetSpec.parse(str(found)) == found
+
+
+@given(st.floats(0, 1, exclude_min=True))
+def test_any_mass_is_read_as_it_is_written(mass: float) -> None:
+    spec = TargetSpec("topk", 3, mass)
+    assert TargetSpec.parse(str(spec)) == spec
+
+
+@pytest.mark.parametrize(
+    "text", ["sampled:8:0.9", "topk:8:", "topk:8:0", "topk:8:1.1", "topk:8:nan", "topk:8:-1"]
+)
+def test_a_mass_that_makes_no_sense_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="only topk takes a mass, above 0 and at most 1"):
+        TargetSpec.parse(text)
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ddk_cache.build import targets
 from ddk_cache.format.codec import ZERO, LogprobCodec
 from ddk_cache.format.spec import TargetSpec
+from ddk_cache.types import Array, SparseTargets
 
 
 @pytest.mark.parametrize("vocab", [5, 17, 300])
@@ -24,7 +27,7 @@ def test_topk_agrees_with_a_float64_softmax(
     logits = (torch.randn(2, 7, vocab, generator=generator) * 4).to(dtype)
     labels = torch.randint(vocab, (2, 7), generator=generator)
     before = logits.clone()
-    scores = targets.extract(logits, labels, TargetSpec("topk", k))
+    scores = targets.extract(logits, labels, TargetSpec("topk", k, 1.0))
     assert torch.equal(logits, before)
 
     p = np.exp(logits.double().numpy())
@@ -57,11 +60,46 @@ def test_the_tail_is_exactly_empty_where_everything_is_kept() -> None:
     assert (LogprobCodec().encode(scores.tail_logprob.numpy()) == ZERO).all()
 
 
+@pytest.mark.parametrize("mass", [0.3, 0.9, 0.9995])
+def test_topk_stops_where_the_kept_mass_is_reached(mass: float) -> None:
+    logits = sharp(300)[None]
+    labels = torch.zeros(1, 40, dtype=torch.long)
+    scores = targets.extract(logits, labels, TargetSpec("topk", 50, mass))
+    whole = targets.extract(logits, labels, TargetSpec("topk", 50, 1.0))
+    kept = scores.ids >= 0
+    assert len(kept.sum(-1).unique()) > 1
+    assert torch.equal(scores.ids[kept], whole.ids[kept])
+    assert torch.equal(scores.logprobs[kept], whole.logprobs[kept])
+    assert torch.isneginf(scores.logprobs[~kept]).all()
+    p = logits.double().softmax(-1).gather(-1, whole.ids)
+    before = p.cumsum(-1) - p
+    assert (before[kept] < mass).all()
+    assert (before[~kept] >= mass - 1e-6).all()
+    found = scores.targets("topk")
+    np.testing.assert_allclose(found.probs.sum(-1) + found.tail, 1, rtol=5e-6)
+
+
+def test_numbers_that_are_not_finite_are_left_to_the_audit() -> None:
+    logits, labels = torch.full((1, 3, 30), torch.nan), torch.zeros(1, 3, dtype=torch.long)
+    for text in ("topk:4", "sampled:4"):
+        scores = targets.extract(logits, labels, TargetSpec.parse(text))
+        assert (scores.ids[..., 0] >= 0).all()
+        assert scores.logprobs[..., 0].isnan().all()
+
+
 def sharp(vocab: int, positions: int = 40) -> torch.Tensor:
     """Return logits from flat to nearly sure."""
     generator = torch.Generator().manual_seed(vocab)
     scale = torch.linspace(0.1, 8, positions)[:, None]
     return torch.randn(positions, vocab, generator=generator) * scale
+
+
+def dense(kept: SparseTargets[torch.Tensor], vocab: int) -> torch.Tensor:
+    """Return (P, V) float64 probabilities; padding has none."""
+    whole = torch.zeros(len(kept.ids), vocab + 1, dtype=torch.float64)
+    whole.scatter_add_(-1, kept.ids.where(kept.ids >= 0, vocab), kept.probs.double())
+    assert (whole[:, vocab] == 0).all()
+    return whole[:, :vocab]
 
 
 def draws(logits: torch.Tensor, size: int, count: int, seed: int = 0) -> Iterator[targets.Scores]:
@@ -72,49 +110,69 @@ def draws(logits: torch.Tensor, size: int, count: int, seed: int = 0) -> Iterato
         yield targets.sampled(logits, labels, offsets, size)
 
 
-@pytest.mark.parametrize(("vocab", "size"), [(5, 2), (130, 8), (1000, 12), (16_384, 12)])
-def test_sampled_targets_are_right_on_average_and_sum_to_one(vocab: int, size: int) -> None:
-    logits, count = sharp(vocab), 1500
-    t = logits.double().softmax(-1)
-    total = torch.zeros_like(t)
-    for scores in draws(logits, size, count):
-        kept = scores.targets("sampled")
-        assert (kept.probs.sum(-1) - 1).abs().max() < 1e-5
-        assert (kept.tail == 0).all()
-        ranked = kept.ids.sort(-1).values
-        assert (ranked[:, 1:] != ranked[:, :-1]).all()
-        total += torch.zeros_like(t).scatter_(-1, kept.ids, kept.probs.double())
-        drawn = torch.isneginf(scores.logprobs)
-        c = kept.probs.where(drawn, 0.0).max(-1, keepdim=True).values.double()
-    # Bernstein's bound of a mean of values that are c with probability t / c and 0 else.
-    slack = 6 * (t * c / count).sqrt() + 12 * c / count + 1e-5 * t
-    assert ((total / count - t).abs() <= slack).all()
+def threshold(t: Array, n: int) -> float:
+    """Return c(n), what each drawn one of n entries counts; 0 where nothing is left to draw."""
+    falling = np.sort(t)[::-1]
+    for head in range(n):
+        c = falling[head:].sum() / (n - head)
+        if falling[head] < c:
+            return float(c)
+    return 0.0
 
 
-def threshold(t: np.ndarray, size: int) -> tuple[int, float]:
-    """Return the head and the threshold of one distribution, by trying every head."""
-    ranked = np.sort(t)[::-1]
-    for head in range(1, size):
-        c = ranked[head:].sum() / (size - head)
-        if ranked[head] < c:
-            return head, c
-    return size, 0.0
+@settings(max_examples=200, deadline=None)
+@given(
+    vocab=st.sampled_from([64, 200, 1000]),
+    seed=st.integers(0, 10**6),
+    scale=st.floats(0.0, 12.0),
+    size=st.integers(2, 64),
+)
+def test_entries_are_as_few_as_the_threshold_needs(
+    vocab: int, seed: int, scale: float, size: int
+) -> None:
+    logits = torch.randn(1, vocab, generator=torch.Generator().manual_seed(seed)) * scale
+    t = logits[0].double().softmax(-1).numpy()
+    (scores,) = draws(logits, size, 1, seed)
+    kept, ids = scores.targets("sampled"), scores.ids[0].numpy()
+    n = int((ids >= 0).sum())
+    assert 1 <= n <= size
+    assert (ids[:n] >= 0).all()
+    assert len(set(ids[:n])) == n
+    left_out = np.sort(t)[::-1][n:].sum() * size
+    assert left_out < 2e-6 or threshold(t, n) <= (1 + 1e-4) / size
+    if n > 1:  # one fewer would not do
+        assert threshold(t, n - 1) >= (1 - 1e-4) / size
+    assert float(kept.probs.sum()) == pytest.approx(1, abs=1e-5)
+    assert (kept.tail == 0).all()
+    head = int((~torch.isneginf(scores.logprobs[0])).sum())
+    np.testing.assert_allclose(kept.probs[0, :head], t[ids[:head]], rtol=1e-4)
+    np.testing.assert_allclose(t[ids[:head]], np.sort(t)[::-1][:head], rtol=1e-4)
+    if head < n:
+        c = kept.probs[0, head].item()
+        assert c == pytest.approx(threshold(t, n), rel=1e-4) or head == 1
+        assert (t[ids[head:n]] <= c * (1 + 1e-4)).all()
 
 
-@pytest.mark.parametrize(("vocab", "size"), [(5, 2), (130, 8), (1000, 12)])
-def test_the_head_is_exact_and_the_rest_has_the_threshold(vocab: int, size: int) -> None:
-    logits = sharp(vocab)
-    t = logits.double().softmax(-1).numpy()
-    (scores,) = draws(logits, size, 1)
-    kept = scores.targets("sampled")
-    for row in range(len(t)):
-        head, c = threshold(t[row], size)
-        assert (~torch.isneginf(scores.logprobs[row])).sum() == head
-        ids, probs = kept.ids[row].numpy(), kept.probs[row].numpy()
-        np.testing.assert_allclose(probs[:head], np.sort(t[row])[::-1][:head], rtol=1e-5)
-        np.testing.assert_allclose(probs[:head], t[row][ids[:head]], rtol=1e-5)
-        np.testing.assert_allclose(probs[head:], c, rtol=1e-4)
-        assert (t[row][ids[head:]] <= c).all()
+@pytest.mark.parametrize("size", [2, 4, 12])
+@pytest.mark.parametrize("scale", [0.3, 1.5, 4.0])
+def test_the_mean_of_many_draws_converges_at_the_monte_carlo_rate(size: int, scale: float) -> None:
+    V, count = 200, 40_000
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(3)) * scale
+    t = logits[0].double().softmax(-1)
+    (scores,) = draws(logits.expand(count, V), size, 1, 1)
+    values = dense(scores.targets("sampled"), V)
+    drawn = (scores.ids[0] >= 0) & torch.isneginf(scores.logprobs[0])
+    c = scores.tail_logprob[0].double().exp() / drawn.sum()
+    spread = (t * (c - t).clamp(min=0)).sqrt()  # of an id that counts c with probability t / c
+    slack = 5 * (spread / count**0.5 + c / count) + 3e-6
+    assert ((values.mean(0) - t).abs() <= slack).all()
+    assert values.sum(1).sub(1).abs().max() < 1e-5
+
+
+def needs(logits_V: torch.Tensor, size: int) -> int:
+    """Return how many entries a position needs."""
+    (scores,) = draws(logits_V[None], size, 1)
+    return int((scores.ids >= 0).sum())
 
 
 def test_at_equal_ids_the_error_is_at_most_that_of_drawing_with_replacement() -> None:
@@ -128,11 +186,11 @@ def test_at_equal_ids_the_error_is_at_most_that_of_drawing_with_replacement() ->
         theirs += ((value - t) ** 2).sum(-1) / count
         ids += (value > 0).sum(-1) / count
     for row in range(0, len(t), 6):
-        size = max(2, round(ids[row].item()))
+        size = next(size for size in range(2, 200) if needs(logits[row], size) >= ids[row].floor())
+        assert needs(logits[row], size) <= ids[row].ceil()
         ours = 0.0
         for scores in draws(logits[row : row + 1], size, count):
-            kept = scores.targets("sampled")
-            value = torch.zeros(1, 2000).double().scatter_(-1, kept.ids, kept.probs.double())
+            value = dense(scores.targets("sampled"), 2000)
             ours += ((value - t[row]) ** 2).sum().item() / count
         assert ours <= 1.1 * theirs[row].item()
 
@@ -141,9 +199,9 @@ def test_a_distribution_with_fewer_ids_than_entries_is_kept_whole() -> None:
     logits = torch.full((3, 50), -torch.inf)
     logits[:, 7], logits[:, 30] = 1.0, 2.0
     for scores in draws(logits, 6, 3):
-        kept = scores.targets("sampled")
-        dense = torch.zeros(3, 50).scatter_(-1, kept.ids, kept.probs)
-        torch.testing.assert_close(dense, logits.softmax(-1))
+        assert (scores.ids >= 0).sum() == 3 * 2
+        values = dense(scores.targets("sampled"), 50)
+        torch.testing.assert_close(values.float(), logits.softmax(-1))
         assert torch.isneginf(scores.tail_logprob).all()
 
 
@@ -162,7 +220,8 @@ def test_the_mass_outside_is_kept_at_declared_temperatures() -> None:
     scores = targets.extract(logits, labels, TargetSpec("topk", 8), temperatures=(0.5, 4.0))
     for place, temperature in enumerate((0.5, 4.0)):
         p = (logits.double() / temperature).softmax(-1)
-        outside = p.scatter(-1, scores.ids, 0.0).sum(-1)
+        kept = scores.ids.where(scores.ids >= 0, scores.ids[..., :1])
+        outside = p.scatter(-1, kept, 0.0).sum(-1)
         np.testing.assert_allclose(
             scores.tempered_tail_logprob[..., place].exp(), outside, rtol=1e-5, atol=1e-30
         )

@@ -152,7 +152,7 @@ def test_a_record_with_impossible_figures_is_refused_even_with_its_seal(
 
 
 def test_a_swapped_shard_is_never_read_as_the_right_one(copy: Path) -> None:
-    one, two = (copy / f"domains/letters/train/target_ids/c/{n}/0/0/0" for n in (0, 1))
+    one, two = (copy / f"domains/letters/train/target_ids/c/{n}/0/0" for n in (0, 1))
     a, b = one.read_bytes(), two.read_bytes()
     one.write_bytes(b)
     two.write_bytes(a)
@@ -169,7 +169,7 @@ def test_a_record_in_another_place_is_refused(copy: Path) -> None:
 
 
 def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
-    victim = copy / "domains/letters/train/target_ids/c/0/0/0/0"
+    victim = copy / "domains/letters/train/target_ids/c/0/0/0"
     victim.rename(tmp_path / "outside")
     victim.symlink_to(tmp_path / "outside")
     with pytest.raises(CorruptCacheError, match="leads out of the cache"):

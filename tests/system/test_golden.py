@@ -33,7 +33,7 @@ def losses(folder: Path) -> dict[str, list[float]]:
     """Return what the run says, step by step and measurement by measurement."""
     (folder / "student.json").write_text(json.dumps(student_config()))
     student, run = str(folder / "student.json"), str(folder / "run")
-    done = train(TrainConfig(cache=str(DATA / "v2.zarr"), run=run, student=student, **SETTINGS))
+    done = train(TrainConfig(cache=str(DATA / "v3.zarr"), run=run, student=student, **SETTINGS))
     metrics, history = done.metrics(), done.history()
     return {
         **{name: [line[name] for line in metrics] for name in ("ce", "kl", "grad_norm")},

@@ -8,18 +8,58 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ddk_cache import SPLITS, MismatchError
+from ddk_cache.build.scoring import as_arrays
+from ddk_cache.build.targets import extract
 from ddk_cache.read.cache import Cache
 from ddk_train.data.decode import Dequantizer, look_up
 
 CPU = torch.device("cpu")
 
 
+KINDS = ["topk:1", "topk:8", "topk:300:1", "sampled:2", "sampled:24"]
+
+
+@pytest.fixture(scope="module")
+def caches(make_cache: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cache]:
+    folder = tmp_path_factory.mktemp("caches")
+    return {kind: make_cache(folder / f"{n}.zarr", targets=kind) for n, kind in enumerate(KINDS)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 999), scale=st.floats(0.05, 20), likely=st.booleans())
+def test_any_targets_are_those_of_the_numpy_codec(
+    caches: dict[str, Cache], kind: str, seed: int, scale: float, likely: bool
+) -> None:
+    cache = caches[kind]
+    name, V = cache.domains[seed % 3], cache.spec.vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 16, V, generator=generator) * scale
+    tokens = torch.randint(V, (3, 17), generator=generator)
+    if likely:
+        tokens[:, 1:] = logits.argmax(-1)
+    codec = cache.codec(name)
+    scores = as_arrays([extract(logits, tokens[:, 1:], cache.spec.targets)])
+    stored = codec.encode(scores, tokens[:, 1:].numpy()) | {"tokens": tokens.numpy()}
+    wanted = codec.targets(stored)
+    decode = Dequantizer(cache, cache.domains, CPU)
+    domain_B = torch.full((3,), cache.domains.index(name))
+    arrays = {name: torch.from_numpy(array) for name, array in stored.items()}
+    found = decode.targets(arrays, domain_B, decode.most(stored))
+    assert stored["label_kept"].all() or not likely
+    np.testing.assert_array_equal(found.ids, wanted.ids)
+    np.testing.assert_allclose(found.probs, wanted.probs, rtol=2e-6)
+    np.testing.assert_allclose(found.tail, wanted.tail, rtol=2e-6)
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(
     ("targets", "temperature"),
-    [("topk:8", 1.0), ("topk:8", 2.0), ("sampled:6", 1.0), ("sampled:300", 1.0)],
+    [("topk:8", 1.0), ("topk:8:0.5", 2.0), ("sampled:6", 1.0), ("sampled:300", 1.0)],
 )
 def test_rows_are_those_of_the_numpy_codec(
     split: str, targets: str, temperature: float, make_cache: Any, tmp_path: Path

@@ -50,10 +50,11 @@ def reference(c: Case, head: Head, name: str, gamma: float, T: float) -> tuple[t
     if head.cap:
         z = head.cap * torch.tanh(z / head.cap)
     ce = z.logsumexp(-1) - z[torch.arange(len(z)), c.labels]
-    q = (z / T).softmax(-1)
-    kept = torch.zeros_like(z, dtype=torch.bool).scatter(-1, c.targets.ids, True)
+    q = torch.nn.functional.pad((z / T).softmax(-1), (0, 1))  # padding has no probability
+    ids = c.targets.ids.where(c.targets.ids >= 0, z.shape[-1])
+    kept = torch.zeros_like(q, dtype=torch.bool).scatter(-1, ids, True)
     rest = q.masked_fill(kept, 0).sum(-1, keepdim=True)
-    q = torch.cat([q.gather(-1, c.targets.ids), rest], -1)
+    q = torch.cat([q.gather(-1, ids), rest], -1)
     t = torch.cat([c.targets.probs, c.targets.tail[:, None]], -1).double()
     some = (t > 0) | (q > 0)  # a bucket with nothing in it is none
     d = T**2 * divergence_by_definition(name, t.where(some, 1.0), q.where(some, 1.0))
@@ -97,6 +98,47 @@ def test_loss_and_gradients_agree_with_the_reference(
         patch.setattr(heads, "CHUNK_BYTES", {"cpu": 0, "cuda": 0})
         got = fused(c, head, name, 0.7, T)
     agree(got, reference(c, head, name, 0.7, T), 3e-4 if name == "reverse_kl" else 5e-5)
+
+
+def padded(c: Case, seed: int) -> Case:
+    """Return the case with 1 to K entries at each position; the tail takes what the others had."""
+    ids, probs, tail = c.targets.ids, c.targets.probs, c.targets.tail
+    count = torch.randint(1, ids.shape[1] + 1, (len(ids), 1), generator=torch.manual_seed(seed))
+    beyond = torch.arange(ids.shape[1]) >= count
+    tail = tail + (probs * beyond).sum(-1)
+    return c._replace(
+        targets=SparseTargets(ids.masked_fill(beyond, -1), probs.masked_fill(beyond, 0.0), tail)
+    )
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd:0.3", "skew_kl:0.2"])
+@pytest.mark.parametrize("T", TEMPERATURES)
+@settings(deadline=None, max_examples=15)
+@given(P=st.integers(1, 9), V=st.integers(2, 40), k=st.integers(1, 40), seed=st.integers(0, 99))
+def test_padding_has_no_gradient(name: str, T: float, P: int, V: int, k: int, seed: int) -> None:
+    c = padded(case(P, V, min(k, V), seed), seed)
+    got = fused(c, Head(), name, 0.7, T)
+    assert all(part.isfinite().all() for part in got)
+    tolerance = 3e-4 if name == "reverse_kl" else 5e-5
+    agree(got, reference(c, Head(), name, 0.7, T), tolerance)
+    # Each position by itself, at its own width.
+    alone = torch.zeros_like(c.hidden)
+    for p in range(P):
+        part = slice(p, p + 1)
+        n = int((c.targets.ids[p] >= 0).sum())
+        one = SparseTargets(
+            c.targets.ids[part, :n], c.targets.probs[part, :n], c.targets.tail[part]
+        )
+        own = Case(c.hidden[part], c.weight, c.bias, c.labels[part], one)
+        alone[part] = fused(own, Head(), name, 0.7, T)[3]
+    torch.testing.assert_close(got[3], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_is_measured_as_nothing() -> None:
+    c = padded(case(30, 40, 6, 3), 3)
+    _, ce, kl, *_ = reference(c, Head(), "forward_kl", 1.0, 1.0)
+    got = measure(c.hidden, Head(c.weight), c.labels, c.targets)
+    torch.testing.assert_close(got, torch.stack([ce, kl]), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("T", TEMPERATURES)
