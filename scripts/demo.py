@@ -121,7 +121,7 @@ def show(excess: Run, uniform: Run) -> None:
     last = SETTINGS["steps"]
     weights = {row["domain"]: row["weight"] for row in excess.history() if row["step"] == last}
     table = Table("perplexity on held-out rows", box=None, pad_edge=False)
-    for column in ("teacher", "before", "after (excess)", "after (uniform)", "last weight (excess)"):
+    for column in ("teacher", "before", "after (excess)", "after (uniform)", "last weight"):
         table.add_column(column, justify="right")
     columns = (
         perplexities(excess, 0, "teacher"),
