@@ -198,7 +198,7 @@ class TargetCodec:
         """
         ids, probs = scores["ids"], np.exp(scores["logprobs"])
         valid = ids >= 0
-        exact = valid & (probs > 0)
+        exact = valid & (probs != 0)  # NaN is exact: the audit refuses it by name
         label = exact & (ids == labels[..., None])
         stored = valid & ~label
         codes = self.prob.encode(probs)
@@ -357,4 +357,5 @@ class TargetCodec:
 
 def _take(row: Array, place: Array) -> Array:
     """Return (R, S, K) values of (R, width) at places."""
-    return np.take_along_axis(row, place.reshape(len(row), -1), 1).reshape(place.shape)
+    flat = place.reshape(len(row), place.shape[1] * place.shape[2])
+    return np.take_along_axis(row, flat, 1).reshape(place.shape)
