@@ -83,13 +83,14 @@ class Record:
         self.console.print(f"machine: {self.facts['machine']}", highlight=False)
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Print rows of equal keys as a table, and keep them."""
+        """Print rows as a table, empty where a row lacks a key, and keep them."""
         self.facts["tables"][title] = list(rows)
         table = Table(title=title, title_justify="left")
-        for number, column in enumerate(rows[0] if rows else ()):
+        columns = list(dict.fromkeys(column for row in rows for column in row))
+        for number, column in enumerate(columns):
             table.add_column(column, justify="right" if number else "left")
         for row in rows:
-            table.add_row(*(_text(value) for value in row.values()))
+            table.add_row(*(_text(row.get(column, "")) for column in columns))
         self.console.print(table)
 
     def write(self, path: Path | None) -> None:
