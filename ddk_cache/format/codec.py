@@ -176,6 +176,8 @@ class Entries(NamedTuple):
     """(R, S, K) whether there is such an entry; the others are padding."""
     exact: Array
     """(R, S, 1) how many entries of a position are exact; they come first."""
+    at_label: Array
+    """(R, S, K) the place behind the entries, where the true token is an exact one left out."""
 
 
 class TargetCodec:
@@ -260,12 +262,10 @@ class TargetCodec:
             CorruptCacheError: an id is outside of the vocabulary, or a row counts more entries
                 than it has room for.
         """
-        label = stored["label_kept"].astype(bool)[..., None]
-        entries = self._entries(stored, label)
+        entries = self._entries(stored)
         ids = self._ids(stored["target_ids"], entries)
-        probs, tail = self._probs(stored, entries, label)
-        at_label = label & (np.arange(ids.shape[-1]) == entries.inside.sum(-1, keepdims=True))
-        ids = np.where(at_label, stored["tokens"][:, 1:, None].astype(np.int64), ids)
+        probs, tail = self._probs(stored, entries)
+        ids = np.where(entries.at_label, stored["tokens"][:, 1:, None].astype(np.int64), ids)
         if temperature != 1:
             place = self.spec.temperature_place(temperature)
             tail = self.logprob.probs(stored["tempered_tail_logprob"][..., place, :])
@@ -274,7 +274,7 @@ class TargetCodec:
             probs = weights * scale[..., None].astype(np.float32)
         return SparseTargets(ids, probs, tail)
 
-    def _entries(self, stored: Mapping[str, Array], label: Array) -> Entries:
+    def _entries(self, stored: Mapping[str, Array]) -> Entries:
         exact = stored["exact_count"].astype(np.int64)
         count = exact + stored["drawn_count"] if self.sampled else exact
         width = stored["target_probs"].shape[1]
@@ -284,10 +284,12 @@ class TargetCodec:
                 f"exact_count and drawn_count: got {ends[:, -1].max():,} entries in a row, "
                 f"expected at most {width:,}."
             )
-        order = np.arange((count + label[..., 0]).max(initial=1))
+        label = stored["label_kept"].astype(bool)
+        order = np.arange((count + label).max(initial=1))
         inside = order < count[..., None]
         place = np.where(inside, (ends - count)[..., None] + order, 0)
-        return Entries(place, inside, exact[..., None])
+        at_label = label[..., None] & (order == count[..., None])
+        return Entries(place, inside, exact[..., None], at_label)
 
     def _ids(self, planes: Array, entries: Entries) -> Array:
         """Return (R, S, K) ids of (R, bytes, S · size) planes, −1 where there is no entry."""
@@ -304,20 +306,18 @@ class TargetCodec:
         ids = self.numbering.ids[numbers * entries.inside].astype(np.int64)
         return np.where(entries.inside, ids, -1)
 
-    def _probs(
-        self, stored: Mapping[str, Array], entries: Entries, label: Array
-    ) -> tuple[Array, Array]:
+    def _probs(self, stored: Mapping[str, Array], entries: Entries) -> tuple[Array, Array]:
         """Return (R, S, K) probabilities at temperature 1 and the (R, S) tail, float32."""
         order = np.arange(entries.inside.shape[-1])
         ahead = order < entries.exact
         begins = entries.exact.cumsum(1) - entries.exact
         codes = _take(stored["target_probs"], np.where(ahead, begins + order, 0)) * ahead
         probs = self.prob.values[codes].astype(np.float64)
-        at_label = label & (order == entries.inside.sum(-1, keepdims=True))
+        at_label = entries.at_label
         # Code 0 is what the others leave of one; the true token is where no other is exact.
         implied = np.where(entries.exact > 0, ahead & (codes == 0), at_label)
-        shared = np.zeros(label.shape, bool)
-        tail = np.zeros((*label.shape[:2], 1))
+        shared = np.zeros(entries.exact.shape, bool)
+        tail = np.zeros(entries.exact.shape)
         if self.sampled:
             share = self.drawn.values[stored["drawn_prob"]][..., None]
             shared = stored["drawn_prob"][..., None] == REST
