@@ -35,7 +35,7 @@ print(loss.mean("position").to_series().describe().round(3).to_string())
 spec = json.loads((path / "zarr.json").read_text())["attributes"]["ddk"]["spec"]
 frequent = json.loads((path / "plans/letters.json").read_text())["frequent_ids"]
 order = np.array(frequent + sorted(set(range(spec["vocab_size"])) - set(frequent)))
-count = split["exact_count"][start, 0]
+_, count = split["position_fields"][start, :2, 0]  # label_kept, exact_count
 planes = split["target_ids"][start][:, :count]
 ids = order[sum(planes[b].astype(int) << 8 * b for b in range(len(planes))).cumsum(-1)]
 probs = (split["target_probs"][start][:count] / spec["prob_levels"]) ** 4

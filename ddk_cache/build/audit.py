@@ -16,6 +16,7 @@ import numpy as np
 from ddk_cache.errors import CacheError
 from ddk_cache.format.audit_summary import MASS_BINS
 from ddk_cache.format.codec import REST, LogprobCodec, TargetCodec
+from ddk_cache.format.spec import DRAWN_PROB
 from ddk_cache.types import Array
 
 SLACK = 1e-3
@@ -120,7 +121,8 @@ def _computed(
         count = np.maximum(drawn.sum(-1), 1)
         share = np.exp(scores["tail_logprob"]) / count
         rest = bound.sum(-1) / count
-        off = np.where(stored["drawn_prob"] == REST, rest, codec.drawn.error * share)
+        shared = stored["position_fields"][:, DRAWN_PROB] == REST
+        off = np.where(shared, rest, codec.drawn.error * share)
         probs = np.where(drawn, share[..., None], probs)
         bound = np.where(drawn, off[..., None], bound)
     return ids, probs, bound

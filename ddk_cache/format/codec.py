@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddk_cache.errors import CorruptCacheError
-from ddk_cache.format.spec import CacheSpec
+from ddk_cache.format.spec import DRAWN_COUNT, DRAWN_PROB, EXACT_COUNT, LABEL_KEPT, CacheSpec
 from ddk_cache.types import Array, SparseTargets
 
 ZERO = 2**16 - 1
@@ -225,16 +225,16 @@ class TargetCodec:
         steps = np.diff(numbers, axis=-1, prepend=np.uint32(0))
         steps = np.where(order == first[..., None], numbers, steps)  # the second group starts anew
         row = self._joined(steps, kept).view(np.uint8).reshape(len(ids), -1, 4)
+        fields = [label.any(-1), first]
+        if self.sampled:
+            share = self.drawn.encode(np.where(drawn > 0, tail / np.maximum(drawn, 1), 1))
+            fields += [drawn, np.where(rest_is_drawn, REST, share)]
+        small = self.spec.arrays["position_fields"].dtype
         arrays = {
-            "exact_count": first.astype(self.spec.arrays["exact_count"].dtype),
-            "label_kept": label.any(-1).astype(np.uint8),
+            "position_fields": np.stack(fields, 1).astype(small),
             "target_ids": np.ascontiguousarray(np.moveaxis(row[..., : self.spec.id_bytes], -1, 1)),
             "target_probs": self._joined(keys.astype(np.uint8), ahead),
         }
-        if self.sampled:
-            arrays["drawn_count"] = drawn.astype(self.spec.arrays["drawn_count"].dtype)
-            share = self.drawn.encode(np.where(drawn > 0, tail / np.maximum(drawn, 1), 1))
-            arrays["drawn_prob"] = np.where(rest_is_drawn, REST, share).astype(np.uint8)
         return arrays | {
             name: self.logprob.encode(scores[name])
             for name in ("tail_logprob", "label_logprob", "tempered_tail_logprob")
@@ -275,16 +275,17 @@ class TargetCodec:
         return SparseTargets(ids, probs, tail)
 
     def _entries(self, stored: Mapping[str, Array]) -> Entries:
-        exact = stored["exact_count"].astype(np.int64)
-        count = exact + stored["drawn_count"] if self.sampled else exact
+        fields = np.moveaxis(stored["position_fields"], 1, 0)
+        exact = fields[EXACT_COUNT].astype(np.int64)
+        count = exact + fields[DRAWN_COUNT] if self.sampled else exact
         width = stored["target_probs"].shape[1]
         ends = count.cumsum(-1)
         if len(ends) and ends[:, -1].max() > width:
             raise CorruptCacheError(
-                f"exact_count and drawn_count: got {ends[:, -1].max():,} entries in a row, "
+                f"position_fields: got {ends[:, -1].max():,} entries in a row, "
                 f"expected at most {width:,}."
             )
-        label = stored["label_kept"].astype(bool)
+        label = fields[LABEL_KEPT].astype(bool)
         order = np.arange((count + label).max(initial=1))
         inside = order < count[..., None]
         place = np.where(inside, (ends - count)[..., None] + order, 0)
@@ -319,8 +320,9 @@ class TargetCodec:
         shared = np.zeros(entries.exact.shape, bool)
         tail = np.zeros(entries.exact.shape)
         if self.sampled:
-            share = self.drawn.values[stored["drawn_prob"]][..., None]
-            shared = stored["drawn_prob"][..., None] == REST
+            drawn_code = stored["position_fields"][:, DRAWN_PROB, :, None]
+            share = self.drawn.values[drawn_code]
+            shared = drawn_code == REST
             drawn = entries.inside & ~ahead
             implied = np.where(shared, drawn, implied)
             probs += share * (drawn & ~implied)
@@ -343,9 +345,11 @@ class TargetCodec:
         if name == "target_probs":
             zero = "what the other entries of the position leave of one"
             return {"levels": self.prob.levels, "power": POWER, "code_0": zero}
-        if name == "drawn_prob":
+        if name == "position_fields":
             rest = "an equal share of what the exact entries leave of one"
-            return {"largest": 1 / self.drawn.size, "per_octave": 16, "code_255": rest}
+            drawn = {"largest": 1 / self.drawn.size, "per_octave": 16, "code_255": rest}
+            named: dict[str, Any] = {"fields": list(self.spec.fields)}
+            return named | {"drawn_prob": drawn} if self.sampled else named
         if name == "target_ids":
             return {
                 "planes": "bytes, lowest first, of differences of numbers, which begin anew with "

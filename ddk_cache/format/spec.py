@@ -118,6 +118,13 @@ TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned, before the teacher runs."""
 
 
+FIELDS = ("label_kept", "exact_count", "drawn_count", "drawn_prob")
+"""Small numbers of a position. They share an array, because each array costs a reader as much time
+as the decompression of one of them."""
+
+LABEL_KEPT, EXACT_COUNT, DRAWN_COUNT, DRAWN_PROB = range(len(FIELDS))
+
+
 class ArrayLayout(NamedTuple):
     """One array of a split: its first axis is rows, `inner` are the others."""
 
@@ -217,6 +224,11 @@ class CacheSpec:
             )
 
     @property
+    def fields(self) -> tuple[str, ...]:
+        """Return the names of the small numbers of a position, which share an array."""
+        return FIELDS if self.targets.kind == "sampled" else FIELDS[:DRAWN_COUNT]
+
+    @property
     def arrays(self) -> dict[str, ArrayLayout]:
         """The arrays of every split, by name. Their order is the order of writing."""
         S, K, T = self.seq_len, self.targets.size, len(self.temperatures)
@@ -227,15 +239,11 @@ class CacheSpec:
             "tokens": ArrayLayout(ids, (S + 1,), int(np.iinfo(ids).max), ("token",)),
             "loss_mask": ArrayLayout(byte, (S,), 0),
             "label_logprob": ArrayLayout(logprob, (S,), 0),
-            "label_kept": ArrayLayout(byte, (S,), 0),
-            "exact_count": ArrayLayout(counts, (S,), 0),
+            "position_fields": ArrayLayout(counts, (len(self.fields), S), 0, ("field", "position")),
             "target_ids": ArrayLayout(byte, (self.id_bytes, S * K), 0, ("byte", "entry")),
             "target_probs": ArrayLayout(byte, (S * K,), 0, ("entry",)),
         }
-        if self.targets.kind == "sampled":
-            layouts["drawn_count"] = ArrayLayout(counts, (S,), 0)
-            layouts["drawn_prob"] = ArrayLayout(byte, (S,), 0)
-        else:
+        if self.targets.kind != "sampled":
             layouts["tail_logprob"] = ArrayLayout(logprob, (S,), 0)
         if T:
             layouts["tempered_tail_logprob"] = ArrayLayout(

@@ -346,7 +346,7 @@ class Cache(Mapping[str, Domain]):
 
     def _prove(self, chunk: tuple[str, str, int], names: Sequence[str] | None) -> None:
         """Read a chunk, so that a false size in the spec is found before memory is taken for it."""
-        self._chunks([ChunkKey(*chunk, name) for name in names or self.spec.arrays])
+        self._chunks([ChunkKey(*chunk, tuple(names or self.spec.arrays))])
 
     def _allocate(self, rows: int, names: Sequence[str] | None) -> dict[str, Array]:
         return {
@@ -371,22 +371,18 @@ class Cache(Mapping[str, Domain]):
             UnfinishedCacheError: the shard of a row is not committed.
             CorruptCacheError: stored bytes are not those that were committed.
         """
-        numbers, size = integers(rows, self.uri).tolist(), self.spec.chunk_rows
+        numbers, size, names = integers(rows, self.uri).tolist(), self.spec.chunk_rows, tuple(out)
         for domain, row in zip(domains, numbers, strict=True):
             self._check_valid(domain, split, row)
         for first in range(0, len(numbers), ROWS_AT_ONCE):
             piece = range(first, min(first + ROWS_AT_ONCE, len(numbers)))
             chunks = self._chunks(
-                [
-                    ChunkKey(domains[n], split, numbers[n] // size, name)
-                    for n in piece
-                    for name in out
-                ]
+                [ChunkKey(domains[n], split, numbers[n] // size, names) for n in piece]
             )
-            found = iter(chunks)  # in the order of the keys
-            for n in piece:
-                for target in out.values():
-                    target[n] = next(found).values[numbers[n] % size]
+            for n, chunk in zip(piece, chunks, strict=True):
+                row = numbers[n] % size
+                for target, values in zip(out.values(), chunk.values, strict=True):
+                    target[n] = values[row]
 
     def _check_valid(self, domain: str, split: str, row: int) -> None:
         runs = self._extents.get((domain, split)) or self.extents(domain, split)

@@ -3,15 +3,18 @@
 What no general Zarr reader does is check each chunk against its commit record, so a chunk is one
 range, one checksum and one decompression. Three caches follow from each other:
 
-    record of a shard  →  index of one array of it  →  decoded chunk
+    record of a shard  →  indices of its arrays  →  decoded chunk of these arrays
 
 A call asks each of them once for everything that it misses, so that the requests to an object
 store overlap; any number of threads may call. Any Zarr reader still opens the same files. The
-price of keeping decoded chunks is their memory, `CHUNKS_KEPT` of each array.
+arrays that a caller reads together are kept together: one look-up per row is cheaper than one per
+array and row. The price is memory, `CHUNKS_KEPT` chunks, and an array is kept twice where it is
+read in two combinations.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import mmap
 from collections import defaultdict
@@ -38,7 +41,7 @@ from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.types import Array
 
 CHUNKS_KEPT = 256
-"""Decoded chunks of each array held in memory, so that rows of one chunk drawn soon after each
+"""Decoded chunks held in memory, so that rows of one chunk drawn soon after each
 other cost one read: a block of the training order, of sixteen domains. About 0.25 GB."""
 
 SHARDS_KEPT = 512
@@ -46,12 +49,12 @@ SHARDS_KEPT = 512
 
 
 class ChunkKey(NamedTuple):
-    """One chunk of one array of a split, by its number in the array."""
+    """The chunk of some arrays of a split, by its number."""
 
     domain: str
     split: str
     number: int
-    array: str
+    arrays: tuple[str, ...]
 
 
 class ArrayShard(NamedTuple):
@@ -74,11 +77,11 @@ class ArrayShard(NamedTuple):
 
 
 class Chunk:
-    """The values of a chunk, (chunk_rows, …) as stored; with the object goes their memory."""
+    """The values of some arrays in a chunk, (chunk_rows, …) each; their memory is reused."""
 
     __slots__ = ("_free", "values")
 
-    def __init__(self, values: Array, free: list[Array]) -> None:
+    def __init__(self, values: list[Array], free: list[list[Array]]) -> None:
         self.values, self._free = values, free
 
     def __del__(self) -> None:
@@ -93,12 +96,18 @@ class Chunks:
     ) -> None:
         """Read from a storage; `require` raises for a shard that is not committed."""
         self.storage, self.manifest, self.require = storage, manifest, require
-        self.spec, self.layouts = manifest.spec, manifest.spec.arrays
-        arrays = len(self.layouts)
+        self.per_shard = manifest.spec.chunks_per_shard
+        rows = manifest.spec.chunk_rows
+        self.shapes = {name: (rows, *a.inner) for name, a in manifest.spec.arrays.items()}
+        self.dtypes = {name: layout.dtype for name, layout in manifest.spec.arrays.items()}
+        self.sizes = {
+            name: math.prod(shape) * self.dtypes[name].itemsize
+            for name, shape in self.shapes.items()
+        }
         self._records = LRU(SHARDS_KEPT, self._read_records)
-        self._shards = LRU(SHARDS_KEPT * arrays, self._read_shards)
-        self._chunks = LRU(CHUNKS_KEPT * arrays, self._read_chunks)
-        self._free: defaultdict[str, list[Array]] = defaultdict(list)
+        self._shards = LRU(SHARDS_KEPT, self._read_shards)
+        self._chunks = LRU(CHUNKS_KEPT, self._read_chunks)
+        self._free: defaultdict[tuple[str, ...], list[list[Array]]] = defaultdict(list)
 
     def __call__(self, keys: Sequence[ChunkKey]) -> list[Chunk]:
         """Return chunks. Nobody may change one, nor keep its values longer than the chunk itself.
@@ -113,63 +122,71 @@ class Chunks:
             self.require(key)
         return read_records(self.storage, self.manifest, keys)
 
-    def _read_shards(self, keys: Sequence[tuple[ShardKey, str]]) -> Iterator[ArrayShard]:
+    def _read_shards(
+        self, keys: Sequence[tuple[ShardKey, tuple[str, ...]]]
+    ) -> Iterator[list[ArrayShard]]:
         """Read the index at the end of each file."""
-        length = footer_length(self.spec.chunks_per_shard)
+        length = footer_length(self.per_shard)
         records = self._records([shard for shard, _ in keys])
-        names = [object_name(self.spec, shard, array) for shard, array in keys]
-        objects = [record.objects[array] for record, (_, array) in zip(records, keys, strict=True)]
-        for name, entry in zip(names, objects, strict=True):
+        objects = [
+            (object_name(self.manifest.spec, shard, array), record.objects[array])
+            for (shard, arrays), record in zip(keys, records, strict=True)
+            for array in arrays
+        ]
+        for name, entry in objects:
             if entry.bytes < length:
                 raise CorruptCacheError(f"{self.storage.uri(name)} is too short for its index.")
             self.storage.check_size(name, entry.bytes)
         footers = self.storage.get_ranges(
-            ByteRange(name, entry.bytes - length, length)
-            for name, entry in zip(names, objects, strict=True)
+            ByteRange(name, entry.bytes - length, length) for name, entry in objects
         )
-        for name, entry, footer in zip(names, objects, footers, strict=True):
-            index = Index.parse(self.storage.uri(name), entry.bytes, footer)
-            yield ArrayShard(name, index, entry.chunks)
+        found = (
+            ArrayShard(name, Index.parse(self.storage.uri(name), entry.bytes, footer), entry.chunks)
+            for (name, entry), footer in zip(objects, footers, strict=True)
+        )
+        for _, arrays in keys:
+            yield list(itertools.islice(found, len(arrays)))
 
     def _read_chunks(self, keys: Sequence[ChunkKey]) -> Iterator[Chunk]:
         """Read, check and decompress chunks."""
-        places = [divmod(key.number, self.spec.chunks_per_shard) for key in keys]
         shards = self._shards(
             [
-                (ShardKey(key.domain, key.split, shard), key.array)
-                for key, (shard, _) in zip(keys, places, strict=True)
+                (ShardKey(domain, split, number // self.per_shard), arrays)
+                for domain, split, number, arrays in keys
             ]
         )
+        places = [key.number % self.per_shard for key in keys]
         bodies = self.storage.get_ranges(
-            shard.range(place) for shard, (_, place) in zip(shards, places, strict=True)
+            array.range(place)
+            for shard, place in zip(shards, places, strict=True)
+            for array in shard
         )
-        for key, shard, (_, place), body in zip(keys, shards, places, bodies, strict=True):
+        for key, shard, place in zip(keys, shards, places, strict=True):
+            parts = list(itertools.islice(bodies, len(shard)))
             # Memory is taken only after the chunk has shown that it fills it.
-            shard.check(place, body, self._size(key.array))
-            chunk = self._room(key.array)
-            decompress(body, shard.layout.where, chunk.values)
+            for name, array, body in zip(key.arrays, shard, parts, strict=True):
+                array.check(place, body, self.sizes[name])
+            chunk = self._room(key.arrays)
+            for array, body, values in zip(shard, parts, chunk.values, strict=True):
+                decompress(body, array.layout.where, values)
             yield chunk
 
-    def _size(self, array: str) -> int:
-        """Return the bytes of a decoded chunk."""
-        layout = self.layouts[array]
-        return self.spec.chunk_rows * math.prod(layout.inner) * layout.dtype.itemsize
-
-    def _room(self, array: str) -> Chunk:
+    def _room(self, arrays: tuple[str, ...]) -> Chunk:
         """Return memory for a chunk: that of one that is gone, or new.
 
         New memory is mapped, not allocated. Between tensors that come and go, chunks that stay
         would make the allocator's heap grow well beyond what is held. The mapping is private, so
         that a forked process does not write into the chunks of its parent.
         """
-        free = self._free[array]
+        free = self._free[arrays]
         try:
             return Chunk(free.pop(), free)
         except IndexError:
-            layout = self.layouts[array]
-            memory = mmap.mmap(-1, self._size(array), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            values = np.frombuffer(memory, layout.dtype)
-            return Chunk(values.reshape(self.spec.chunk_rows, *layout.inner), free)
+            return Chunk([self._map(name) for name in arrays], free)
+
+    def _map(self, name: str) -> Array:
+        memory = mmap.mmap(-1, self.sizes[name], mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(memory, self.dtypes[name]).reshape(self.shapes[name])
 
     def close(self) -> None:
         """Free the memory of all chunks that nobody holds."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ddk_cache import Cache, SparseTargets
+from ddk_cache.format.spec import DRAWN_COUNT, DRAWN_PROB, EXACT_COUNT, LABEL_KEPT
 from ddk_train.data.mixture import Ints
 
 Stored = Mapping[str, torch.Tensor]
@@ -73,10 +74,8 @@ class Dequantizer:
 
     def most(self, stored: Mapping[str, Any]) -> int:
         """Return K of stored rows in host memory; on a device, it would have to wait for it."""
-        count = stored["exact_count"].astype(np.int64) + stored["label_kept"]
-        if self.sampled:
-            count += stored["drawn_count"]
-        return int(count.max(initial=1))
+        counts = stored["position_fields"][:, : DRAWN_COUNT + 1 if self.sampled else DRAWN_COUNT]
+        return int(counts.sum(1, dtype=np.int64).max(initial=1))
 
     def __call__(self, stored: Stored, domain_B: torch.Tensor, most: int) -> Decoded:
         """Decode rows of the `domain_B`-th domains, of which `most` is K."""
@@ -128,8 +127,9 @@ class Dequantizer:
         shared_BS1 = torch.zeros_like(slots.exact, dtype=torch.bool)
         tail_BS1 = torch.zeros_like(slots.exact, dtype=torch.float64)
         if self.sampled:
-            share_BS1 = look_up(self.shares, stored["drawn_prob"])[..., None]
-            shared_BS1 = (stored["drawn_prob"] == self.rest_code)[..., None]
+            code_BS1 = stored["position_fields"][:, DRAWN_PROB, :, None]
+            share_BS1 = look_up(self.shares, code_BS1)
+            shared_BS1 = code_BS1 == self.rest_code
             drawn_BSK = slots.inside & ~slots.ahead
             implied_BSK = torch.where(shared_BS1, drawn_BSK, implied_BSK)
             probs_BSK += share_BS1 * (drawn_BSK & ~implied_BSK)
@@ -166,11 +166,12 @@ class Slots:
     @classmethod
     def of(cls, stored: Stored, most: int) -> Slots:
         """Return the slots of stored rows."""
-        exact = count = stored["exact_count"].int()[..., None]
-        if "drawn_count" in stored:
-            count = exact + stored["drawn_count"].int()[..., None]
+        fields = stored["position_fields"].int()[..., None]
+        exact = count = fields[:, EXACT_COUNT]
+        if fields.shape[1] > DRAWN_COUNT:
+            count = exact + fields[:, DRAWN_COUNT]
         order = torch.arange(most, dtype=torch.int32, device=exact.device)
-        at_label = stored["label_kept"].bool()[..., None] & (order == count)
+        at_label = fields[:, LABEL_KEPT].bool() & (order == count)
         return cls(order, exact, count, order < count, order < exact, at_label)
 
 

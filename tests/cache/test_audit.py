@@ -13,6 +13,7 @@ from ddk_cache.build.audit import audit
 from ddk_cache.build.scoring import as_arrays
 from ddk_cache.build.targets import extract
 from ddk_cache.format.codec import REST, TargetCodec
+from ddk_cache.format.spec import DRAWN_PROB
 from ddk_cache.read.cache import Cache
 from tests.helpers import make_spec
 
@@ -78,8 +79,8 @@ def test_disorder_and_a_wrong_encoding_are_refused(cache: Cache) -> None:
     width = 3 * cache.spec.targets.size
     changes: list[dict[str, Any]] = [
         {"target_ids": np.ones((2, 2, width), np.uint8)},
-        {"exact_count": np.zeros((2, 3), np.uint8)},
-        {"label_kept": np.zeros((2, 3), np.uint8)},
+        {"position_fields": np.zeros((2, 2, 3), np.uint8)},
+        {"position_fields": np.tile(np.array([[0], [2]], np.uint8), (2, 1, 3))},
     ]
     for change in changes:
         with pytest.raises(CacheError, match="stored entries differ"):
@@ -96,6 +97,6 @@ def test_drawn_entries_that_share_the_rounding_of_many_pass() -> None:
     found = as_arrays([extract(probs.log()[None, None], labels, spec.targets)])
     codec = TargetCodec(spec)
     stored = codec.encode(found, labels.numpy())
-    assert stored["drawn_prob"] == REST
+    assert stored["position_fields"][:, DRAWN_PROB] == REST
     seen = audit("web/train/7", found, stored, labels.numpy(), codec)
     assert seen["largest_prob_error"] > 0.005

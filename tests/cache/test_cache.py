@@ -231,8 +231,8 @@ def test_a_closed_cache_says_so_and_holds_nothing(copy: Path) -> None:
     with open_cache(copy) as opened:
         opened["letters"].train[:]
         assert descriptors() > 0
-        (chunk,) = opened._chunks([ChunkKey("letters", "train", 0, "tokens")])
-        memory = weakref.ref(chunk.values)
+        (chunk,) = opened._chunks([ChunkKey("letters", "train", 0, ("tokens",))])
+        memory = weakref.ref(chunk.values[0])
         del chunk
         assert memory() is not None
     assert descriptors() == 0

@@ -15,7 +15,7 @@ from ddk_cache.build import targets
 from ddk_cache.build.scoring import as_arrays
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.codec import REST, ZERO, LogprobCodec, Numbering, ProbCodec, TargetCodec
-from ddk_cache.format.spec import KEPT_MASS, CacheSpec, TargetSpec
+from ddk_cache.format.spec import DRAWN_PROB, EXACT_COUNT, KEPT_MASS, CacheSpec, TargetSpec
 from ddk_cache.types import SparseTargets
 
 CODEC = LogprobCodec()
@@ -108,7 +108,9 @@ def check(codec: TargetCodec, scores: targets.Scores, labels: torch.Tensor) -> N
     K = found.ids.shape[-1]
     np.testing.assert_allclose(found.probs.sum(-1, dtype=np.float64) + found.tail, 1, atol=2e-6)
     assert ((found.probs == 0) | (found.ids >= 0)).all()
-    shared = stored["drawn_prob"] == REST if kind == "sampled" else np.zeros(labels.shape, bool)
+    shared = np.zeros(labels.shape, bool)
+    if kind == "sampled":
+        shared = stored["position_fields"][:, DRAWN_PROB] == REST
     ids, probs, own = in_order(wanted, bounds(codec, scores, shared))
     found_ids, found_probs = in_order(found)
     np.testing.assert_array_equal(ids[..., :K], found_ids)
@@ -179,9 +181,8 @@ def test_special_positions_come_back(probs: list[float], label: int, targets_tex
 def test_a_true_token_that_is_exact_is_left_out_and_put_back() -> None:
     codec, scores, labels = scored(FEW, 1, "sampled:12")
     stored = codec.encode(as_arrays([scores]), labels.numpy())
-    assert stored["label_kept"].all()
-    assert (stored["exact_count"] == 2).all()
-    assert not stored["drawn_count"].any()
+    assert stored["position_fields"][0, :, 0].tolist()[:3] == [1, 2, 0]
+    assert (stored["position_fields"] == stored["position_fields"][..., :1]).all()
     found = codec.targets(stored | {"tokens": np.ones((1, 7), int)})
     np.testing.assert_array_equal(found.ids[0, 0], [0, 2, 1])
     np.testing.assert_allclose(found.probs[0, 0, 2], 0.3, rtol=codec.logprob.error + 1e-6)
@@ -190,14 +191,14 @@ def test_a_true_token_that_is_exact_is_left_out_and_put_back() -> None:
 def test_one_entry_costs_no_code() -> None:
     codec, scores, labels = scored(SURE, 3, "sampled:12")
     stored = codec.encode(as_arrays([scores]), labels.numpy())
-    assert (stored["exact_count"] == 1).all()
+    assert (stored["position_fields"][:, EXACT_COUNT] == 1).all()
     assert not stored["target_probs"].any()
     found = codec.targets(stored | {"tokens": np.full((1, 7), 3)})
     assert found.ids.shape == (1, 6, 1)
     assert (found.probs == 1).all()
 
 
-@pytest.mark.parametrize("name", ["exact_count", "target_ids"])
+@pytest.mark.parametrize("name", ["position_fields", "target_ids"])
 def test_stored_entries_that_cannot_be_are_refused(name: str) -> None:
     codec, scores, labels = scored(FEW, 1, "topk:12")
     stored = codec.encode(as_arrays([scores]), labels.numpy())

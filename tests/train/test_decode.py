@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ddk_cache import SPLITS, MismatchError
 from ddk_cache.build.scoring import as_arrays
 from ddk_cache.build.targets import extract
+from ddk_cache.format.spec import LABEL_KEPT
 from ddk_cache.read.cache import Cache
 from ddk_train.data.decode import Dequantizer, look_up
 
@@ -50,7 +51,7 @@ def test_any_targets_are_those_of_the_numpy_codec(
     domain_B = torch.full((3,), cache.domains.index(name))
     arrays = {name: torch.from_numpy(array) for name, array in stored.items()}
     found = decode.targets(arrays, domain_B, decode.most(stored))
-    assert stored["label_kept"].all() or not likely
+    assert stored["position_fields"][:, LABEL_KEPT].all() or not likely
     np.testing.assert_array_equal(found.ids, wanted.ids)
     np.testing.assert_allclose(found.probs, wanted.probs, rtol=2e-6)
     np.testing.assert_allclose(found.tail, wanted.tail, rtol=2e-6)
