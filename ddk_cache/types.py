@@ -27,6 +27,13 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 
+FIELDS = ("label_kept", "exact_count", "drawn_count", "drawn_prob")
+"""Small numbers of a position. They share an array, because each array costs a reader as much time
+as the decompression of one of them."""
+
+LABEL_KEPT, EXACT_COUNT, DRAWN_COUNT, DRAWN_PROB = range(len(FIELDS))
+
+
 @dataclass(frozen=True)
 class SparseTargets(Generic[A]):
     """A teacher distribution at each position: kept entries and the mass of everything else.

@@ -16,8 +16,7 @@ import numpy as np
 from ddk_cache.errors import CacheError
 from ddk_cache.format.audit_summary import MASS_BINS
 from ddk_cache.format.codec import REST, LogprobCodec, TargetCodec
-from ddk_cache.format.spec import DRAWN_PROB
-from ddk_cache.types import Array
+from ddk_cache.types import DRAWN_PROB, Array
 
 SLACK = 1e-3
 """Nats by which rounding in the teacher's arithmetic may put a log-probability above 0."""

@@ -28,8 +28,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddk_cache.errors import CorruptCacheError
-from ddk_cache.format.spec import DRAWN_COUNT, DRAWN_PROB, EXACT_COUNT, LABEL_KEPT, CacheSpec
-from ddk_cache.types import Array, SparseTargets
+from ddk_cache.format.spec import CacheSpec
+from ddk_cache.types import (
+    DRAWN_COUNT,
+    DRAWN_PROB,
+    EXACT_COUNT,
+    LABEL_KEPT,
+    Array,
+    SparseTargets,
+)
 
 ZERO = 2**16 - 1
 """The code of log 0, which is exact: an empty tail must not turn into a small one."""

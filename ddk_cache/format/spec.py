@@ -19,6 +19,7 @@ import numpy as np
 
 from ddk_cache.errors import CorruptCacheError, InputError, MismatchError, unknown
 from ddk_cache.hashing import canonical, digest
+from ddk_cache.types import DRAWN_COUNT, FIELDS
 
 FORMAT_VERSION = 3
 """The layout described in docs/format.md; any other version is refused by name."""
@@ -116,13 +117,6 @@ COMPRESSIONS = ("small", "fast")
 
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned, before the teacher runs."""
-
-
-FIELDS = ("label_kept", "exact_count", "drawn_count", "drawn_prob")
-"""Small numbers of a position. They share an array, because each array costs a reader as much time
-as the decompression of one of them."""
-
-LABEL_KEPT, EXACT_COUNT, DRAWN_COUNT, DRAWN_PROB = range(len(FIELDS))
 
 
 class ArrayLayout(NamedTuple):

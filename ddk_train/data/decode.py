@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ddk_cache import Cache, SparseTargets
-from ddk_cache.format.spec import DRAWN_COUNT, DRAWN_PROB, EXACT_COUNT, LABEL_KEPT
+from ddk_cache.types import DRAWN_COUNT, DRAWN_PROB, EXACT_COUNT, LABEL_KEPT
 from ddk_train.data.mixture import Ints
 
 Stored = Mapping[str, torch.Tensor]

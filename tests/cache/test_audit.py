@@ -13,8 +13,8 @@ from ddk_cache.build.audit import audit
 from ddk_cache.build.scoring import as_arrays
 from ddk_cache.build.targets import extract
 from ddk_cache.format.codec import REST, TargetCodec
-from ddk_cache.format.spec import DRAWN_PROB
 from ddk_cache.read.cache import Cache
+from ddk_cache.types import DRAWN_PROB
 from tests.helpers import make_spec
 
 

@@ -15,8 +15,8 @@ from ddk_cache.build import targets
 from ddk_cache.build.scoring import as_arrays
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.codec import REST, ZERO, LogprobCodec, Numbering, ProbCodec, TargetCodec
-from ddk_cache.format.spec import DRAWN_PROB, EXACT_COUNT, KEPT_MASS, CacheSpec, TargetSpec
-from ddk_cache.types import SparseTargets
+from ddk_cache.format.spec import KEPT_MASS, CacheSpec, TargetSpec
+from ddk_cache.types import DRAWN_PROB, EXACT_COUNT, SparseTargets
 
 CODEC = LogprobCodec()
 logprobs = hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-200, 0, width=32))

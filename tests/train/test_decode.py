@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from ddk_cache import SPLITS, MismatchError
 from ddk_cache.build.scoring import as_arrays
 from ddk_cache.build.targets import extract
-from ddk_cache.format.spec import LABEL_KEPT
 from ddk_cache.read.cache import Cache
+from ddk_cache.types import LABEL_KEPT
 from ddk_train.data.decode import Dequantizer, look_up
 
 CPU = torch.device("cpu")
