@@ -27,6 +27,10 @@ SEEN = (
 """Statistics of the teacher taken while its targets were written, and what the targets lose; see
 `ddk_cache.build.fidelity`."""
 
+PACKED = ("padding", "left out")
+"""Where documents are kept apart: the share of the rows that is padding, and of all tokens that is
+in no row, because its document is longer than one."""
+
 WIDE = 1000
 """Columns that no table needs, so that rich cuts nothing."""
 
@@ -39,6 +43,10 @@ class DomainFacts(TypedDict):
     content: str
     portions: int
     rows: dict[str, int]
+    padding: float
+    """Share of the tokens in the rows."""
+    lost: float
+    """Share of the tokens of all documents that is in no row."""
     committed_rows: dict[str, int]
     teacher_loss: float | None
     """Mean nats per counted held-out position."""
@@ -109,6 +117,8 @@ def _domain(cache: Cache, name: str, records: dict[str, list[Record]]) -> Domain
         "content": plan.content,
         "portions": len(plan.portions),
         "rows": {split: plan.rows(split) for split in SPLITS},
+        "padding": plan.padding / max(1, sum(map(plan.rows, SPLITS)) * (cache.spec.seq_len + 1)),
+        "lost": plan.lost / plan.tokens,
         "committed_rows": {split: cache.committed_rows(name, split) for split in SPLITS},
         "teacher_loss": loss,
         "teacher_perplexity": None if loss is None else _exp(loss),
@@ -144,7 +154,8 @@ def show(facts: Facts) -> None:
         f"{spec['targets']} of {spec['vocab_size']:,} tokens, rows of {spec['seq_len']:,}; "
         f"teacher {teacher} ({dtype})"
     )
-    for names, figures in ((HELD, _held), (SEEN, _seen)):
+    packed = [(PACKED, _packed)] if spec.get("packing") == "documents" else []
+    for names, figures in ((HELD, _held), *packed, (SEEN, _seen)):
         table = Table("domain", box=None, pad_edge=False)
         for name in names:
             table.add_column(name, justify="right", no_wrap=True)
@@ -176,6 +187,11 @@ def _held(domain: DomainFacts) -> Sequence[str]:
         f"{done / planned:.0%}" if planned else "–",
         "–" if perplexity is None else f"{perplexity:,.2f}",
     ]
+
+
+def _packed(domain: DomainFacts) -> Sequence[str]:
+    """Return the figures of `PACKED`."""
+    return [f"{domain['padding']:.1%}", f"{domain['lost']:.1%}"]
 
 
 def _seen(domain: DomainFacts) -> Sequence[str]:

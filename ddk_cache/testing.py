@@ -57,7 +57,12 @@ def random_teacher(seed: int = 0, scale: float = 1.0) -> Teacher:
     generator = torch.Generator().manual_seed(seed)
     into = torch.randn(VOCAB, 12, generator=generator)
     out = torch.randn(12, VOCAB, generator=generator) * scale
-    return Teacher(lambda tokens: into[tokens] @ out, VOCAB, {"class": "random", "seed": str(seed)})
+
+    def logits(tokens: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        return into[tokens] @ out
+
+    identity = {"class": "random", "seed": str(seed)}
+    return Teacher(logits, VOCAB, identity, takes_positions=True)
 
 
 def write_corpus(folder: Path) -> Path:

@@ -66,6 +66,9 @@ class Rows:
     """(R, S) float32, the teacher's log-probability of the true next token, nats."""
     loss_mask: Array
     """(R, S) bool, true where the loss counts."""
+    segments: Array | None = None
+    """(R, S+1) int64, where documents are kept apart: 1, 2, … for the documents of a row, 0 for
+    padding."""
 
     def first(self) -> Rows:
         """Return the first row, without the axis R."""
@@ -74,4 +77,5 @@ class Rows:
             targets=self.targets.map(lambda array: array[0]),
             label_logprob=self.label_logprob[0],
             loss_mask=self.loss_mask[0],
+            segments=None if self.segments is None else self.segments[0],
         )

@@ -101,7 +101,7 @@ def _shard(cache: Cache, key: ShardKey) -> tuple[list[Problem], int]:
 
 def _token_rows(cache: Cache, key: ShardKey) -> Iterator[Problem]:
     """Check the chunks of the token rows of a shard that has no record yet."""
-    for array in TOKEN_ARRAYS:
+    for array in cache.spec.token_arrays:
         name = object_name(cache.spec, key, array)
         data, where = cache.storage.get(name), cache.storage.uri(name)
         if data is None:
@@ -186,11 +186,14 @@ def replay(cache: Cache, teacher: Teacher, count: int, seed: int) -> Replay:
 
     Raises:
         MismatchError: the cache was built with another teacher.
+        InputError: the teacher does not keep the documents of a row apart, and the cache does.
         UnfinishedCacheError: no row is committed yet.
     """
     from ddk_cache.build.scoring import Scorer
 
     _require_teacher(cache, teacher)
+    if cache.spec.packing == "documents":
+        teacher.require_isolation()
     batches = [Scorer(teacher, cache.spec, rows) for rows in (cache.manifest.root.batch_rows, 1)]
     stored, control = [], []
     names = sample_rows(cache, count, seed)
@@ -198,7 +201,7 @@ def replay(cache: Cache, teacher: Teacher, count: int, seed: int) -> Replay:
         numbers = [row for d, s, row in names if (d, s) == (domain, split)]
         rows, key = cache.read(domain, split, numbers), ShardKey(domain, split, 0)
         now, again = (
-            scorer.score(key, rows.tokens, lambda _: None).arrays["label_logprob"]
+            scorer.score(key, rows.tokens, lambda _: None, rows.segments).arrays["label_logprob"]
             for scorer in batches
         )
         stored.append(_difference(rows.label_logprob, now))

@@ -28,9 +28,12 @@ from ddk_train.weights import Gaps
 Known = Mapping[str, Mapping[str, Sequence[Extent]]]
 """The rows in use, by domain and split."""
 
-Measure = Callable[[torch.Tensor, torch.Tensor, SparseTargets[torch.Tensor]], torch.Tensor]
-"""(B, S+1) tokens, (B, S) mask, (B, S, K) targets → (2) sums over counted positions of the
-student's cross-entropy and of KL(teacher ‖ student), nats."""
+Measure = Callable[
+    [torch.Tensor, torch.Tensor, SparseTargets[torch.Tensor], torch.Tensor | None], torch.Tensor
+]
+"""(B, S+1) tokens, (B, S) mask, (B, S, K) targets, and (B, S+1) positions where documents are kept
+apart → (2) sums over counted positions of the student's cross-entropy and of KL(teacher ‖ student),
+nats."""
 
 Total = Callable[[torch.Tensor], torch.Tensor]
 """A tensor of this process → its sum over all processes."""

@@ -25,7 +25,7 @@ from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter
 from ddk_train.loss.divergences import check_targets, divergence
 from ddk_train.loss.fused import Terms
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Objective, require_isolation
 from ddk_train.optim import learning_rate, optimizer
 from ddk_train.provenance import identity, known_rows, provenance
 from ddk_train.run.directory import Run
@@ -68,7 +68,8 @@ def assemble(
     """Open and check everything, write the run's config.json, and return its trainer.
 
     Raises:
-        InputError, MismatchError: as `train`; nothing was written.
+        InputError, MismatchError: as `train`, also where the cache keeps documents apart and the
+            student does not; nothing was written.
     """
     cache = open_cache(
         config.cache, shard_cache=config.shard_cache, shard_cache_size=config.shard_cache_size
@@ -77,6 +78,8 @@ def assemble(
     loaded = load_student(
         config.student, cache, config.seed, trust_remote_code=config.trust_remote_code
     )
+    if cache.spec.packing == "documents":
+        require_isolation(loaded.model)
     found = provenance(cache, loaded.model, loaded.hash)
     known = run.compare(config, found)["known_rows"]
     check_steps(run, config)

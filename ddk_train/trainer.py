@@ -42,8 +42,9 @@ from ddk_train.weights import DomainWeights
 
 log = logging.getLogger(__name__)
 
-LiveTargets = Callable[[torch.Tensor], SparseTargets[torch.Tensor]]
-"""(B, S+1) tokens → (B, S, K) targets of a teacher in the loop, to compare with cached ones."""
+LiveTargets = Callable[..., SparseTargets[torch.Tensor]]
+"""(B, S+1) tokens and, where the cache keeps documents apart, (B, S+1) positions → (B, S, K)
+targets of a teacher in the loop, to compare with cached ones."""
 
 CANNOT_WRITE = (OSError, RuntimeError, SafetensorError)
 """Errors of writing a model or an optimizer to a full disk, by who writes."""
@@ -143,8 +144,9 @@ class Trainer:
         for number, piece in enumerate(pieces, 1):
             alone = number < len(pieces)
             with self.processes.accelerator.no_sync(self.model) if alone else nullcontext():
-                targets = self.live(piece.tokens) if self.live else piece.targets
-                out = self.model(piece.tokens, piece.loss_mask, targets)
+                own = () if piece.positions is None else (piece.positions,)
+                targets = self.live(piece.tokens, *own) if self.live else piece.targets
+                out = self.model(piece.tokens, piece.loss_mask, targets, *own)
                 (out.loss * (self.processes.world / positions)).backward()
             sums += torch.stack([out.ce, out.divergence])
         return self.processes.total(sums)

@@ -285,10 +285,10 @@ def read_rows(corpus: Path, tokenizer: Any) -> dict[str, dict[str, Array]]:
     for domain in find_sources(corpus):
         blocks: dict[str, list[Array]] = {split: [] for split in SPLITS}
         tally = Tally()
-        for split, tokens, _ in token_rows(
+        for split, arrays in token_rows(
             domain, tokenizer, seq_len=SEQ_LEN, holdout=HOLDOUT, block=1024, tally=tally
         ):
-            blocks[split].append(tokens)
+            blocks[split].append(arrays["tokens"])
         for split in SPLITS:
             rows[split][domain.name] = np.concatenate(blocks[split])
         say(f"{domain.name}: {tally.tokens:,} tokens")

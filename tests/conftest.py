@@ -67,6 +67,15 @@ def cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
+def packed_cache(
+    make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory
+) -> Cache:
+    """A finished cache of documents that are kept apart; nobody may change it."""
+    path = tmp_path_factory.mktemp("packed") / "mix.zarr"
+    return make_cache(path, packing="documents", seq_len=40, targets="sampled:6")
+
+
+@pytest.fixture(scope="session")
 def student_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("student") / "config.json"
     path.write_text(json.dumps(testing.student_config()))

@@ -28,11 +28,13 @@ def audit(
     stored: Mapping[str, Array],
     labels: Array,
     codec: TargetCodec,
+    seen: Any = ...,
 ) -> dict[str, Any]:
     """Check the scores of a shard and return what was seen.
 
     `where` names the shard in messages, `scores` are the arrays of `Scorer.score`, `stored` is
-    what will be written of them, and `labels` (R, S) are the true next tokens.
+    what will be written of them, and `labels` (R, S) are the true next tokens. The statistics are
+    those of the positions that the index `seen` of (R, S) selects.
 
     Raises:
         CacheError: the scores are not a distribution, or not what will be stored.
@@ -64,11 +66,11 @@ def audit(
         nats = np.where(probs > 0, probs * logprobs, 0.0)
     entropy = -nats.sum(-1, dtype=np.float64) - rest * np.where(rest > 0, tail, 0.0)
     return {
-        "positions": int(label.size),
-        "correct": int((ids[..., 0] == labels).sum()),
-        "entropy": float(entropy.sum()),
-        "kept_mass": float(mass.sum()),
-        "kept_mass_bins": np.histogram(mass, MASS_BINS, (0, 1))[0].tolist(),
+        "positions": int(label[seen].size),
+        "correct": int((ids[..., 0] == labels)[seen].sum()),
+        "entropy": float(entropy[seen].sum()),
+        "kept_mass": float(mass[seen].sum()),
+        "kept_mass_bins": np.histogram(mass[seen], MASS_BINS, (0, 1))[0].tolist(),
         **errors,
     }
 

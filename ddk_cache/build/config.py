@@ -43,6 +43,12 @@ class BuildConfig:
 
     seq_len: int = 1024
     """Positions in a row."""
+    packing: str = "auto"
+    """documents: a document that fits a row is whole, and none sees another; stream: documents are
+    joined and cut. auto: documents if any domain holds conversations, else stream."""
+    too_long: str = "split"
+    """What becomes of a document longer than a row where they are kept apart: it is split into
+    rows, left out (drop) or cut off (truncate)."""
     targets: str = "sampled:24"
     """Entries kept of each distribution: sampled:B (an unbiased sample, B at most) or topk:K (the K
     likeliest, fewer where they have a mass of 0.9995; topk:K:MASS sets it)."""
@@ -70,7 +76,7 @@ class BuildConfig:
                 raise InputError(
                     f"{name}: got {value!r}, expected a whole number from {least} to {most:,}."
                 )
-        for name in ("targets", "compression"):
+        for name in ("packing", "too_long", "targets", "compression"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}: got {getattr(self, name)!r}, expected text.")
         if not isinstance(self.temperatures, tuple | list) or not all(
@@ -91,7 +97,8 @@ class BuildConfig:
     ) -> CacheSpec:
         """Return the spec of a cache over `vocab_size` outputs of a teacher.
 
-        `teacher` and `tokenizer` are their hashes by content.
+        `teacher` and `tokenizer` are their hashes by content. A packing of "auto" is taken for
+        "stream"; `ddk_cache.build.create.settled` decides it before.
         """
         targets = TargetSpec.parse(self.targets)
         chunk_rows = self.chunk_rows or max(1, CHUNK_TOKENS // self.seq_len)
@@ -110,4 +117,6 @@ class BuildConfig:
             temperatures=tuple(sorted({float(t) for t in self.temperatures} - {1.0})),
             seed=self.seed,
             compression=self.compression,
+            packing="stream" if self.packing == "auto" else self.packing,
+            too_long=self.too_long,
         )

@@ -24,9 +24,9 @@ from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.scoring import Scorer, rows_that_fit
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.writer import ShardWriter
-from ddk_cache.corpus.sources import Source
+from ddk_cache.corpus.sources import Source, documents
 from ddk_cache.errors import InputError, MismatchError, NotACacheError
-from ddk_cache.format.layout import ROOT, TOKENIZER, plan_name, tokenizer_name
+from ddk_cache.format.layout import PLANS, ROOT, TOKENIZER, plan_name, tokenizer_name
 from ddk_cache.format.manifest import Root, create_root
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
@@ -47,6 +47,8 @@ def make_spec(config: BuildConfig, teacher: Teacher, tokenizer: Any) -> CacheSpe
     Raises:
         InputError: the teacher cannot score such rows, or the tokenizer is not the teacher's.
     """
+    if config.packing == "documents":
+        teacher.require_isolation()
     width = 1 + max(tokenizer.get_vocab().values())
     if width > teacher.vocab_size:
         raise InputError(
@@ -59,6 +61,35 @@ def make_spec(config: BuildConfig, teacher: Teacher, tokenizer: Any) -> CacheSpe
             f"positions that the teacher {teacher.name!r} was made for. Give a smaller --seq-len."
         )
     return config.spec(teacher.vocab_size, teacher.identity, identify_tokenizer(tokenizer))
+
+
+def settled(
+    config: BuildConfig, sources: Sequence[Source], storage: Storage | None = None
+) -> BuildConfig:
+    """Return the settings with the packing decided: that of a cache which has a plan, or by the
+    first document of each domain.
+
+    Raises:
+        InputError: a setting does not go with the packing.
+    """  # noqa: D205
+    packing = config.packing
+    if packing == "auto" and storage and storage.list_dir(PLANS):
+        packing = read_root(storage).spec.packing
+    elif packing == "auto":
+        packing = "stream" if all(map(_holds_text, sources)) else "documents"
+    if packing == "stream" and config.too_long != "split":
+        raise InputError(
+            f"too_long: got {config.too_long!r}, which is for documents that are kept apart. Give "
+            "--packing documents too, or leave it out."
+        )
+    return dataclasses.replace(config, packing=packing)
+
+
+def _holds_text(source: Source) -> bool:
+    try:
+        return isinstance(next(documents(source)), str)
+    except InputError:  # of a source that cannot be read; planning will say so
+        return True
 
 
 def check_place(storage: Storage) -> None:
@@ -110,8 +141,8 @@ def open_for_building(
             raise _not_ours(storage) from error
     was = read_root(storage)
     planned = _planned(storage, was)
-    settings = was.spec.to_json() | {"batch_rows": was.batch_rows}
-    asked = store.spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
+    settings = was.spec.settings | {"batch_rows": was.batch_rows}
+    asked = store.spec.settings | {"batch_rows": batch_rows or was.batch_rows}
     if settings != asked and not planned and not leases.others():
         log.info("%s: nothing is planned yet; it takes the new settings", storage.uri())
         was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
@@ -197,7 +228,9 @@ def try_teacher(teacher: Teacher, spec: CacheSpec, batch_rows: int | None) -> in
     rows = 1 if batch_rows else rows_that_fit(teacher, spec)
     scorer = Scorer(teacher, spec, rows)
     tokens = np.zeros((rows, spec.seq_len + 1), np.int64)
-    scores = scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None).arrays
+    segments = np.ones_like(tokens) if spec.packing == "documents" else None
+    key = ShardKey("trial", "train", 0)
+    scores = scorer.score(key, tokens, lambda _: None, segments).arrays
     labels = tokens[:, 1:]
     audit("a first batch", scores, scorer.codec.encode(scores, labels), labels, scorer.codec)
     return batch_rows or scorer.batch_rows

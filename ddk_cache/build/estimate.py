@@ -21,7 +21,7 @@ import numpy as np
 
 from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.create import make_spec, try_teacher
+from ddk_cache.build.create import make_spec, settled, try_teacher
 from ddk_cache.build.scoring import Scorer
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.tokenize import FREQUENT
@@ -59,6 +59,7 @@ def estimate_cache(
     """
     if not 0 <= student_speed < math.inf:
         raise InputError(f"student_speed: got {student_speed}, expected tokens/s of 0 or more.")
+    config = settled(config, sources)
     if teacher:
         spec = make_spec(config, teacher, tokenizer)
         scorer = Scorer(teacher, spec, try_teacher(teacher, spec, config.batch_rows))
@@ -68,8 +69,7 @@ def estimate_cache(
         counted = count(
             sources,
             tokenizer,
-            seq_len=spec.seq_len,
-            holdout=spec.holdout,
+            spec,
             probe_rows=probe_rows,
             advance=progress.advance,
         )
@@ -82,9 +82,9 @@ class Counted:
     """What a corpus holds."""
 
     domains: dict[str, dict[str, Any]]
-    """Documents, tokens, and rows by split."""
-    sample: tuple[Array, Array]
-    """(N, S+1) tokens and (N, S) loss mask of a few rows of every domain."""
+    """Documents, tokens, and rows by split; shares of padding and of tokens left out."""
+    sample: dict[str, Array]
+    """The token arrays (N, …) of a few rows of every domain."""
 
     @property
     def rows(self) -> int:
@@ -95,9 +95,8 @@ class Counted:
 def count(
     sources: Sequence[Source],
     tokenizer: Any,
+    spec: CacheSpec,
     *,
-    seq_len: int,
-    holdout: float,
     probe_rows: int,
     advance: Callable[[int, str], None],
 ) -> Counted:
@@ -106,21 +105,39 @@ def count(
     Raises:
         InputError: a source cannot be read or is too short.
     """
-    domains, sample = {}, []
+    domains: dict[str, dict[str, Any]] = {}
+    sample: list[dict[str, Array]] = []
     each = -(-probe_rows // len(sources))
     for source in sources:
         tally, rows = Tally(), dict.fromkeys(SPLITS, 0)
-        kept: list[tuple[Array, Array]] = []
-        for split, tokens, mask in token_rows(
-            source, tokenizer, seq_len=seq_len, holdout=holdout, block=256, tally=tally
-        ):
-            rows[split] += len(tokens)
-            kept = kept or [(tokens[:each], mask[:each])]
-            advance(tokens[:, 1:].size, source.name)
-        domains[source.name] = {"documents": tally.documents, "tokens": tally.tokens, "rows": rows}
+        kept: list[dict[str, Array]] = []
+        blocks = token_rows(
+            source,
+            tokenizer,
+            seq_len=spec.seq_len,
+            holdout=spec.holdout,
+            block=256,
+            tally=tally,
+            packing=spec.packing,
+            too_long=spec.too_long,
+        )
+        for split, arrays in blocks:
+            rows[split] += len(arrays["tokens"])
+            kept = kept or [{name: array[:each] for name, array in arrays.items()}]
+            advance(arrays["tokens"][:, 1:].size, source.name)
+        domains[source.name] = {
+            "documents": tally.documents,
+            "tokens": tally.tokens,
+            "rows": rows,
+            "padding": tally.padding / max(1, sum(rows.values()) * (spec.seq_len + 1)),
+            "lost": tally.lost / max(1, tally.tokens),
+        }
         sample += kept
-    tokens, mask = (np.concatenate(part)[:probe_rows] for part in zip(*sample, strict=True))
-    return Counted(domains, (tokens, mask))
+    joined = {
+        name: np.concatenate([part[name] for part in sample])[:probe_rows]
+        for name in spec.token_arrays
+    }
+    return Counted(domains, joined)
 
 
 def raw_bytes(spec: CacheSpec) -> dict[str, float]:
@@ -131,16 +148,16 @@ def raw_bytes(spec: CacheSpec) -> dict[str, float]:
     }
 
 
-def probe(scorer: Scorer, sample: tuple[Array, Array]) -> dict[str, Any]:
+def probe(scorer: Scorer, sample: Mapping[str, Array]) -> dict[str, Any]:
     """Score, audit and store a few rows; return bytes per token by array, and tokens/s.
 
     Raises:
         CacheError: the teacher failed, or gave something that is not a distribution.
     """
-    tokens, mask = sample
+    tokens, segments = sample["tokens"], sample.get("segments")
     spec, key = scorer.spec, ShardKey("probe", "train", 0)
     began = time.perf_counter()
-    scores = scorer.score(key, tokens, lambda _: None).arrays
+    scores = scorer.score(key, tokens, lambda _: None, segments).arrays
     seconds = time.perf_counter() - began
     chunks = -(-len(tokens) // spec.chunk_rows)
     counts = np.bincount(tokens.ravel(), minlength=spec.vocab_size)
@@ -150,7 +167,7 @@ def probe(scorer: Scorer, sample: tuple[Array, Array]) -> dict[str, Any]:
     audit("the probe", scores, stored, tokens[:, 1:], codec)
     with tempfile.TemporaryDirectory() as folder:
         writer = ShardWriter(LocalStorage(Path(folder)), small)
-        objects = writer.write(key, stored | {"tokens": tokens, "loss_mask": mask})
+        objects = writer.write(key, {**stored, **sample})
     positions = len(tokens) * spec.seq_len
     return {
         "bytes_per_token": {name: objects[name].bytes / positions for name in spec.arrays},
@@ -208,6 +225,13 @@ def show(facts: Mapping[str, Any]) -> None:
         numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
         table.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(table)
+    if spec.get("packing") == "documents":
+        for name, domain in facts["domains"].items():
+            console.print(
+                f"{name}: documents apart, {domain['padding']:.1%} of the rows is padding, "
+                f"{domain['lost']:.1%} of the tokens is left out (documents longer than a row)",
+                highlight=False,
+            )
     size, free = facts["bytes"] / 1e9, facts["free_bytes"]
     bound = "" if facts["measured"] else "at most "
     room = "" if free is None else f"; {free / 1e9:,.2f} GB are free"

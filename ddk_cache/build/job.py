@@ -21,8 +21,8 @@ import numpy as np
 
 from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.create import add_sources, make_spec, open_for_building, read_root
-from ddk_cache.build.scoring import Scored, Scorer
+from ddk_cache.build.create import add_sources, make_spec, open_for_building, read_root, settled
+from ddk_cache.build.scoring import Scored, Scorer, labels_inside
 from ddk_cache.build.share import check_rank, pause, share
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.tokenize import grow_domain, mend_tokens, plan_domain
@@ -35,10 +35,10 @@ from ddk_cache.format.commit import Record, committed, parse_record
 from ddk_cache.format.layout import plan_name, record_name
 from ddk_cache.format.manifest import Manifest, read_plan, write_plan
 from ddk_cache.format.plan import DomainPlan, Shard, ShardKey, shard_at
-from ddk_cache.format.spec import TOKEN_ARRAYS
 from ddk_cache.storage.base import Storage
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.open import open_storage
+from ddk_cache.types import Array
 
 
 def build_cache(
@@ -78,6 +78,7 @@ def build_cache(
     if isinstance(sources, str | Path):
         sources = find_sources(sources)
     storage = open_storage(cache)
+    config = settled(config, sources, storage)
     store = ShardWriter(storage, make_spec(config, teacher, tokenizer))
     leases = Leases(storage)
     open_for_building(store, leases, sources, teacher, tokenizer, config.batch_rows, grow)
@@ -279,11 +280,12 @@ class Scoring:
     def work(self, item: ShardKey) -> None:
         """Score a shard, and commit it or leave that to the thread."""
         rows = self.planned[item].rows
-        tokens, mask = (self.store.read(item, name, rows) for name in TOKEN_ARRAYS)
+        planned = {n: self.store.read(item, n, rows) for n in self.store.spec.token_arrays}
+        tokens = planned["tokens"].rows.astype(np.int64)
         advance = partial(self.advance, f"{item.domain}/{item.split}")
-        scored = self.scorer.score(item, tokens.rows.astype(np.int64), advance)
+        scored = self.scorer.score(item, tokens, advance, segments_of(planned))
         self.flush()
-        commit = partial(self.commit, item, tokens, mask, scored, self.scorer.batch_rows)
+        commit = partial(self.commit, item, planned, scored, self.scorer.batch_rows)
         if self.writer:
             self.pending = self.writer.submit(commit)
         else:
@@ -296,19 +298,21 @@ class Scoring:
             self.pending = None
 
     def commit(
-        self, key: ShardKey, tokens: Stored, mask: Stored, scored: Scored, batch_rows: int
+        self, key: ShardKey, planned: Mapping[str, Stored], scored: Scored, batch_rows: int
     ) -> None:
         """Encode, audit, write and commit one shard, and release its lease."""
-        codec, counted = self.codecs[key.domain], mask.rows.astype(bool)
-        labels = tokens.rows[:, 1:].astype(np.int64)
+        codec, counted = self.codecs[key.domain], planned["loss_mask"].rows.astype(bool)
+        tokens, segments = planned["tokens"].rows, segments_of(planned)
+        labels = tokens[:, 1:].astype(np.int64)
         encoded = codec.encode(scored.arrays, labels)
-        seen = audit(str(key), scored.arrays, encoded, labels, codec)
-        objects = {"tokens": tokens.object, "loss_mask": mask.object}
+        inside = ... if segments is None else labels_inside(tokens, segments)
+        seen = audit(str(key), scored.arrays, encoded, labels, codec, inside)
+        objects = {name: stored.object for name, stored in planned.items()}
         record = Record(
             key=key,
             fingerprint=self.store.spec.fingerprint,
             content=self.planned[key].content,
-            rows=len(tokens.rows),
+            rows=len(tokens),
             positions=int(counted.sum()),
             teacher_loss=float(-scored.arrays["label_logprob"][counted].sum(dtype=np.float64)),
             batch_rows=batch_rows,
@@ -323,6 +327,11 @@ class Scoring:
         """Count tokens as scored, and renew the leases that are held."""
         self.leases.beat()
         self.progress.advance(tokens, note)
+
+
+def segments_of(planned: Mapping[str, Stored]) -> Array | None:
+    """Return the segments (R, S+1) int64 of planned rows, where documents are kept apart."""
+    return planned["segments"].rows.astype(np.int64) if "segments" in planned else None
 
 
 def check_readable(record: Record, manifest: Manifest) -> None:

@@ -22,6 +22,7 @@ from ddk_cache.errors import CacheError, DDKError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
+from ddk_cache.isolation import positions_of
 from ddk_cache.rng import Words, key_of, uniform
 from ddk_cache.types import Array
 
@@ -54,8 +55,18 @@ class Scorer:
     def __post_init__(self) -> None:
         self.codec = TargetCodec(self.spec)
 
-    def score(self, key: ShardKey, tokens: Array, advance: Callable[[int], None]) -> Scored:
+    def score(
+        self,
+        key: ShardKey,
+        tokens: Array,
+        advance: Callable[[int], None],
+        segments: Array | None = None,
+    ) -> Scored:
         """Return the scores of the (R, S+1) tokens of a shard.
+
+        With `segments` (R, S+1) the teacher sees each document by itself. Where the next token is
+        of another document, or padding, it then gets all of the probability: what the teacher
+        expects there means nothing, and such a target costs no entry.
 
         Raises:
             InputError: the teacher returned something other than logits.
@@ -63,11 +74,17 @@ class Scorer:
         """
         parts: list[targets.Scores] = []
         lost: Counter[str] = Counter()
-        done = 0
+        inside, done = labels_inside(tokens, segments), 0
         while done < len(tokens):
-            batch = torch.from_numpy(tokens[done : done + self.batch_rows])
+            part = slice(done, done + self.batch_rows)
+            batch, positions = torch.from_numpy(tokens[part]), None
+            if segments is not None:
+                positions = positions_of(torch.from_numpy(segments[part, :-1]))
+                positions = positions.to(self.teacher.device)
             try:
-                scores, seen = self._call(batch.to(self.teacher.device), key, done)
+                scores, seen = self._call(
+                    batch.to(self.teacher.device), positions, key, done, inside[part]
+                )
             except DDKError:
                 raise
             except Exception as error:
@@ -79,20 +96,28 @@ class Scorer:
             lost.update(seen)
             done += len(batch)
             advance(batch[:, 1:].numel())
-        return Scored(as_arrays(parts), dict(lost))
+        arrays = as_arrays(parts)
+        make_certain(arrays, tokens[:, 1:], ~inside)
+        return Scored(arrays, dict(lost))
 
     @torch.inference_mode()
     def _call(
-        self, batch: torch.Tensor, key: ShardKey, first: int
+        self,
+        batch: torch.Tensor,
+        positions: torch.Tensor | None,
+        key: ShardKey,
+        first: int,
+        inside: Array,
     ) -> tuple[targets.Scores, dict[str, float]]:
         """Score rows first … of a shard; compare one position of each with its stored form."""
-        offsets, chosen = draws(self.spec, key, first, len(batch))
+        offsets, chosen = draws(self.spec, key, first, inside)
         scores, logits = self.teacher.scores(
             batch,
             chosen,
             self.spec.targets,
             temperatures=self.spec.temperatures,
             offsets_BS=torch.from_numpy(offsets).to(batch.device),
+            positions_BS=positions,
         )
         scores = targets.Scores(*(field.cpu() for field in scores))
         if logits is None:
@@ -126,19 +151,40 @@ def as_arrays(parts: list[targets.Scores]) -> dict[str, Array]:
     return arrays | {"tempered_tail_logprob": np.moveaxis(tempered, -1, 1)}
 
 
-def draws(spec: CacheSpec, key: ShardKey, first: int, rows: int) -> tuple[Array, torch.Tensor]:
+def labels_inside(tokens: Array, segments: Array | None) -> Array:
+    """Return (R, S) bool: whether the next token is of the same document.
+
+    Without segments it always is, and of the (R, S+1) tokens only the shape is used.
+    """
+    if segments is None:
+        return np.ones(tokens[:, 1:].shape, bool)
+    return np.asarray((segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] != 0))
+
+
+def make_certain(arrays: dict[str, Array], labels: Array, where: Array) -> None:
+    """Give all of the probability to the (R, S) true tokens at some positions, in place."""
+    ids, logprobs = arrays["ids"], arrays["logprobs"]
+    ids[where], logprobs[where] = -1, -np.inf
+    ids[where, 0], logprobs[where, 0] = labels[where], 0
+    arrays["tail_logprob"][where], arrays["label_logprob"][where] = -np.inf, 0
+    np.moveaxis(arrays["tempered_tail_logprob"], 1, -1)[where] = -np.inf
+
+
+def draws(spec: CacheSpec, key: ShardKey, first: int, inside: Array) -> tuple[Array, torch.Tensor]:
     """Return (R, S) numbers in [0, 1) that decide draws, and the (R) positions to be compared.
 
     Both belong to rows first … of a shard, and are functions of seed, domain, split, row and
-    position.
+    position. A position that is compared has a label of its document; see `labels_inside`.
     """
-    S = spec.seq_len
+    rows, S = inside.shape
     start = key.number * spec.shard_rows + first
     numbers: Words = np.arange(start, start + rows, dtype=np.uint64)
     places = numbers[:, None] * np.uint64(S) + np.arange(S, dtype=np.uint64)
     offsets = uniform(places.astype(np.uint64), key_of("draw", spec.seed, key.domain, key.split))
     chosen = uniform(numbers, key_of("compare", key.domain, key.split))
-    return offsets, torch.from_numpy((chosen * S).astype(np.int64))
+    upto = inside.cumsum(1)
+    nth = (chosen * upto[:, -1]).astype(np.int64)
+    return offsets, torch.from_numpy((upto > nth[:, None]).argmax(1))
 
 
 def rows_that_fit(teacher: Teacher, spec: CacheSpec) -> int:

@@ -20,6 +20,7 @@ from ddk_cache.errors import InputError, unknown
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.hashing import canonical, digest
 from ddk_cache.hf import hash_weights, load_model, pick_device
+from ddk_cache.isolation import check_isolation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -36,8 +37,10 @@ class Teacher:
         InputError: the name is not text.
     """
 
-    logits: Callable[[torch.Tensor], torch.Tensor]
-    """(B, S) int64 tokens on `device` → (B, S, V) logits of the next token."""
+    logits: Callable[..., torch.Tensor]
+    """(B, S) int64 tokens on `device` → (B, S, V) logits of the next token. With `takes_positions`
+    a second argument may be (B, S) int64 positions: a document begins wherever they are 0, and its
+    logits must not depend on any other."""
     vocab_size: int
     """V"""
     identity: Mapping[str, str]
@@ -48,14 +51,19 @@ class Teacher:
     """The longest row that the teacher was made for, where there is such a limit."""
     batch_rows: int | None = None
     """Rows of one call, where the memory of their logits is not what decides it."""
+    takes_positions: bool = False
+    """Whether `logits` takes positions, so that rows may hold documents that are kept apart."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise InputError(f"name of the teacher: got {self.name!r}, expected text.")
 
-    def __call__(self, tokens_BS: torch.Tensor) -> torch.Tensor:
+    def __call__(
+        self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the (B, S, V) logits. Raises InputError where the function returns others."""
-        out: Any = self.logits(tokens_BS)
+        own = () if positions_BS is None else (positions_BS,)
+        out: Any = self.logits(tokens_BS, *own)
         wanted = (*tokens_BS.shape, self.vocab_size)
         if isinstance(out, torch.Tensor) and out.shape == wanted and out.is_floating_point():
             return out
@@ -75,16 +83,28 @@ class Teacher:
         *,
         temperatures: tuple[float, ...],
         offsets_BS: torch.Tensor,
+        positions_BS: torch.Tensor | None = None,
     ) -> tuple[Scores, torch.Tensor | None]:
         """Return the targets of B rows, and the logits (B, V) of one position of each row.
 
-        `chosen_B` are those positions. A teacher that has no logits returns None instead.
+        `chosen_B` are those positions. A teacher that has no logits returns None instead. With
+        `positions_BS`, the documents of a row are kept apart.
         """
-        logits = self(tokens_BS1[:, :-1])
+        logits = self(tokens_BS1[:, :-1], positions_BS)
         scores = extract(
             logits, tokens_BS1[:, 1:], targets, temperatures=temperatures, offsets_BS=offsets_BS
         )
         return scores, logits[torch.arange(len(logits)), chosen_B]
+
+    def require_isolation(self) -> None:
+        """Raise InputError where the documents of a row would not be kept apart."""
+        who = f"teacher {self.name!r}"
+        if not self.takes_positions:
+            raise InputError(
+                f"{who} is a function of tokens alone, so it cannot keep the documents of a row "
+                "apart. Give a Teacher with takes_positions, or use --packing stream."
+            )
+        check_isolation(who, self, self.vocab_size, self.device, self.positions)
 
 
 def load_teacher(
@@ -107,13 +127,22 @@ def load_teacher(
     model = load_model("teacher", name, dtype=dtype_given, trust_remote_code=trust_remote_code)
     model.eval().requires_grad_(False).to(target)
 
-    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = model(input_ids=tokens_BS, use_cache=False).logits
+    def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None) -> torch.Tensor:
+        own = {} if positions_BS is None else {"position_ids": positions_BS}
+        out: torch.Tensor = model(input_ids=tokens_BS, use_cache=False, **own).logits
         return out
 
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    teacher = Teacher(logits, config.vocab_size, identify(model), str(name), target, positions)
+    teacher = Teacher(
+        logits,
+        config.vocab_size,
+        identify(model),
+        str(name),
+        target,
+        positions,
+        takes_positions=True,
+    )
     check_causal(teacher)
     return teacher
 

@@ -109,16 +109,19 @@ def _write_portion(
         block=spec.shard_rows,
         tally=tally,
         span=span,
+        packing=spec.packing,
+        too_long=spec.too_long,
     )
-    for split, tokens, loss_mask in blocks:
+    for split, arrays in blocks:
         key = ShardKey(source.name, split, first[split] + rows[split] // spec.shard_rows)
         if wanted is None or key in wanted:
-            store.write(key, {"tokens": tokens, "loss_mask": loss_mask})
+            store.write(key, arrays)
         if counts is not None:
-            counts += np.bincount(tokens.ravel(), minlength=len(counts))
-        rows[split] += len(tokens)
-        advance(len(tokens) * spec.seq_len)
-    return Portion(tally.documents, tally.tokens, tally.content.hexdigest(), rows)
+            counts += np.bincount(arrays["tokens"].ravel(), minlength=len(counts))
+        rows[split] += len(arrays["tokens"])
+        advance(len(arrays["tokens"]) * spec.seq_len)
+    content = tally.content.hexdigest()
+    return Portion(tally.documents, tally.tokens, content, rows, tally.padding, tally.lost)
 
 
 def _with_metadata(store: ShardWriter, domain: str, plan: DomainPlan) -> DomainPlan:

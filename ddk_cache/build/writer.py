@@ -32,7 +32,7 @@ from ddk_cache.format.layout import (
     shards_name,
 )
 from ddk_cache.format.plan import DomainPlan, ShardKey, extents, shard_count
-from ddk_cache.format.spec import TOKEN_ARRAYS, CacheSpec
+from ddk_cache.format.spec import CacheSpec
 from ddk_cache.format.zarr_shard import checksums, decode
 from ddk_cache.hashing import digest
 from ddk_cache.storage.base import Storage
@@ -140,7 +140,7 @@ class ShardWriter:
     def missing_tokens(self, domain: str, plan: DomainPlan) -> set[ShardKey]:
         """Return the planned shards of a domain whose token rows are not there."""
         missing = set()
-        for split, name in product(SPLITS, TOKEN_ARRAYS):
+        for split, name in product(SPLITS, self.spec.token_arrays):
             there = set(self.storage.list_prefix(shards_name(domain, split, name)))
             for number in range(shard_count(plan, split, self.spec.shard_rows)):
                 key = ShardKey(domain, split, number)

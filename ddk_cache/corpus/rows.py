@@ -1,23 +1,22 @@
-"""Documents → rows of tokens: tokenized, split by content, joined end to end and cut.
+"""Documents → rows of tokens: tokenized, split by content, and packed.
 
 Which split a document belongs to follows from its content alone, so a document is never in both,
 and documents added later move nothing. The price is that a domain of few documents may have none
-held out, which is logged. Rows are cut without regard to where documents end: no position is
-wasted on padding, and a row may hold the end of one document and the beginning of the next.
+held out, which is logged. How documents become rows is in `ddk_cache.corpus.packing`.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from ddk_cache.corpus.chat import Encoded, encode_chat
+from ddk_cache.corpus.packing import DocumentPacker, Packer, StreamPacker
 from ddk_cache.corpus.sources import Document, Source, documents
 from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.hashing import canonical
@@ -93,44 +92,16 @@ def _encode_texts(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 @dataclass
-class Packer:
-    """Documents joined end to end and cut into rows of S+1 tokens.
-
-    Neighbouring rows share one token (the last of a row opens the next), so that every token
-    but the very first is predicted exactly once.
-    """
-
-    seq_len: int
-    tokens: list[int] = field(default_factory=list)
-    counted: list[bool] = field(default_factory=list)
-
-    def add(self, encoded: Encoded) -> None:
-        """Append a document."""
-        self.tokens += encoded[0]
-        self.counted += encoded[1]
-
-    @property
-    def rows(self) -> int:
-        """Return the number of whole rows at hand."""
-        return max(0, (len(self.tokens) - 1) // self.seq_len)
-
-    def take(self, rows: int) -> tuple[Array, Array]:
-        """Remove and return tokens (rows, S+1) int64 and loss mask (rows, S) bool."""
-        used = rows * self.seq_len
-        at = np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        tokens = np.asarray(self.tokens[: used + 1], np.int64)[at]
-        counted = np.asarray(self.counted[: used + 1], bool)[at[:, 1:]]
-        del self.tokens[:used], self.counted[:used]
-        return tokens, counted
-
-
-@dataclass
 class Tally:
     """What has been read of a domain so far."""
 
     documents: int = 0
     tokens: int = 0
     content: Any = field(default_factory=xxhash.xxh3_128)
+    padding: int = 0
+    """Tokens of padding in the rows."""
+    lost: int = 0
+    """Tokens that are in no row, of documents longer than one."""
 
     def add(self, data: bytes, tokens: int) -> None:
         """Count a document; the length keeps two documents apart from one that joins them."""
@@ -162,23 +133,36 @@ def token_rows(
     block: int,
     tally: Tally,
     span: Span = Span(),
-) -> Iterator[tuple[str, Array, Array]]:
-    """Yield (split, tokens (n, S+1), loss mask (n, S)): n = `block`, less in a split's last.
+    packing: str = "stream",
+    too_long: str = "split",
+) -> Iterator[tuple[str, dict[str, Array]]]:
+    """Yield a split and n of its rows: `tokens` (n, S+1), `loss_mask` (n, S) and, where documents
+    are kept apart, `segments` (n, S+1). n is `block`, less in a split's last.
 
     `tally` is brought up to date as documents are read. A domain that ends without held-out
-    positions is logged as a warning, before a teacher is run.
+    positions is logged as a warning, before a teacher is run. For `packing` and `too_long` see
+    `CacheSpec`.
 
     Raises:
         InputError: as `documents` and `encode`, or the domain is too short for one training row,
             or no token of its training rows counts.
         MismatchError: the documents before the span differ from those it was planned with.
-    """
+    """  # noqa: D205
     rows, counted = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     stream = _encoded(source, tokenizer, holdout, tally, span)
-    for split, tokens, loss_mask in _blocks(stream, seq_len, block):
-        rows[split] += len(tokens)
-        counted[split] += int(loss_mask.sum())
-        yield split, tokens, loss_mask
+    packers: dict[str, Packer] = {
+        split: DocumentPacker(seq_len, too_long, tokenizer.eos_token_id)
+        if packing == "documents"
+        else StreamPacker(seq_len)
+        for split in SPLITS
+    }
+    for split, arrays in _blocks(stream, packers, block):
+        rows[split] += len(arrays["tokens"])
+        counted[split] += int(arrays["loss_mask"].sum())
+        if "segments" in arrays:
+            tally.padding += int((arrays["segments"] == 0).sum())
+        yield split, arrays
+    tally.lost = sum(packer.lost for packer in packers.values())
     if span.skip:
         return
     where = f"domain {source.name!r} ({source.place})"
@@ -186,6 +170,11 @@ def token_rows(
         raise InputError(
             f"{where} is too short: {tally.tokens:,} tokens in {tally.documents:,} documents do "
             f"not fill one training row of {seq_len + 1}."
+            if packing == "stream"
+            else f"{where} has no training row: of {tally.tokens:,} tokens in "
+            f"{tally.documents:,} documents, {tally.lost:,} are of documents longer than "
+            f"{seq_len + 1} tokens, and the others are held out. Raise --seq-len, or give "
+            "--too-long split."
         )
     if not counted["train"]:
         raise InputError(
@@ -206,17 +195,17 @@ def token_rows(
 
 
 def _blocks(
-    stream: Iterable[tuple[str, Encoded]], seq_len: int, block: int
-) -> Iterator[tuple[str, Array, Array]]:
+    stream: Iterable[tuple[str, Encoded]], packers: Mapping[str, Packer], block: int
+) -> Iterator[tuple[str, dict[str, Array]]]:
     """Pack the documents of each split into blocks of rows; the last of a split may be short."""
-    packers = {split: Packer(seq_len) for split in SPLITS}
     for split, encoded in stream:
         packers[split].add(encoded)
         while packers[split].rows >= block:
-            yield split, *packers[split].take(block)
+            yield split, packers[split].take(block)
     for split, packer in packers.items():
-        if packer.rows:
-            yield split, *packer.take(packer.rows)
+        packer.finish()
+        while packer.rows:
+            yield split, packer.take(min(block, packer.rows))
 
 
 def _encoded(

@@ -18,18 +18,23 @@ LARGEST = {"kl": 1e3, "total_variation": 1e3, "tail": 1e3, "gradient_error": 1e3
 a ratio to the gradient, which vanishes for an even distribution: it may be very large."""
 
 
-def sound(seen: Mapping[str, Any], positions: int) -> dict[str, Any]:
-    """Return an audit of a shard of so many positions; ValueError where none can be like this."""
+def sound(seen: Mapping[str, Any], most: int, *, all_seen: bool = True) -> dict[str, Any]:
+    """Return an audit of a shard of `most` positions; ValueError where none can be like this.
+
+    Where documents are kept apart, not all positions are seen.
+    """
+    positions = seen["positions"]
     bins = [int(count) for count in seen["kept_mass_bins"]]
     sums = {name: float(seen[name]) for name in ("entropy", "kept_mass", "largest_error")}
-    most = dict.fromkeys(sums, 1e3)
+    largest = dict.fromkeys(sums, 1e3)
     if "fidelity" in seen:
         sums |= {name: float(seen["fidelity"][name]) for name in ("positions", *LARGEST)}
-        most |= LARGEST | {"positions": 1e3}
+        largest |= LARGEST | {"positions": 1e3}
     possible = [
-        seen["positions"] == positions == sum(bins) and len(bins) == MASS_BINS and min(bins) >= 0,
+        type(positions) is int and (positions == most if all_seen else 0 <= positions <= most),
+        sum(bins) == positions and len(bins) == MASS_BINS and min(bins) >= 0,
         0 <= seen["correct"] <= positions and isinstance(seen["correct"], int),
-        all(-1 <= value <= most[name] * (positions + 1) for name, value in sums.items()),
+        all(-1 <= value <= largest[name] * (most + 1) for name, value in sums.items()),
     ]
     if not all(possible):
         raise ValueError(f"an audit that cannot have been seen: {dict(seen)!r}")
@@ -41,7 +46,7 @@ def total(audits: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     audits = list(audits)
     if not audits:
         return {}
-    positions = sum(audit["positions"] for audit in audits)
+    positions = max(1, sum(audit["positions"] for audit in audits))
     bins = np.sum([audit["kept_mass_bins"] for audit in audits], axis=0)
     edges = np.linspace(0, 1, MASS_BINS + 1)
     below = np.concatenate([[0.0], np.cumsum(bins) / positions])

@@ -110,7 +110,9 @@ def parse_record(data: bytes | None, where: str, manifest: Manifest, key: ShardK
             positions=typed(body["positions"], int, 0, planned.rows * spec.seq_len),
             teacher_loss=typed(body["teacher_loss"], float, -1, 1e6 * body["positions"]),
             batch_rows=typed(body["batch_rows"], int, 1),
-            audit=sound(body["audit"], planned.rows * spec.seq_len),
+            audit=sound(
+                body["audit"], planned.rows * spec.seq_len, all_seen=spec.packing == "stream"
+            ),
             objects={
                 name: Object(
                     bytes=typed(body["objects"][name]["bytes"], int, 0),

@@ -149,6 +149,7 @@ def write_plan(storage: Storage, spec: CacheSpec, domain: str, plan: DomainPlan)
             "content": portion.content,
             "rows": {split: portion.rows[split] for split in SPLITS},
         }
+        | ({"padding": portion.padding, "lost": portion.lost} if "segments" in spec.arrays else {})
         for portion in plan.portions
     ]
     body = {
@@ -179,6 +180,8 @@ def read_plan(storage: Storage, spec: CacheSpec, domain: str) -> DomainPlan:
                 tokens=typed(portion["tokens"], int, 1),
                 content=typed(portion["content"], str),
                 rows={split: typed(portion["rows"][split], int, 0) for split in SPLITS},
+                padding=typed(portion.get("padding", 0), int, 0),
+                lost=typed(portion.get("lost", 0), int, 0),
             )
             for portion in body["portions"]
         )

@@ -30,6 +30,10 @@ class Portion:
     """Hash of those documents in order."""
     rows: Mapping[str, int]
     """Rows of this portion, by split."""
+    padding: int = 0
+    """Tokens of padding in them, where documents are kept apart."""
+    lost: int = 0
+    """Tokens of the documents of this portion that are in no row: too long, and not split."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,16 @@ class DomainPlan:
     def content(self) -> str:
         """Return the hash of all documents in order."""
         return self.portions[-1].content
+
+    @property
+    def padding(self) -> int:
+        """Return the tokens of padding in all rows."""
+        return sum(portion.padding for portion in self.portions)
+
+    @property
+    def lost(self) -> int:
+        """Return the tokens of documents that are in no row."""
+        return sum(portion.lost for portion in self.portions)
 
     def rows(self, split: str) -> int:
         """Return the number of rows of a split, padding not counted."""

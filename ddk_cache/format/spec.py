@@ -115,8 +115,22 @@ MOST_TEMPERATURES = 16
 COMPRESSIONS = ("small", "fast")
 """zstd for fewer bytes, lz4 for less work at every reading."""
 
-TOKEN_ARRAYS = ("tokens", "loss_mask")
-"""Written when the rows are planned, before the teacher runs."""
+PACKINGS = ("documents", "stream")
+"""Documents whole and apart from each other in a row, or joined to one stream that is cut."""
+
+TOO_LONG = ("split", "drop", "truncate")
+"""What becomes of a document longer than a row, where documents are kept apart."""
+
+TOKEN_ARRAYS = ("tokens", "loss_mask", "segments")
+"""Written when the rows are planned, before the teacher runs; see `CacheSpec.token_arrays`."""
+
+
+WORDS = {"compression": COMPRESSIONS, "packing": PACKINGS, "too_long": TOO_LONG}
+"""Settings that are one of a few words."""
+
+ADDED = ("packing", "too_long")
+"""Settings that the first caches of this format do not have. They are written only where they are
+not the default, so that a cache without them keeps its fingerprint."""
 
 
 class ArrayLayout(NamedTuple):
@@ -159,6 +173,10 @@ class CacheSpec:
     """Seed for drawing sampled targets."""
     compression: str = "small"
     """One of `COMPRESSIONS`."""
+    packing: str = "stream"
+    """One of `PACKINGS`."""
+    too_long: str = "split"
+    """One of `TOO_LONG`: a document longer than a row is cut into rows, left out, or cut off."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -198,8 +216,9 @@ class CacheSpec:
             raise InputError(f"prob_levels: got {self.prob_levels}, expected 16 to 255.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise InputError(f"seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1.")
-        if self.compression not in COMPRESSIONS:
-            raise InputError(unknown("compression", str(self.compression), COMPRESSIONS))
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise InputError(unknown(name, str(getattr(self, name)), words))
         declared = self.temperatures
         if (
             type(declared) is not tuple
@@ -237,6 +256,9 @@ class CacheSpec:
             "target_ids": ArrayLayout(byte, (self.id_bytes, S * K), 0, ("byte", "entry")),
             "target_probs": ArrayLayout(byte, (S * K,), 0, ("entry",)),
         }
+        if self.packing == "documents":
+            most = np.dtype("u1" if S + 1 < 2**8 else "<u2" if S + 1 < 2**16 else "<u4")
+            layouts["segments"] = ArrayLayout(most, (S + 1,), 0, ("token",))
         if self.targets.kind != "sampled":
             layouts["tail_logprob"] = ArrayLayout(logprob, (S,), 0)
         if T:
@@ -244,6 +266,11 @@ class CacheSpec:
                 logprob, (T, S), 0, ("temperature", "position")
             )
         return layouts
+
+    @property
+    def token_arrays(self) -> list[str]:
+        """The names of the arrays that are written before the teacher runs."""
+        return [name for name in TOKEN_ARRAYS if name in self.arrays]
 
     def temperature_place(self, temperature: float) -> int:
         """Return the index of a declared temperature. Raises MismatchError, with the reason."""
@@ -266,13 +293,23 @@ class CacheSpec:
         """Return how many bytes an id needs."""
         return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; `from_json` reads them back."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting as plain JSON values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "targets": str(self.targets),
             "teacher": dict(self.teacher),
             "tokenizer": dict(self.tokenizer),
             "temperatures": list(self.temperatures),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, as they are stored; `from_json` reads them back."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name not in ADDED or value != defaults[name]
         }
 
     @classmethod

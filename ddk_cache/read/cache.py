@@ -317,6 +317,7 @@ class Cache(Mapping[str, Domain]):
             targets=self.codec(domain).targets(stored, temperature),
             label_logprob=self.logprob.decode(stored["label_logprob"]),
             loss_mask=stored["loss_mask"].astype(bool),
+            segments=stored["segments"].astype(np.int64) if "segments" in stored else None,
         )
 
     def read_stored(

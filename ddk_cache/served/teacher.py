@@ -14,6 +14,7 @@ agree to rounding only.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, load_head
 from ddk_cache.hf import load, load_tokenizer, pick_device
 from ddk_cache.served.check import check_hidden, check_logprobs, probe_tokens
-from ddk_cache.served.server import NoAnswerError, NotOfferedError, Server
+from ddk_cache.served.server import Entries, NoAnswerError, NotOfferedError, Server
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +142,7 @@ def load_served(
             "device": target,
             "positions": told.get("max_model_len"),
             "batch_rows": BATCH_ROWS,
+            "takes_positions": True,
             "server": server,
             "patience": patience,
         }
@@ -162,8 +164,9 @@ def _hidden_teacher(
     head, wire = head.to(found["device"]), "float32" if dtype == "auto" else dtype
     check_hidden(found["server"], head, wire, tokens)
 
-    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
-        return torch.stack([head.logits(hidden) for hidden in teacher.hidden(tokens_BS)])
+    def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None) -> torch.Tensor:
+        rows = teacher.hidden(tokens_BS, positions_BS)
+        return torch.stack([head.logits(hidden) for hidden in rows])
 
     teacher = HiddenTeacher(logits, head.vocab_size, **found, head=head, wire=wire)
     return teacher
@@ -211,14 +214,21 @@ class HiddenTeacher(Teacher):
     """Type of hidden states as they are sent."""
     patience: float
 
-    def hidden(self, tokens_BS: torch.Tensor) -> Iterator[torch.Tensor]:
+    def require_isolation(self) -> None:
+        """Do nothing: each document is a prompt of its own."""
+
+    def hidden(
+        self, tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
         """Return the (S, H) hidden states of each row, in order."""
 
         def ask(tokens: list[int]) -> torch.Tensor:
             return self.server.hidden(tokens, self.head.hidden_size, self.wire)
 
-        for hidden in ask_all(ask, tokens_BS.tolist(), self.patience):
-            yield hidden.to(self.device)
+        prompts = documents_of(tokens_BS, positions_BS)
+        answers = ask_all(ask, list(itertools.chain(*prompts)), self.patience)
+        for documents in prompts:
+            yield torch.cat([next(answers) for _ in documents]).to(self.device)
 
     def scores(
         self,
@@ -228,11 +238,12 @@ class HiddenTeacher(Teacher):
         *,
         temperatures: tuple[float, ...],
         offsets_BS: torch.Tensor,
+        positions_BS: torch.Tensor | None = None,
     ) -> tuple[Scores, torch.Tensor | None]:
         """Return the targets of B rows, and the logits (B, V) of one position of each row."""
         rows, at = [], []
         size = HEAD_BYTES.get(self.device.type, HEAD_BYTES["cuda"]) // (4 * self.vocab_size)
-        for row, hidden in enumerate(self.hidden(tokens_BS1[:, :-1])):
+        for row, hidden in enumerate(self.hidden(tokens_BS1[:, :-1], positions_BS)):
             parts = (hidden, tokens_BS1[row, 1:], offsets_BS[row])
             chunks = [
                 extract(
@@ -257,6 +268,9 @@ class LogprobTeacher(Teacher):
     server: Server
     patience: float
 
+    def require_isolation(self) -> None:
+        """Do nothing: each document is a prompt of its own."""
+
     def scores(
         self,
         tokens_BS1: torch.Tensor,
@@ -265,6 +279,7 @@ class LogprobTeacher(Teacher):
         *,
         temperatures: tuple[float, ...],
         offsets_BS: torch.Tensor,
+        positions_BS: torch.Tensor | None = None,
     ) -> tuple[Scores, torch.Tensor | None]:
         """Return the top-k targets of B rows, and no logits.
 
@@ -272,13 +287,14 @@ class LogprobTeacher(Teacher):
             InputError: other targets are asked for, or mass at other temperatures.
         """
         _require_topk(self.server, targets, temperatures)
-        answers = list(
-            ask_all(
-                lambda tokens: self.server.logprobs(tokens, targets.size),
-                tokens_BS1.tolist(),
-                self.patience,
-            )
-        )
+
+        def ask(tokens: list[int]) -> Entries:
+            return self.server.logprobs(tokens, targets.size)
+
+        prompts = documents_of(tokens_BS1, positions_BS)
+        asked = [tokens for tokens in itertools.chain(*prompts) if len(tokens) > 1]
+        found = ask_all(ask, asked, self.patience)
+        answers = [row_of(documents, found, targets.size) for documents in prompts]
         ids_BSK = torch.from_numpy(np.stack([answer.ids for answer in answers]))
         if (largest := int(ids_BSK.max())) >= self.vocab_size:
             raise InputError(
@@ -304,6 +320,40 @@ def _require_topk(server: Server, targets: TargetSpec, temperatures: tuple[float
 
 
 # --- many requests --------------------------------------------------------------------------------
+
+
+def documents_of(
+    tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None
+) -> list[list[list[int]]]:
+    """Return the documents of each row, one where there are no positions.
+
+    Tokens beyond the last position belong to the last document.
+    """
+    if positions_BS is None:
+        return [[tokens] for tokens in tokens_BS.tolist()]
+    return [
+        [part.tolist() for part in np.split(tokens, np.flatnonzero(positions == 0)[1:])]
+        for tokens, positions in zip(
+            tokens_BS.cpu().numpy(), positions_BS.cpu().numpy(), strict=True
+        )
+    ]
+
+
+def row_of(documents: list[list[int]], answers: Iterator[Entries], k: int) -> Entries:
+    """Put the entries (S, K) of a row together, from the answers to its documents in order.
+
+    A document of one token has no answer. The first token of a document is not predicted: entries
+    for it say nothing.
+    """
+    ends = np.cumsum([len(tokens) for tokens in documents])
+    size = int(ends[-1]) - 1
+    ids = np.tile(np.arange(k), (size, 1))
+    logprobs, label = np.full((size, k), -np.log(k)), np.zeros(size)
+    for tokens, end in zip(documents, ends.tolist(), strict=True):
+        if len(tokens) > 1:
+            found, part = next(answers), slice(end - len(tokens), end - 1)
+            ids[part], logprobs[part], label[part] = found.ids, found.logprobs, found.label
+    return Entries(ids, logprobs, label, None)
 
 
 def ask_all(

@@ -42,7 +42,8 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
     A batch has `input_ids` (B, S+1) int64; `labels` (B, S+1) int64, −100 at position 0 and where
     the loss does not count, unshifted as transformers expects; the teacher's `target_ids`
     (B, S, K) int64, `target_probs` (B, S, K) float32 and `target_tail` (B, S) float32 for the
-    tokens after positions 0 … S−1; and `domain` and `row` (B) int64, the numbers of each row.
+    tokens after positions 0 … S−1; and `domain` and `row` (B) int64, the numbers of each row. Where
+    the cache keeps documents apart, `position_ids` (B, S+1) int64 begin anew with each.
 
     The dataset shares rows among ranks itself: do not pass its DataLoader to `accelerator.prepare`.
     """
@@ -226,7 +227,7 @@ class Walk:
 
 def as_dict(decoded: Decoded) -> dict[str, torch.Tensor]:
     """Return rows in the names and conventions of transformers."""
-    tokens, mask, targets = decoded
+    tokens, mask, targets, positions = decoded
     labels = torch.full_like(tokens, IGNORED)
     labels[:, 1:] = tokens[:, 1:].where(mask, IGNORED)
     return {
@@ -235,7 +236,7 @@ def as_dict(decoded: Decoded) -> dict[str, torch.Tensor]:
         "target_ids": targets.ids,
         "target_probs": targets.probs,
         "target_tail": targets.tail,
-    }
+    } | ({} if positions is None else {"position_ids": positions})
 
 
 def as_array(weights: Weights, domains: Sequence[str], sizes: Floats) -> Floats:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ddk_cache import Cache, SparseTargets
+from ddk_cache.isolation import positions_of
 from ddk_cache.types import DRAWN_COUNT, DRAWN_PROB, EXACT_COUNT, LABEL_KEPT
 from ddk_train.data.mixture import Ints
 
@@ -34,6 +35,8 @@ class Decoded(NamedTuple):
     """(B, S) bool, where the loss counts."""
     targets: Targets
     """(B, S, K)"""
+    positions: torch.Tensor | None
+    """(B, S+1) int64 places of tokens in their documents, where those are kept apart."""
 
 
 class Dequantizer:
@@ -83,6 +86,7 @@ class Dequantizer:
             stored["tokens"].to(torch.int64, copy=True),
             stored["loss_mask"].to(torch.bool, copy=True),
             self.targets(stored, domain_B, most),
+            positions_of(stored["segments"]) if "segments" in stored else None,
         )
 
     def targets(self, stored: Stored, domain_B: torch.Tensor, most: int) -> Targets:

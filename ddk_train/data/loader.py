@@ -52,6 +52,8 @@ class Batch:
     """(B, S) bool"""
     targets: SparseTargets[torch.Tensor]
     """(B, S, K)"""
+    positions: torch.Tensor | None
+    """(B, S+1) int64 places of tokens in their documents, where those are kept apart."""
     state: dict[str, Any]
     """State of the mixture after this batch."""
     wait: float = 0.0
@@ -62,7 +64,9 @@ class Batch:
         for first in range(0, len(self.tokens), size):
             part = slice(first, first + size)
             targets = self.targets.map(itemgetter(part))
-            yield Batch(self.draw, self.tokens[part], self.loss_mask[part], targets, self.state)
+            positions = None if self.positions is None else self.positions[part]
+            rows = self.tokens[part], self.loss_mask[part], targets, positions
+            yield Batch(self.draw, *rows, self.state)
 
 
 class Buffers:

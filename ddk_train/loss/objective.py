@@ -17,12 +17,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from ddk_cache import InputError, SparseTargets
 from ddk_cache.head import scale_and_cap
+from ddk_cache.isolation import check_isolation
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
@@ -59,22 +60,31 @@ class Objective(torch.nn.Module):
         self.narrow = width(student) < teacher_width
 
     def forward(
-        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, targets: Targets | None
+        self,
+        tokens_BS1: torch.Tensor,
+        mask_BS: torch.Tensor,
+        targets: Targets | None,
+        positions_BS1: torch.Tensor | None = None,
     ) -> Sums:
         """Return the sums over the positions that `mask` counts.
 
-        `tokens` has one more column than `mask`: the last column is a label only.
+        `tokens` has one more column than `mask`: the last column is a label only. With
+        `positions`, the documents of a row are kept apart.
         """
-        hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
+        hidden_PH, head = self._hidden(tokens_BS1, mask_BS, positions_BS1)
         targets = targets and self._counted(targets, mask_BS)
         return fused_loss(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets, self.terms)
 
     @torch.no_grad()
     def measure(
-        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, targets: Targets
+        self,
+        tokens_BS1: torch.Tensor,
+        mask_BS: torch.Tensor,
+        targets: Targets,
+        positions_BS1: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the sums of cross-entropy and KL(teacher ‖ student), without gradients; (2)."""
-        hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
+        hidden_PH, head = self._hidden(tokens_BS1, mask_BS, positions_BS1)
         targets = self._counted(targets, mask_BS)
         return measure(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets)
 
@@ -83,10 +93,12 @@ class Objective(torch.nn.Module):
         targets = pick(targets, mask_BS)
         return within(targets, width(self.student)) if self.narrow else targets
 
-    def _hidden(self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor) -> tuple[torch.Tensor, Head]:
-        device = tokens_BS1.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return hidden_and_head(self.student, self.parts, tokens_BS1, mask_BS, self.narrow)
+    def _hidden(
+        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, positions_BS1: torch.Tensor | None
+    ) -> tuple[torch.Tensor, Head]:
+        rows = tokens_BS1, mask_BS, positions_BS1
+        with torch.autocast(tokens_BS1.device.type, torch.bfloat16, enabled=self.bf16):
+            return hidden_and_head(self.student, self.parts, *rows, self.narrow)
 
     def compile_body(self) -> None:
         """Compile the student up to its head; `Terms.compiled` is about the rest."""
@@ -111,12 +123,14 @@ def distillation_loss(
     positions as `positions`, and add the losses up. The gradient can be computed only once.
 
     Raises:
-        InputError: the loss is unknown, or the batch is not one of a CacheDataset.
+        InputError: the loss is unknown, the batch is not one of a CacheDataset, or the model does
+            not keep the documents of its rows apart.
     """
     check_batch(batch)
     terms = Terms(gamma, divergence(loss), temperature)
     tokens_BS1, labels_P, mask_BS, targets, narrow = counted(model, batch)
-    hidden_PH, head = hidden_and_head(model, parts_of(model), tokens_BS1, mask_BS, narrow)
+    rows = tokens_BS1, mask_BS, batch.get("position_ids")
+    hidden_PH, head = hidden_and_head(model, parts_of(model), *rows, narrow)
     total = fused_loss(hidden_PH, head, labels_P, targets, terms).loss
     return total / (max(1, len(labels_P)) if positions is None else positions)
 
@@ -147,20 +161,34 @@ def check_batch(batch: Mapping[str, torch.Tensor]) -> None:
 
 
 def hidden_and_head(
-    model: Any, parts: Parts | None, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, narrow: bool
+    model: Any,
+    parts: Parts | None,
+    tokens_BS1: torch.Tensor,
+    mask_BS: torch.Tensor,
+    positions_BS1: torch.Tensor | None,
+    narrow: bool,
 ) -> tuple[torch.Tensor, Head]:
     """Return what the head gets at counted positions (P, H), in the dtype of products, and head.
 
     Without parts, the hidden states are the model's own logits.
+
+    Raises:
+        InputError: there are positions, and the model does not keep documents apart.
     """
-    tokens_BS = tokens_BS1[:, :-1]
+    inputs = {"input_ids": tokens_BS1[:, :-1]}
+    if positions_BS1 is not None:
+        require_isolation(model)
+        inputs["position_ids"] = positions_BS1[:, :-1]
     if parts is None:
-        return model(input_ids=tokens_BS, use_cache=False).logits[mask_BS], Head(narrow=narrow)
-    return hidden_states(model, parts.linear, tokens_BS)[mask_BS], parts.head(narrow)
+        return model(**inputs, use_cache=False).logits[mask_BS], Head(narrow=narrow)
+    return hidden_states(model, parts.linear, **inputs)[mask_BS], parts.head(narrow)
 
 
-def hidden_states(model: Any, linear: torch.nn.Linear, tokens_BS: torch.Tensor) -> torch.Tensor:
-    """Run a model up to its head; return the head's input (B, S, H), of the autocast dtype."""
+def hidden_states(model: Any, linear: torch.nn.Linear, **inputs: torch.Tensor) -> torch.Tensor:
+    """Run a model up to its head; return the head's input (B, S, H), of the autocast dtype.
+
+    `inputs` are `input_ids` (B, S) and, for rows of several documents, `position_ids` (B, S).
+    """
     caught: list[torch.Tensor] = []
 
     def catch(_: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -171,7 +199,7 @@ def hidden_states(model: Any, linear: torch.nn.Linear, tokens_BS: torch.Tensor) 
 
     hook = linear.register_forward_pre_hook(catch)
     try:
-        model(input_ids=tokens_BS, use_cache=False)
+        model(**inputs, use_cache=False)
     finally:
         hook.remove()
     (hidden_BSH,) = caught
@@ -193,6 +221,37 @@ def width(model: Any) -> int:
 
 PARTS: WeakKeyDictionary[torch.nn.Module, Parts | None] = WeakKeyDictionary()
 """What is known of the models that were taken apart."""
+
+
+ISOLATING: WeakSet[torch.nn.Module] = WeakSet()
+"""Models that were found to keep the documents of a row apart."""
+
+
+def require_isolation(model: Any) -> None:
+    """Raise InputError where a student does not keep the documents of a row apart.
+
+    It is tried once, in evaluation mode and in the type of its weights.
+    """
+    whole = base(model)
+    if whole in ISOLATING:
+        return
+
+    def logits(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = whole(
+            input_ids=tokens, position_ids=positions, use_cache=False
+        ).logits
+        return found
+
+    device, training = next(whole.parameters()).device, whole.training
+    longest = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
+    whole.eval()
+    try:
+        with torch.autocast(device.type, enabled=False):
+            who = f"the student ({type(whole).__name__})"
+            check_isolation(who, logits, width(model), device, longest)
+    finally:
+        whole.train(training)
+    ISOLATING.add(whole)
 
 
 def parts_of(model: Any) -> Parts | None:
@@ -229,7 +288,7 @@ def difference(model: Any, parts: Parts) -> float:
     model.eval()
     tokens = torch.arange(1, 9, device=parts.linear.weight.device)[None] % len(parts.linear.weight)
     try:
-        hidden = hidden_states(model, parts.linear, tokens)
+        hidden = hidden_states(model, parts.linear, input_ids=tokens)
         factor = PROBE_SIZE / parts.linear(hidden).abs().max().clamp_min(1e-30)
         hook = parts.linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
         expected = model(input_ids=tokens, use_cache=False).logits.float()

@@ -54,10 +54,10 @@ def rows_of(corpus: Path, teacher: Path, each: int) -> dict[str, dict[str, torch
     tokenizer, found = load_tokenizer(str(teacher)), {}
     for source in find_sources(corpus):
         parts: dict[str, list[torch.Tensor]] = {"train": [], "validation": []}
-        for split, tokens, _ in token_rows(
+        for split, arrays in token_rows(
             source, tokenizer, seq_len=SEQ_LEN, holdout=0.1, block=32, tally=Tally()
         ):
-            parts[split].append(torch.from_numpy(tokens.astype(np.int64)))
+            parts[split].append(torch.from_numpy(arrays["tokens"]))
             if sum(map(len, parts["train"])) >= each and parts["validation"]:
                 break
         found[source.name] = {name: torch.cat(part)[:each] for name, part in parts.items()}

@@ -1,7 +1,8 @@
 """The bytes of a cache are a function of corpus, teacher, settings and seed: written down once.
 
-The hashes in data/golden_arrays.json are those of every array object of four small caches, one for
-each way of storing targets. A change of them is a change of the format, whether meant or not.
+The hashes in data/golden_arrays.json are those of every array object of five small caches, one for
+each way of storing targets and of packing rows. A change of them is a change of the format, whether
+meant or not.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "topk:8 at temperature 2": {"temperatures": [2.0]},
     "sampled:6": {"targets": "sampled:6", "seed": 3},
     "fast": {"compression": "fast"},
+    "documents": {"packing": "documents", "seq_len": 40},
 }
 
 

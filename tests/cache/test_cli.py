@@ -24,7 +24,8 @@ from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 
 SETTINGS = (
-    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
+    "--tokenizer --seq-len --packing --too-long --targets --temperature --seed --compression "
+    "--holdout --chunk-rows "
     "--shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
 )
 

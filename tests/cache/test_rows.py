@@ -8,11 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ddk_cache.corpus import rows as rows_module
-from ddk_cache.corpus.rows import Packer, Tally, encode, token_rows
+from ddk_cache.corpus.rows import Tally, encode, token_rows
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
 from ddk_cache.testing import END, byte_tokenizer
@@ -29,8 +27,9 @@ def read(path: Path, tokenizer: Any, **settings: Any) -> dict[Any, Any]:
     out: dict[Any, Any] = {}
     for source in find_sources(path):
         tally = out[source.name] = Tally()
-        for split, tokens, mask in token_rows(source, tokenizer, tally=tally, **settings):
-            out.setdefault((source.name, split), []).extend(zip(tokens, mask, strict=True))
+        for split, arrays in token_rows(source, tokenizer, tally=tally, **settings):
+            rows = zip(*arrays.values(), strict=True)
+            out.setdefault((source.name, split), []).extend(rows)
     return out
 
 
@@ -62,30 +61,6 @@ def test_no_document_is_in_both_splits_and_appending_moves_nothing(
     assert words["train"]
     assert words["validation"]
     assert not words["train"] & words["validation"]
-
-
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=30), st.integers(1, 9), st.integers(1, 5))
-def test_packed_rows_are_the_stream_cut_every_s_tokens(
-    lengths: list[int], seq_len: int, block: int
-) -> None:
-    packer = Packer(seq_len)
-    stream: list[int] = []
-    counted: list[bool] = []
-    rows: list[tuple[Any, Any]] = []
-    for length in lengths:
-        tokens = list(range(len(stream), len(stream) + length))
-        flags = [token % 3 > 0 for token in tokens]
-        stream += tokens
-        counted += flags
-        packer.add((tokens, flags))
-        while packer.rows >= block:
-            rows += zip(*packer.take(block), strict=True)
-    rows += zip(*packer.take(packer.rows), strict=True)
-    assert len(rows) == max(0, (len(stream) - 1) // seq_len)
-    for number, (tokens, mask) in enumerate(rows):
-        first = number * seq_len
-        assert tokens.tolist() == stream[first : first + seq_len + 1]
-        assert mask.tolist() == counted[first + 1 : first + seq_len + 1]
 
 
 def test_a_document_is_closed_by_an_end_of_text_that_counts_only_in_plain_text() -> None:

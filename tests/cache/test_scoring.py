@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ddk_cache import BuildConfig, InputError, Teacher
-from ddk_cache.build.scoring import Scorer, rows_that_fit
+from ddk_cache.build.scoring import Scorer, draws, labels_inside, rows_that_fit
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.testing import VOCAB, random_teacher
 
@@ -36,6 +36,31 @@ def test_scores_do_not_depend_on_the_batch(targets: str) -> None:
     assert one.arrays["ids"].shape == one.arrays["logprobs"].shape == (7, 16, 6)
     shard = Scorer(teacher, spec, 7).score(KEY._replace(number=4), TOKENS, seen.append)
     assert (one.arrays["ids"] == shard.arrays["ids"]).all() == (targets == "topk:6")
+
+
+@pytest.mark.parametrize("targets", ["sampled:6", "topk:6"])
+def test_a_position_without_a_label_of_its_document_is_certain_and_not_compared(
+    targets: str,
+) -> None:
+    temperatures = (2.0,) if "topk" in targets else ()
+    spec = BuildConfig(seq_len=16, targets=targets, temperatures=temperatures).spec(VOCAB, {}, {})
+    segments = np.repeat([[1, 2, 3, 0]], 7, 0).repeat([1, 6, 8, 2], 1)
+    scored = Scorer(random_teacher(), spec, 3).score(KEY, TOKENS, lambda _: None, segments)
+    plain = Scorer(random_teacher(), spec, 3).score(KEY, TOKENS, lambda _: None).arrays
+    outside = [0, 6, 14, 15]
+    inside = [s for s in range(16) if s not in outside]
+    for name, array in scored.arrays.items():
+        if name != "tempered_tail_logprob":
+            np.testing.assert_array_equal(array[:, inside], plain[name][:, inside])
+    assert (scored.arrays["ids"][:, outside, 0] == TOKENS[:, 1:][:, outside]).all()
+    assert (scored.arrays["ids"][:, outside, 1:] == -1).all()
+    assert (scored.arrays["label_logprob"][:, outside] == 0).all()
+    assert np.isneginf(scored.arrays["tail_logprob"][:, outside]).all()
+    assert np.isneginf(scored.arrays["tempered_tail_logprob"][..., outside]).all()
+    assert scored.fidelity["positions"] == 7
+    for first in range(40):
+        _, chosen = draws(spec, KEY, first, labels_inside(TOKENS, segments))
+        assert set(chosen.tolist()) <= set(inside)
 
 
 def test_what_is_not_logits_is_an_input_error() -> None:

@@ -376,3 +376,18 @@ def test_commands_build_a_cache_with_a_head_file(
 
 def run(*words: object) -> Result:
     return CliRunner().invoke(main, [*map(str, words)], prog_name="ddk-cache")
+
+
+@pytest.mark.parametrize("head", [True, False])
+def test_each_document_of_a_row_is_a_prompt(
+    server: TeacherServer, model: Path, make_cache: Make, words: Any, tmp_path: Path, head: bool
+) -> None:
+    given: dict[str, Any] = {"head": model} if head else {}
+    teacher = load_served(server.url, words, targets=TOP8, **given)
+    settings: dict[str, Any] = {"packing": "documents", "seq_len": 60, "batch_rows": None}
+    local = make_cache(tmp_path / "local", teacher=load_teacher(str(model)), **settings)
+    cache = make_cache(tmp_path / "served", teacher=teacher, **settings)
+    mine, theirs = rows(cache), rows(local)
+    assert (mine["ids"] == theirs["ids"]).mean() > 0.999
+    np.testing.assert_allclose(mine["label"], theirs["label"], atol=1e-3)
+    np.testing.assert_allclose(mine["tail"], theirs["tail"], atol=1e-3)

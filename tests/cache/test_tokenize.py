@@ -95,7 +95,10 @@ def test_a_chat_domain_that_cannot_count_is_refused_before_it_is_scored(tmp_path
     for role, said in {"gpt": "conversation 1: message 1: got role", "user": "no assist"}.items():
         lines = [json.dumps({"messages": [{"role": role, "content": f"{n}"}]}) for n in range(50)]
         (tmp_path / "c" / "a.jsonl").write_text("\n".join(lines))
-        sources, settings = find_sources(tmp_path / "c"), BUILD | {"batch_rows": 2}
+        sources, settings = (
+            find_sources(tmp_path / "c"),
+            BUILD | {"batch_rows": 2, "packing": "stream"},
+        )
         with pytest.raises(InputError, match=said):
             build_cache(
                 tmp_path / f"{role}.zarr", sources, teacher, tokenizer, BuildConfig(**settings)

@@ -91,3 +91,19 @@ def test_tables_take_codes_of_any_integer_type(dtype: torch.dtype) -> None:
     codes = torch.tensor([[3, 0], [1, 1]]).to(dtype)
     table = torch.tensor([10.0, 11.0, 12.0, 13.0])
     assert look_up(table, codes).tolist() == [[13.0, 10.0], [11.0, 11.0]]
+
+
+def test_positions_and_mask_of_documents_apart_are_those_of_the_cache(packed_cache: Cache) -> None:
+    decode = Dequantizer(packed_cache, packed_cache.domains, CPU)
+    for number, name in enumerate(packed_cache.domains):
+        row_B = packed_cache.row_numbers(name, "train")[-3:]
+        found = decode.read("train", np.full(len(row_B), number), row_B)
+        wanted = packed_cache.read(name, "train", row_B)
+        assert wanted.segments is not None
+        assert found.positions is not None
+        np.testing.assert_array_equal(found.loss_mask, wanted.loss_mask)
+        np.testing.assert_array_equal(found.targets.ids, wanted.targets.ids)
+        for positions, segments in zip(found.positions, wanted.segments, strict=True):
+            for segment in set(segments.tolist()):
+                count = int((segments == segment).sum())
+                assert positions[segments == segment].tolist() == list(range(count))

@@ -135,6 +135,18 @@ def test_the_sft_trainer_of_trl_has_them_too(
     np.testing.assert_allclose(list(found.losses.values()), wanted, rtol=2e-5)
 
 
+def test_documents_apart_give_the_losses_of_ddk_train(packed_cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "s.json").write_text(json.dumps(student_config()))
+    paths: dict[str, Any] = {"run": str(tmp_path / "run"), "student": str(tmp_path / "s.json")}
+    run = train(TrainConfig(cache=str(packed_cache.root), **paths, **SETTINGS))
+    data = CacheDataset(packed_cache, rows=3)
+    assert next(iter(data))["position_ids"].shape == (3, 41)
+    found = trainer(Ours, packed_cache, arguments(tmp_path))
+    found.train()
+    wanted = [line["loss"] for line in run.metrics()]
+    np.testing.assert_allclose(list(found.losses.values()), wanted, rtol=2e-5)
+
+
 def test_an_adapter_alone_is_trained(cache: Cache, tokenizer: Any, tmp_path: Path) -> None:
     peft, trl = pytest.importorskip("peft"), pytest.importorskip("trl")
     args = arguments(tmp_path, trl.SFTConfig, bf16=False, gradient_checkpointing=False, max_steps=3)
