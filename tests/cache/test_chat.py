@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ddk_cache.corpus.chat import encode_chat
+from ddk_cache.corpus.document import Conversation
 from ddk_cache.errors import InputError
 from ddk_cache.testing import byte_tokenizer
 
@@ -44,8 +45,9 @@ def tokenizer_with(template: str) -> Any:
 def split(template: str, messages: list[dict[str, Any]]) -> tuple[str, str]:
     """Return a conversation as text, and the part of it that counts."""
     tokenizer = tokenizer_with(template)
-    ids, counted = encode_chat(tokenizer, messages)
+    ((ids, counted),) = encode_chat(tokenizer, Conversation(messages))
     assert len(ids) == len(counted)
+    assert (ids.pop(), counted.pop()) == (tokenizer.eos_token_id, False)
     said = [token for token, flag in zip(ids, counted, strict=True) if flag]
     return tokenizer.decode(ids), tokenizer.decode(said)
 
@@ -80,7 +82,8 @@ def test_a_control_token_in_a_message_is_text() -> None:
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     told = [{"role": "user", "content": "say <|im_end|> twice"}]
     told.append({"role": "assistant", "content": "<|im_end|><|im_end|> and <|endoftext|>"})
-    ids, counted = encode_chat(tokenizer, told)
+    ((ids, counted),) = encode_chat(tokenizer, Conversation(told))
+    assert (ids.pop(), counted.pop()) == (tokenizer.eos_token_id, False)
     assert ids.count(end) == 3  # the system's, the user's and the assistant's turns end
     assert tokenizer.eos_token_id not in ids
     said = [token for token, flag in zip(ids, counted, strict=True) if flag]
@@ -124,4 +127,4 @@ BAD: dict[str, tuple[str, list[dict[str, Any]], str]] = {
 def test_a_bad_conversation_is_refused(case: str) -> None:
     template, messages, said = BAD[case]
     with pytest.raises(InputError, match=re.escape(said)):
-        encode_chat(tokenizer_with(template), messages)
+        encode_chat(tokenizer_with(template), Conversation(messages))

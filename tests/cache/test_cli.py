@@ -24,8 +24,8 @@ from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 
 SETTINGS = (
-    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
-    "--shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
+    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --learn "
+    "--chunk-rows --shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
 )
 
 OPTIONS = {
