@@ -77,10 +77,9 @@ def describe(fields: Fields) -> str:
     """Return what documents of such fields are, and in which columns they were found."""
     needed, optional = fields.layout
     found = ", ".join([*needed, *(name for name in optional if fields.values.get(name))])
-    if len(needed) == 2:
-        return f"prompts and responses ({found})"
-    is_text = isinstance(fields.values.get(needed[0]), str)
-    return f"text ({needed[0]})" if is_text else f"conversations ({found})"
+    if not isinstance(fields.values.get(needed[-1]), str):
+        return f"conversations ({found})"
+    return f"prompts and responses ({found})" if len(needed) == 2 else f"text ({found})"
 
 
 def document_of(fields: Fields) -> Document | None:

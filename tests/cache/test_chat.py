@@ -149,11 +149,11 @@ ENDS = {
 }
 """Family → the token that ends a turn."""
 
-CONTROL = (
-    "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <start_of_turn> "
-    "<end_of_turn> [INST] [/INST] [TOOL_CALLS] [TOOL_RESULTS] [/TOOL_RESULTS] <｜User｜> "
-    "<｜Assistant｜> <｜end▁of▁sentence｜>"
-).split()
+CONTROL = [
+    "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+    "<start_of_turn>", "<end_of_turn>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[TOOL_RESULTS]",
+    "[/TOOL_RESULTS]", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>",
+]  # fmt: skip
 
 SYSTEM = {"role": "system", "content": "Be kind."}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}]
