@@ -33,6 +33,7 @@ OPTIONS = {
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
+    "ddk-cache show": "--domain --row --split --json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --model --head --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
