@@ -18,7 +18,7 @@ Encoded = tuple[list[int], list[bool]]
 Span = tuple[int, int]
 """Where a part of a text begins and ends."""
 
-_MARKS = re.compile("\ue000([0-9]+)\ue001")
+_MARKS = re.compile("\ue000([0-9]{1,6})\ue001")
 """What stands for a control token that is text."""
 
 
@@ -81,6 +81,8 @@ def _pieces(text: str, control: Sequence[str]) -> list[tuple[int, str, bool]]:
     """Split a text at its marks: (place in the text, piece, whether it was a mark)."""
     pieces, place = [], 0
     for mark in _MARKS.finditer(text):
+        if int(mark[1]) >= len(control):  # private characters of the document itself
+            continue
         pieces.append((place, text[place : mark.start()], False))
         pieces.append((mark.start(), control[int(mark[1])], True))
         place = mark.end()

@@ -68,3 +68,9 @@ def test_what_is_guarded_is_the_same_text_without_control_tokens(parts: list[str
     assert tokenizer.eos_token_id not in ids
     assert tokenizer.decode(ids) == text
     assert all(flags)
+
+
+def test_private_characters_of_a_document_are_text(tokenizer: Any) -> None:
+    text = "a\ue0007\ue001b\ue000" + "9" * 5000 + "\ue001"
+    ids, _ = encode_sample(tokenizer, Sample(guard(text, (END,)), []), (END,))
+    assert tokenizer.decode(ids) == text
