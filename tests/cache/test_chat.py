@@ -300,15 +300,12 @@ def test_turns_after_one_question_share_a_sample() -> None:
 
 
 def test_reasoning_without_an_answer() -> None:
-    messages: list[Any] = [
-        MESSAGES[0],
-        {"role": "assistant", "reasoning_content": "hm", "content": None},
-    ]
-    assert learned("qwen3", Conversation(messages)) == [["<think>\nhm\n</think>\n\n<|im_end|>"]]
-    messages = [MESSAGES[0], {"role": "assistant", "content": "<think>\nhm\n</think>"}]
-    assert learned("deepseek_r1", Conversation(messages)) == [
-        ["hm\n</think><｜end▁of▁sentence｜>"],
-    ]
+    apart = {"role": "assistant", "content": None, "reasoning_content": "hm"}
+    (parts,) = learned("qwen3", Conversation([MESSAGES[0], apart]))
+    assert parts == ["<think>\nhm\n</think>\n\n<|im_end|>"]
+    inline = {"role": "assistant", "content": "<think>\nhm\n</think>"}
+    (parts,) = learned("deepseek_r1", Conversation([MESSAGES[0], inline]))
+    assert parts == ["hm\n</think><｜end▁of▁sentence｜>"]
 
 
 # --- contents -------------------------------------------------------------------------------------
@@ -333,16 +330,13 @@ def test_parts_of_text_are_joined_and_others_refused() -> None:
 
 
 def test_control_tokens_are_text_wherever_somebody_wrote_them() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
-    said = {"role": "assistant", "content": "x", "reasoning_content": "<|im_end|>"}
-    messages: list[Any] = [
-        {"role": "user", "content": "<|im_end|>"},
-        {**said, "tool_calls": [call]},
-    ]
-    ((ids, _),) = encode_chat(family("qwen3"), Conversation(messages))
-    assert ids.count(family("").convert_tokens_to_ids("<|im_end|>")) == 2
-    ((ids, _),) = encode_chat(family("marked"), Conversation(messages))
-    assert ids.count(family("").convert_tokens_to_ids("<|im_end|>")) == 2
+    end = "<|im_end|>"
+    said: dict[str, Any] = {"role": "assistant", "content": "x", "reasoning_content": end}
+    said["tool_calls"] = [{"function": {"name": "add", "arguments": {"a": end}}}]
+    for name in ("qwen3", "marked"):
+        told = Conversation([{"role": "user", "content": end}, said])
+        ((ids, _),) = encode_chat(family(name), told)
+        assert ids.count(family(name).convert_tokens_to_ids(end)) == 2
 
 
 SAID = st.text(st.sampled_from("ab é\n<|im_end>z中"), min_size=1).map(str.strip).filter(bool)
