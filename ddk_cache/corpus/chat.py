@@ -15,14 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddk_cache.corpus.document import Conversation, Message, PromptResponse
-from ddk_cache.corpus.spans import (
-    Encoded,
-    Sample,
-    Span,
-    control_tokens,
-    encode_sample,
-    guard,
-)
+from ddk_cache.corpus.spans import Encoded, Sample, Span, control_tokens, encode_sample, guard
 from ddk_cache.errors import InputError
 
 ROLES = ("system", "user", "assistant", "tool")
