@@ -1,4 +1,4 @@
-"""ddk-cache estimate | build | info | verify | head: options and printing.
+"""ddk-cache estimate | build | info | show | verify | head: options and printing.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
 reported at once.
@@ -19,8 +19,9 @@ from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.share import check_rank
 from ddk_cache.console import Commands, Known, Progress, options_from, say, show_logs
 from ddk_cache.errors import InputError, UnfinishedCacheError
-from ddk_cache.format.spec import COMPRESSIONS, PACKINGS, TOO_LONG
+from ddk_cache.format.spec import COMPRESSIONS, LEARN, PACKINGS, TOO_LONG
 from ddk_cache.storage.open import open_storage
+from ddk_cache.types import SPLITS, TRAIN
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -38,6 +39,7 @@ SETTINGS = [
             "compression": COMPRESSIONS,
             "packing": ("auto", *PACKINGS),
             "too_long": TOO_LONG,
+            "learn": LEARN,
         },
     ),
 ]
@@ -261,6 +263,32 @@ def info(cache: str, as_json: bool) -> None:
         click.echo(json.dumps(facts, indent=1))
     else:
         show(facts)
+
+
+@main.command("show")
+@click.argument("cache")
+@click.option("--domain", required=True, help="Domain of the row.")
+@click.option("--row", type=int, default=0, show_default=True,
+              help="Number of the row in its split, counted from 0.")  # fmt: skip
+@click.option("--split", type=Known("split", SPLITS), default=TRAIN, show_default=True,
+              help="Split of the row.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
+def show_row(cache: str, domain: str, row: int, split: str, as_json: bool) -> None:
+    """Print a row of CACHE as text, with what the loss counts marked.
+
+    A terminal shows what is learned in bold, and control tokens in another color. Elsewhere
+    « and » enclose what is learned.
+    """
+    from ddk_cache.read.cache import open_cache
+    from ddk_cache.show import read_pieces, show
+
+    with open_cache(cache, unfinished=True) as opened:
+        pieces = read_pieces(opened, domain, split, row)
+    if as_json:
+        place = {"domain": domain, "split": split, "row": row}
+        click.echo(json.dumps(place | {"pieces": [vars(piece) for piece in pieces]}, indent=1))
+    else:
+        show(pieces)
 
 
 @main.command()

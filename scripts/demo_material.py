@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from ddk_cache import atomic
+from ddk_cache.build.config import BuildConfig
 from ddk_cache.console import Progress, say
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import documents, find_sources
@@ -282,12 +283,11 @@ def train_tokenizer(corpus: Path) -> Any:
 def read_rows(corpus: Path, tokenizer: Any) -> dict[str, dict[str, Array]]:
     """Return the token rows (R, S+1) of each split and domain."""
     rows: dict[str, dict[str, Array]] = {split: {} for split in SPLITS}
+    spec = BuildConfig(seq_len=SEQ_LEN, holdout=HOLDOUT).spec(len(tokenizer), {}, {})
     for domain in find_sources(corpus):
         blocks: dict[str, list[Array]] = {split: [] for split in SPLITS}
         tally = Tally()
-        for split, arrays in token_rows(
-            domain, tokenizer, seq_len=SEQ_LEN, holdout=HOLDOUT, block=1024, tally=tally
-        ):
+        for split, arrays in token_rows(domain, tokenizer, spec, block=1024, tally=tally):
             blocks[split].append(arrays["tokens"])
         for split in SPLITS:
             rows[split][domain.name] = np.concatenate(blocks[split])

@@ -60,6 +60,9 @@ class BuildConfig:
     """small (zstd) takes the fewest bytes, fast (lz4) the least time to read."""
     holdout: float = 0.05
     """Share of documents held out for measuring gaps."""
+    learn: str = "assistant"
+    """Tokens of a conversation that the loss counts: what the assistant says, its last message
+    only, or all."""
     chunk_rows: int | None = None
     """Rows in a chunk, the unit of reading.  [default: 4,096 tokens]"""
     shard_rows: int | None = None
@@ -76,7 +79,7 @@ class BuildConfig:
                 raise InputError(
                     f"{name}: got {value!r}, expected a whole number from {least} to {most:,}."
                 )
-        for name in ("packing", "too_long", "targets", "compression"):
+        for name in ("packing", "too_long", "targets", "compression", "learn"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}: got {getattr(self, name)!r}, expected text.")
         if not isinstance(self.temperatures, tuple | list) or not all(
@@ -119,4 +122,5 @@ class BuildConfig:
             compression=self.compression,
             packing="stream" if self.packing == "auto" else self.packing,
             too_long=self.too_long,
+            learn=self.learn,
         )

@@ -28,7 +28,7 @@ from ddk_cache.build.tokenize import FREQUENT
 from ddk_cache.build.writer import ShardWriter
 from ddk_cache.console import Progress
 from ddk_cache.corpus.rows import Tally, token_rows
-from ddk_cache.corpus.sources import Source
+from ddk_cache.corpus.sources import Source, held_by
 from ddk_cache.errors import InputError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
@@ -82,7 +82,8 @@ class Counted:
     """What a corpus holds."""
 
     domains: dict[str, dict[str, Any]]
-    """Documents, tokens, and rows by split; shares of padding and of tokens left out."""
+    """What documents they are, how many, tokens, and rows by split; shares of padding and of tokens
+    left out."""
     sample: dict[str, Array]
     """The token arrays (N, …) of a few rows of every domain."""
 
@@ -111,21 +112,13 @@ def count(
     for source in sources:
         tally, rows = Tally(), dict.fromkeys(SPLITS, 0)
         kept: list[dict[str, Array]] = []
-        blocks = token_rows(
-            source,
-            tokenizer,
-            seq_len=spec.seq_len,
-            holdout=spec.holdout,
-            block=256,
-            tally=tally,
-            packing=spec.packing,
-            too_long=spec.too_long,
-        )
+        blocks = token_rows(source, tokenizer, spec, block=256, tally=tally)
         for split, arrays in blocks:
             rows[split] += len(arrays["tokens"])
             kept = kept or [{name: array[:each] for name, array in arrays.items()}]
             advance(arrays["tokens"][:, 1:].size, source.name)
         domains[source.name] = {
+            "holds": held_by(source),
             "documents": tally.documents,
             "tokens": tally.tokens,
             "rows": rows,
@@ -215,15 +208,17 @@ def show(facts: Mapping[str, Any]) -> None:
     """Print an estimate as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console, spec = Console(), facts["spec"]
     table = Table("domain", box=None, pad_edge=False)
     for column in ("documents", "tokens", "train rows", "held-out rows"):
         table.add_column(column, justify="right")
+    table.add_column("holds")
     for name, domain in facts["domains"].items():
         rows = domain["rows"]
         numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
-        table.add_row(name, *(f"{number:,}" for number in numbers))
+        table.add_row(name, *(f"{number:,}" for number in numbers), Text(domain["holds"]))
     console.print(table)
     if spec.get("packing") == "documents":
         for name, domain in facts["domains"].items():

@@ -104,13 +104,10 @@ def _write_portion(
     blocks = token_rows(
         source,
         tokenizer,
-        seq_len=spec.seq_len,
-        holdout=spec.holdout,
+        spec,
         block=spec.shard_rows,
         tally=tally,
         span=span,
-        packing=spec.packing,
-        too_long=spec.too_long,
     )
     for split, arrays in blocks:
         key = ShardKey(source.name, split, first[split] + rows[split] // spec.shard_rows)

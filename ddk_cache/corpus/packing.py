@@ -17,7 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ddk_cache.corpus.chat import Encoded
+from ddk_cache.corpus.spans import Encoded
 from ddk_cache.types import Array
 
 WAITING = 64

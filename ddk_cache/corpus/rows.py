@@ -15,10 +15,13 @@ from typing import Any
 
 import xxhash
 
-from ddk_cache.corpus.chat import Encoded, encode_chat
+from ddk_cache.corpus.chat import encode_chat
+from ddk_cache.corpus.document import Document
 from ddk_cache.corpus.packing import DocumentPacker, Packer, StreamPacker
-from ddk_cache.corpus.sources import Document, Source, documents
+from ddk_cache.corpus.sources import Source, documents
+from ddk_cache.corpus.spans import Encoded
 from ddk_cache.errors import InputError, MismatchError
+from ddk_cache.format.spec import CacheSpec
 from ddk_cache.hashing import canonical
 from ddk_cache.types import SPLITS, Array
 
@@ -38,7 +41,7 @@ def content(document: Document) -> bytes:
     """Return the bytes that identify a document."""
     if isinstance(document, str):
         return document.encode("utf-8", "surrogatepass")
-    return canonical(document)
+    return canonical(document.identity)
 
 
 def split_of(data: bytes, holdout: float) -> str:
@@ -50,11 +53,14 @@ def split_of(data: bytes, holdout: float) -> str:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, batch: Sequence[Document], first: int = 1) -> list[Encoded]:
-    """Tokenize documents, each closed by the end-of-text token.
+def encode(
+    tokenizer: Any, batch: Sequence[Document], first: int = 1, learn: str = "assistant"
+) -> list[list[Encoded]]:
+    """Tokenize documents, each as one or several samples closed by the end-of-text token.
 
-    A control token that stands in a document is tokenized as the text that it is there. In a
-    conversation only what the assistant says is counted. `first` is the number of the first
+    A text is one sample, of which all is counted, and a control token that stands in it is
+    tokenized as the text that it is there. Of the others `learn` says what is counted, and a
+    conversation may be several samples; see `encode_chat`. `first` is the number of the first
     document, for messages.
 
     Raises:
@@ -63,17 +69,16 @@ def encode(tokenizer: Any, batch: Sequence[Document], first: int = 1) -> list[En
     texts = [document for document in batch if isinstance(document, str)]
     ids = iter(_encode_texts(tokenizer, texts) if texts else [])
     eos = tokenizer.eos_token_id
-    encoded: list[Encoded] = []
+    encoded: list[list[Encoded]] = []
     for number, document in enumerate(batch, first):
         if isinstance(document, str):
             tokens = [*next(ids), eos]
-            encoded.append((tokens, [True] * len(tokens)))
+            encoded.append([(tokens, [True] * len(tokens))])
             continue
         try:
-            tokens, counted = encode_chat(tokenizer, document)
+            encoded.append(encode_chat(tokenizer, document, learn))
         except InputError as error:
             raise InputError(f"conversation {number:,}: {error}") from error
-        encoded.append(([*tokens, eos], [*counted, False]))
     return encoded
 
 
@@ -127,32 +132,29 @@ class Span:
 def token_rows(
     source: Source,
     tokenizer: Any,
+    spec: CacheSpec,
     *,
-    seq_len: int,
-    holdout: float,
     block: int,
     tally: Tally,
     span: Span = Span(),
-    packing: str = "stream",
-    too_long: str = "split",
 ) -> Iterator[tuple[str, dict[str, Array]]]:
     """Yield a split and n of its rows: `tokens` (n, S+1), `loss_mask` (n, S) and, where documents
     are kept apart, `segments` (n, S+1). n is `block`, less in a split's last.
 
     `tally` is brought up to date as documents are read. A domain that ends without held-out
-    positions is logged as a warning, before a teacher is run. For `packing` and `too_long` see
-    `CacheSpec`.
+    positions is logged as a warning, before a teacher is run.
 
     Raises:
         InputError: as `documents` and `encode`, or the domain is too short for one training row,
             or no token of its training rows counts.
         MismatchError: the documents before the span differ from those it was planned with.
     """  # noqa: D205
+    seq_len = spec.seq_len
     rows, counted = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    stream = _encoded(source, tokenizer, holdout, tally, span)
+    stream = _encoded(source, tokenizer, spec, tally, span)
     packers: dict[str, Packer] = {
-        split: DocumentPacker(seq_len, too_long, tokenizer.eos_token_id)
-        if packing == "documents"
+        split: DocumentPacker(seq_len, spec.too_long, tokenizer.eos_token_id)
+        if spec.packing == "documents"
         else StreamPacker(seq_len)
         for split in SPLITS
     }
@@ -170,7 +172,7 @@ def token_rows(
         raise InputError(
             f"{where} is too short: {tally.tokens:,} tokens in {tally.documents:,} documents do "
             f"not fill one training row of {seq_len + 1}."
-            if packing == "stream"
+            if spec.packing == "stream"
             else f"{where} has no training row: of {tally.tokens:,} tokens in "
             f"{tally.documents:,} documents, {tally.lost:,} are of documents longer than "
             f"{seq_len + 1} tokens, and the others are held out. Raise --seq-len, or give "
@@ -181,7 +183,7 @@ def token_rows(
             f"{where} has no assistant tokens in its {rows['train']:,} training rows, so there is "
             "nothing to learn from it. Leave the domain out."
         )
-    if holdout and not counted["validation"]:
+    if spec.holdout and not counted["validation"]:
         advice = (
             "Raise --holdout, lower --seq-len or add documents."
             if tally.documents > 1
@@ -209,7 +211,7 @@ def _blocks(
 
 
 def _encoded(
-    source: Source, tokenizer: Any, holdout: float, tally: Tally, span: Span
+    source: Source, tokenizer: Any, spec: CacheSpec, tally: Tally, span: Span
 ) -> Iterator[tuple[str, Encoded]]:
     reading: Iterator[Identified]
     reading = ((document, content(document)) for document in documents(source))
@@ -226,16 +228,19 @@ def _encoded(
     if span.stop is not None:
         reading = itertools.islice(reading, span.stop - span.skip)
     for batch in _batches(reading):
+        numbered = [document for document, _ in batch], tally.documents + 1
         try:
-            encoded = encode(tokenizer, [document for document, _ in batch], tally.documents + 1)
+            encoded = encode(tokenizer, *numbered, spec.learn)
         except InputError as error:
             raise InputError(f"domain {source.name!r} ({source.place}): {error}") from error
-        for (_, data), (tokens, counted) in zip(batch, encoded, strict=True):
-            room = source.tokens - tally.tokens if source.tokens else len(tokens)
-            tally.add(data, min(len(tokens), room))
-            yield split_of(data, holdout), (tokens[:room], counted[:room])
-            if source.tokens and tally.tokens >= source.tokens:
-                return
+        for (_, data), samples in zip(batch, encoded, strict=True):
+            tally.add(data, 0)
+            for tokens, counted in samples:
+                room = source.tokens - tally.tokens if source.tokens else len(tokens)
+                tally.tokens += min(len(tokens), room)
+                yield split_of(data, spec.holdout), (tokens[:room], counted[:room])
+                if source.tokens and tally.tokens >= source.tokens:
+                    return
 
 
 def _batches(items: Iterable[Identified]) -> Iterator[list[Identified]]:

@@ -121,16 +121,20 @@ PACKINGS = ("documents", "stream")
 TOO_LONG = ("split", "drop", "truncate")
 """What becomes of a document longer than a row, where documents are kept apart."""
 
-TOKEN_ARRAYS = ("tokens", "loss_mask", "segments")
-"""Written when the rows are planned, before the teacher runs; see `CacheSpec.token_arrays`."""
+LEARN = ("assistant", "last", "all")
+"""Tokens of a conversation that the loss counts: all that the assistant says, its last message, or
+every token."""
 
-
-WORDS = {"compression": COMPRESSIONS, "packing": PACKINGS, "too_long": TOO_LONG}
+WORDS = {
+    "compression": COMPRESSIONS,
+    "packing": PACKINGS,
+    "too_long": TOO_LONG,
+    "learn": LEARN,
+}
 """Settings that are one of a few words."""
 
-ADDED = ("packing", "too_long")
-"""Settings that the first caches of this format do not have. They are written only where they are
-not the default, so that a cache without them keeps its fingerprint."""
+TOKEN_ARRAYS = ("tokens", "loss_mask", "segments")
+"""Written when the rows are planned, before the teacher runs; see `CacheSpec.token_arrays`."""
 
 
 class ArrayLayout(NamedTuple):
@@ -177,6 +181,8 @@ class CacheSpec:
     """One of `PACKINGS`."""
     too_long: str = "split"
     """One of `TOO_LONG`: a document longer than a row is cut into rows, left out, or cut off."""
+    learn: str = "assistant"
+    """One of `LEARN`."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -293,23 +299,13 @@ class CacheSpec:
         """Return how many bytes an id needs."""
         return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Every setting as plain JSON values."""
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values; `from_json` reads them back."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "targets": str(self.targets),
             "teacher": dict(self.teacher),
             "tokenizer": dict(self.tokenizer),
             "temperatures": list(self.temperatures),
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values, as they are stored; `from_json` reads them back."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
-        return {
-            name: value
-            for name, value in self.settings.items()
-            if name not in ADDED or value != defaults[name]
         }
 
     @classmethod

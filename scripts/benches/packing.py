@@ -23,6 +23,7 @@ import torch
 
 from benches.common import Record, data, json_option
 from ddk_cache import BuildConfig, InputError, Teacher, build_cache, load_teacher, open_cache
+from ddk_cache.corpus.document import Conversation
 from ddk_cache.corpus.packing import DocumentPacker, Packer, StreamPacker
 from ddk_cache.corpus.rows import encode
 from ddk_cache.hf import load_tokenizer
@@ -54,10 +55,10 @@ def conversations(tokenizer: Any, count: int | None) -> Corpus:
         question, answer = text.removeprefix("Question: ").split("\nAnswer: ", 1)
         turns = (("user", question), ("assistant", answer))
         talks.append([{"role": role, "content": content} for role, content in turns])
-        (encoded,) = encode(tokenizer, [talks[-1]])
+        (((ids, flags),),) = encode(tokenizer, [Conversation(talks[-1])])
         begins.append(len(tokens))
-        tokens += encoded[0]
-        counted += encoded[1]
+        tokens += ids
+        counted += flags
     return Corpus(talks, np.array(tokens), np.array(counted), begins)
 
 

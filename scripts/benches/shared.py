@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
 from ddk_cache.corpus.rows import Tally, token_rows
@@ -52,11 +53,10 @@ def teacher_of(path: Path, sharpness: float = 1.0) -> Teacher:
 def rows_of(corpus: Path, teacher: Path, each: int) -> dict[str, dict[str, torch.Tensor]]:
     """Return at most `each` rows (R, S+1) of every domain, by domain and split."""
     tokenizer, found = load_tokenizer(str(teacher)), {}
+    spec = BuildConfig(seq_len=SEQ_LEN, holdout=0.1).spec(len(tokenizer), {}, {})
     for source in find_sources(corpus):
         parts: dict[str, list[torch.Tensor]] = {"train": [], "validation": []}
-        for split, arrays in token_rows(
-            source, tokenizer, seq_len=SEQ_LEN, holdout=0.1, block=32, tally=Tally()
-        ):
+        for split, arrays in token_rows(source, tokenizer, spec, block=32, tally=Tally()):
             parts[split].append(torch.from_numpy(arrays["tokens"]))
             if sum(map(len, parts["train"])) >= each and parts["validation"]:
                 break

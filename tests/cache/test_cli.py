@@ -25,8 +25,8 @@ from ddk_train.cli import main as train_main
 
 SETTINGS = (
     "--tokenizer --seq-len --packing --too-long --targets --temperature --seed --compression "
-    "--holdout --chunk-rows "
-    "--shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
+    "--holdout --learn --chunk-rows --shard-rows --batch-rows --dtype --device "
+    "--trust-remote-code --model --head"
 )
 
 OPTIONS = {
@@ -34,6 +34,7 @@ OPTIONS = {
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
+    "ddk-cache show": "--domain --row --split --json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --model --head --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "

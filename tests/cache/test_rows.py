@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from ddk_cache.corpus import rows as rows_module
+from ddk_cache.corpus.document import Conversation
 from ddk_cache.corpus.rows import Tally, encode, token_rows
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
 from ddk_cache.testing import END, byte_tokenizer
+from tests.helpers import make_spec
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
@@ -23,11 +25,11 @@ CHAT = (
 
 def read(path: Path, tokenizer: Any, **settings: Any) -> dict[Any, Any]:
     """Return the rows of every domain and split of a corpus, and the tallies."""
-    settings = {"seq_len": 8, "holdout": 0.5, "block": 4} | settings
+    spec = make_spec(**{"seq_len": 8, "holdout": 0.5} | settings)
     out: dict[Any, Any] = {}
     for source in find_sources(path):
         tally = out[source.name] = Tally()
-        for split, arrays in token_rows(source, tokenizer, tally=tally, **settings):
+        for split, arrays in token_rows(source, tokenizer, spec, block=4, tally=tally):
             rows = zip(*arrays.values(), strict=True)
             out.setdefault((source.name, split), []).extend(rows)
     return out
@@ -67,7 +69,7 @@ def test_a_document_is_closed_by_an_end_of_text_that_counts_only_in_plain_text()
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    (plain, chat) = encode(tokenizer, ["one", talk])
+    [plain], [chat] = encode(tokenizer, ["one", Conversation(talk)])
     assert tokenizer.decode(plain[0]) == f"one{END}"
     assert plain[1] == [True] * 4
     assert tokenizer.decode(chat[0]) == f"[user]hi;[assistant]ho;{END}"
@@ -75,7 +77,7 @@ def test_a_document_is_closed_by_an_end_of_text_that_counts_only_in_plain_text()
 
 
 def test_a_control_token_in_a_document_is_text(tokenizer: Any) -> None:
-    ((ids, _),) = encode(tokenizer, [f"before{END}after"])
+    (((ids, _),),) = encode(tokenizer, [f"before{END}after"])
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == f"before{END}after{END}"
@@ -98,9 +100,9 @@ def test_batches_are_bounded_by_bytes_and_change_no_row(
     whole = read(tmp_path / "c", tokenizer)
     sizes: list[int] = []
 
-    def counting(tokenizer: Any, batch: Any, first: int) -> Any:
+    def counting(tokenizer: Any, batch: Any, first: int, learn: str) -> Any:
         sizes.append(sum(map(len, batch)))
-        return encode(tokenizer, batch, first)
+        return encode(tokenizer, batch, first, learn)
 
     monkeypatch.setattr(rows_module, "BATCH_BYTES", 500)
     monkeypatch.setattr(rows_module, "encode", counting)

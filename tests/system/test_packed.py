@@ -255,6 +255,7 @@ def test_rows_of_short_conversations_are_almost_full(data: Path, tmp_path: Path)
     """Word problems in rows of 512: the tokens of the shared teacher's tokenizer."""
     import pyarrow.parquet as pq
 
+    from ddk_cache.corpus.document import Conversation
     from ddk_cache.corpus.packing import DocumentPacker
     from ddk_cache.corpus.rows import encode
     from ddk_cache.hf import load_tokenizer
@@ -266,7 +267,8 @@ def test_rows_of_short_conversations_are_almost_full(data: Path, tmp_path: Path)
         question, answer = text.removeprefix("Question: ").split("\nAnswer: ", 1)
         turns = (("user", question), ("assistant", answer))
         talk = [{"role": role, "content": content} for role, content in turns]
-        packer.add(encode(tokenizer, [talk])[0])
+        ((sample,),) = encode(tokenizer, [Conversation(talk)])
+        packer.add(sample)
     packer.finish()
     arrays = packer.take(packer.rows)
     assert (arrays["segments"] == 0).mean() < 0.02
