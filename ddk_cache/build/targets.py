@@ -195,7 +195,9 @@ def draw(
     group_PB = torch.searchsorted(ends_PG, points_PB, right=True).clamp(max=groups - 1)
     before_PB = ends_PG.gather(-1, group_PB) - sums_PG.gather(-1, group_PB)
     inside_PBN = mass_PGN.gather(1, group_PB[..., None].expand(-1, -1, GROUP)).double().cumsum(-1)
-    within_PB = torch.searchsorted(inside_PBN, (points_PB - before_PB)[..., None], right=True)
+    # A point that rounding put before its group must not meet an id without mass there.
+    ahead_PB = (points_PB - before_PB).clamp(min=0)
+    within_PB = torch.searchsorted(inside_PBN, ahead_PB[..., None], right=True)
     # A point that rounding put after the last mass of its group belongs to that last mass.
     last_PB = (inside_PBN < inside_PBN[..., -1:]).sum(-1)
     return group_PB * GROUP + torch.minimum(within_PB[..., 0], last_PB), total_P
