@@ -10,7 +10,7 @@ the last one stopped.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -281,9 +281,9 @@ class Scoring:
         rows = self.planned[item].rows
         tokens, mask = (self.store.read(item, name, rows) for name in TOKEN_ARRAYS)
         advance = partial(self.advance, f"{item.domain}/{item.split}")
-        scored = self.scorer.score(item, tokens.rows.astype(np.int64), advance)
+        finish = self.scorer.begin(item, tokens.rows.astype(np.int64), advance)
         self.flush()
-        commit = partial(self.commit, item, tokens, mask, scored, self.scorer.batch_rows)
+        commit = partial(self.commit, item, tokens, mask, finish, self.scorer.batch_rows)
         if self.writer:
             self.pending = self.writer.submit(commit)
         else:
@@ -296,9 +296,15 @@ class Scoring:
             self.pending = None
 
     def commit(
-        self, key: ShardKey, tokens: Stored, mask: Stored, scored: Scored, batch_rows: int
+        self,
+        key: ShardKey,
+        tokens: Stored,
+        mask: Stored,
+        finish: Callable[[], Scored],
+        batch_rows: int,
     ) -> None:
-        """Encode, audit, write and commit one shard, and release its lease."""
+        """Wait for the scores of a shard; encode, audit, write and commit it; release its lease."""
+        scored = finish()
         codec, counted = self.codecs[key.domain], mask.rows.astype(bool)
         labels = tokens.rows[:, 1:].astype(np.int64)
         encoded = codec.encode(scored.arrays, labels)
