@@ -76,7 +76,9 @@ def extract(
     """
     B, S, V = logits_BSV.shape
     chunk_bytes = CHUNK_BYTES.get(logits_BSV.device.type, CHUNK_BYTES["cuda"])
-    positions = max(1, chunk_bytes // (4 * V))
+    # A draw looks at a group for each entry, in float64: with few ids that is more than the logits.
+    searched = 2 * GROUP * targets.size if targets.kind == "sampled" else 0
+    positions = max(1, chunk_bytes // (4 * max(V, searched)))
     if offsets_BS is None:
         offsets_BS = torch.rand(B, S, dtype=torch.float64, device=logits_BSV.device)
     flat = (logits_BSV.reshape(-1, V), labels_BS.reshape(-1), offsets_BS.reshape(-1))

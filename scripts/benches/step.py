@@ -21,7 +21,7 @@ import click
 import torch
 from torch.nn.functional import kl_div
 
-from benches.common import Record, json_option, middle
+from benches.common import Record, json_option, middle, once, synchronize
 from ddk_cache import SparseTargets
 from ddk_train.loss.fused import Head, Targets, Terms, fused_loss
 from ddk_train.loss.objective import Objective
@@ -205,26 +205,18 @@ def variants(setting: Setting) -> list[str]:
 
 def step(m: Material, name: str) -> float:
     """Take one step; return its seconds."""
-    began = time.perf_counter()
-    VARIANTS[name](m).backward()
-    m.optimizer.step()
-    m.optimizer.zero_grad(set_to_none=True)
-    synchronise(m.setting)
-    return time.perf_counter() - began
+
+    def work() -> None:
+        VARIANTS[name](m).backward()
+        m.optimizer.step()
+        m.optimizer.zero_grad(set_to_none=True)
+
+    return once(work, m.setting.device)
 
 
 def teacher_forward(m: Material) -> float:
     """Return the seconds of the teacher's forward pass."""
-    began = time.perf_counter()
-    m.teacher_probs()
-    synchronise(m.setting)
-    return time.perf_counter() - began
-
-
-def synchronise(setting: Setting) -> None:
-    """Wait for the device."""
-    if setting.device.startswith("cuda"):
-        torch.cuda.synchronize()
+    return once(m.teacher_probs, m.setting.device)
 
 
 def peak(name: str, values: dict[str, Any], threads: int) -> float:
@@ -285,8 +277,11 @@ def compare(setting: Setting, repeats: int, record: Record) -> None:
     )
 
 
-def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -> None:
-    """Measure head and loss without a body: plainly and fused."""
+def head_alone(setting: Setting, positions: int, repeats: int) -> list[dict[str, Any]]:
+    """Measure head and loss without a body: plainly and fused.
+
+    Peak memory, on CUDA, is that on top of hidden states, weights and targets.
+    """
     hidden_size = SIZES[setting.student][0][0]
     dtype = torch.bfloat16 if setting.bf16 else torch.float32
     hidden = torch.randn(positions, hidden_size, device=setting.device, dtype=dtype)
@@ -312,19 +307,22 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
     ):
         hidden.requires_grad_()
         taken = []
-        if setting.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
+        cuda = setting.device.startswith("cuda")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(setting.device)
+            before = torch.cuda.memory_allocated(setting.device)
         for _ in range(repeats + 1):
             began = time.perf_counter()
             loss().backward()
-            synchronise(setting)
+            synchronize(setting.device)
             taken.append(time.perf_counter() - began)
             hidden.grad = weight.grad = None
         row: dict[str, Any] = {"head alone": name, "s": middle(taken[1:])}
-        if setting.device.startswith("cuda"):
-            row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(setting.device)
+            row["added peak MiB"] = (peak - before) / 2**20
         rows.append(row)
-    record.table(f"head alone, {positions:,} positions, vocabulary {setting.vocab:,}", rows)
+    return rows
 
 
 @click.command()
@@ -362,6 +360,7 @@ def main(json_path: Path | None, **options: Any) -> None:
         )
         setting = Setting(vocab=vocab, **{name: options[name] for name in names})
         compare(setting, options["repeats"], record)
-        if options["head_positions"]:
-            head_alone(setting, options["head_positions"], options["repeats"], record)
+        if positions := options["head_positions"]:
+            rows = head_alone(setting, positions, options["repeats"])
+            record.table(f"head alone, {positions:,} positions, vocabulary {vocab:,}", rows)
     record.write(json_path)
