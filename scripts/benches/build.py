@@ -7,8 +7,10 @@ compressing and writing run behind them, in a thread.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +73,9 @@ def extraction(
     found: dict[str, list[float]] = {}
     with torch.inference_mode():
         logits = teacher.logits(tokens[:, :-1])
-        calls = {"forward": partial(teacher.logits, tokens[:, :-1])}
+        calls: dict[str, Callable[[], object]] = {
+            "forward": partial(teacher.logits, tokens[:, :-1])
+        }
         for kind in kinds:
             calls[kind] = partial(targets.extract, logits, labels, TargetSpec.parse(kind))
         synchronize(str(device))
@@ -165,8 +169,8 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
         for name in DOMAINS:
             table = parquet.read_table(data() / f"corpus/{name}.parquet")
             parquet.write_table(table.slice(0, documents), corpus / f"{name}.parquet")
-        sizes = {"seq_len": SEQ_LEN, "batch_rows": BATCH_ROWS, "shard_rows": SHARD_ROWS}
-        configs = [BuildConfig(targets=name, **sizes) for name in names]
+        same = BuildConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS)
+        configs = [dataclasses.replace(same, targets=name) for name in names]
         built = [whole(Path(scratch), teacher, tokenizer, config, repeats) for config in configs]
     record.table("a build compared with forward and extraction", built)
     record.write(json_path)

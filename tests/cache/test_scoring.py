@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -36,6 +37,22 @@ def test_scores_do_not_depend_on_the_batch(targets: str) -> None:
     assert one.arrays["ids"].shape == one.arrays["logprobs"].shape == (7, 16, 6)
     shard = Scorer(teacher, spec, 7).score(KEY._replace(number=4), TOKENS, seen.append)
     assert (one.arrays["ids"] == shard.arrays["ids"]).all() == (targets == "topk:6")
+
+
+def test_a_shard_may_begin_before_the_one_before_it_is_finished() -> None:
+    teacher = random_teacher()
+    spec = BuildConfig(seq_len=16, targets="sampled:6").spec(VOCAB, teacher.identity, {})
+    keys, tokens = [KEY, KEY._replace(number=4)], [TOKENS, TOKENS[::-1].copy()]
+    scorer = Scorer(teacher, spec, 3)
+    alone = [scorer.score(*pair, lambda _: None) for pair in zip(keys, tokens, strict=True)]
+    begun = [scorer.begin(*pair, lambda _: None) for pair in zip(keys, tokens, strict=True)]
+    with ThreadPoolExecutor(1) as other:
+        behind = list(other.map(lambda finish: finish(), begun))
+    for one, late in zip(alone, behind, strict=True):
+        assert one.fidelity == late.fidelity
+        assert one.fidelity["positions"] == 7
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(array, late.arrays[name])
 
 
 def test_what_is_not_logits_is_an_input_error() -> None:

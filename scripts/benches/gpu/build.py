@@ -103,6 +103,6 @@ def scored(job: Job, teacher: Teacher, kind: str, seq_len: int, rows: int) -> fl
 def whole_build(job: Job, teacher: Teacher, kind: str, seq_len: int) -> dict[str, Any]:
     """Return the speed of a whole build against forward and extraction of the same rows."""
     folder = job.work / f"build-{teacher.name}-{teacher.vocab_size}-{kind.partition(':')[0]}"
-    letters(folder / "corpus", 2**13 if job.tiny else 2**19)
+    letters(folder / "corpus", 2**12 if job.tiny else 2**19)
     config = BuildConfig(seq_len=seq_len, targets=kind, batch_rows=8, holdout=0.0)
     return whole(folder, teacher, byte_tokenizer(), config, 1 if job.tiny else 2)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 from benches.gpu.job import Job
 from benches.material import SEQ_LEN, VOCAB, Multiplied, built
 from benches.step import SIZES
 from ddk_cache import open_cache
-from ddk_cache.console import say
 from ddk_train import TrainConfig
 from ddk_train.data.loader import Loader
 from ddk_train.data.mixture import Mixture
@@ -26,7 +26,7 @@ THREADS = (1, 2, 4)
 def measure(job: Job) -> None:
     """Measure each kind of target and number of threads."""
     kinds, threads = (KINDS[1:], THREADS[1:2]) if job.tiny else (KINDS, THREADS)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in kinds:
         if not job.time_for(f"reading {kind}"):
             continue
@@ -35,11 +35,10 @@ def measure(job: Job) -> None:
         trainer.loader.close()
         for count in threads:
             rows.append({"targets": kind, "threads": count} | waited(job, trainer, count))
-            say(f"{rows[-1]}")
     job.record.table("share of a step that waits for its batch", rows)
     for row in rows:
         if row["threads"] == 2:  # what the trainer uses
-            job.goal(f"{row['targets']}: waiting, %", float(row["waiting, %"]), most=1.0)
+            job.goal(f"{row['targets']}: waiting, %", row["waiting, %"], most=1.0)
 
 
 def make_cache(job: Job, kind: str) -> Path:
