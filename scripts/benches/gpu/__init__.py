@@ -13,6 +13,7 @@ import importlib
 import json
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import click
 
 from benches.common import Record, json_option
 from benches.gpu.job import PACKAGES, Job, device_facts
+from ddk_cache import DDKError
+from ddk_cache.console import say
 from ddk_cache.hf import pick_device
 
 PARTS = ("check", "step", "build", "read", "student")
@@ -48,6 +51,7 @@ def main(parts: tuple[str, ...], json_path: Path | None, **options: Any) -> None
     """Measure everything that needs a GPU."""
     device = pick_device(options["device"])
     done: list[dict[str, Any]] = []
+    failed: list[str] = []
     for name in parts or PARTS:
         measure = importlib.import_module(f"benches.gpu.{name}").measure
         record = Record(f"gpu {name}", options, PACKAGES)
@@ -57,8 +61,15 @@ def main(parts: tuple[str, ...], json_path: Path | None, **options: Any) -> None
         with tempfile.TemporaryDirectory() as scratch:
             work = (options["work"] or Path(scratch)).resolve()
             job = Job(record, device, options["tiny"], end, work, options["profile"])
-            measure(job)
+            try:
+                measure(job)
+            except Exception:  # time on a GPU is dear: the other parts still run
+                failed.append(name)
+                record.facts["error"] = traceback.format_exc()
+                say(record.facts["error"])
             job.conclude()
         done.append(record.facts | {"device": facts, "left out": job.left_out})
         if json_path:  # after each part: a later one may be cut short
             json_path.write_text(json.dumps(done, indent=1, default=str) + "\n")
+    if failed:
+        raise DDKError(f"failed: {', '.join(failed)}. The errors are shown above.")

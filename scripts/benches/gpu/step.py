@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import shorten
 from typing import Any
-
-import torch
 
 from benches.common import middle
 from benches.gpu.job import Job, peak_flops
@@ -72,9 +71,9 @@ def measured(job: Job, title: str, setting: Setting) -> None:
         row: dict[str, Any] = {"variant": name}
         try:
             seconds = middle([step(material, name) for _ in range(REPEATS + 2)][2:])
-        except torch.OutOfMemoryError:
+        except (RuntimeError, ImportError) as error:  # out of memory, or a compiler is missing
             material.optimizer.zero_grad(set_to_none=True)
-            rows.append(row | {"note": "out of memory"})
+            rows.append(row | {"note": shorten(str(error), 80)})
             continue
         row |= {"s per step": seconds, "tokens/s": material.positions / seconds}
         row["FLOP utilization, %"] = utilization(job, setting, material, seconds)
