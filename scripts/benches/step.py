@@ -53,7 +53,9 @@ class Setting:
     """The passes over a chunk of our head."""
 
 
-def make_model(shape: tuple[int, int, int, int], vocab: int, setting: Setting) -> Any:
+def make_model(
+    shape: tuple[int, int, int, int], vocab: int, seq_len: int, device: str = "cpu"
+) -> Any:
     """Return a fresh Llama of this shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,9 +63,9 @@ def make_model(shape: tuple[int, int, int, int], vocab: int, setting: Setting) -
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=intermediate, tie_word_embeddings=True,
-        max_position_embeddings=max(1024, setting.seq_len),
+        max_position_embeddings=max(1024, seq_len),
     )  # fmt: skip
-    with torch.device(setting.device):
+    with torch.device(device):
         return LlamaForCausalLM(config)
 
 
@@ -73,7 +75,7 @@ class Material:
     def __init__(self, setting: Setting) -> None:
         torch.manual_seed(0)
         self.setting, device = setting, setting.device
-        self.student = make_model(SIZES[setting.student][0], setting.vocab, setting)
+        self.student = self._model(0)
         if setting.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
@@ -87,6 +89,12 @@ class Material:
         terms = Terms(0.2, compiled=setting.compiled)
         self.objective = Objective(self.student, terms, setting.vocab, setting.bf16)
         self._teacher: Any = None
+
+    def _model(self, which: int) -> Any:
+        """Return a new student (0) or teacher (1)."""
+        setting = self.setting
+        shape = SIZES[setting.student][which]
+        return make_model(shape, setting.vocab, setting.seq_len, setting.device)
 
     @property
     def positions(self) -> int:
@@ -109,9 +117,8 @@ class Material:
     def teacher_probs(self) -> torch.Tensor:
         """Return a live teacher's distributions (P, V)."""
         if self._teacher is None:
-            setting = self.setting
-            self._teacher = make_model(SIZES[setting.student][1], setting.vocab, setting).eval()
-            if setting.bf16:
+            self._teacher = self._model(1).eval()
+            if self.setting.bf16:
                 self._teacher.bfloat16()
         out = self._teacher(input_ids=self.tokens[:, :-1], use_cache=False).logits
         return out.flatten(0, 1).float().softmax(-1)  # type: ignore[no-any-return]
@@ -142,7 +149,7 @@ def plain_ce(m: Material) -> torch.Tensor:
 
 def fused_ce(m: Material) -> torch.Tensor:
     """Cross-entropy through the fused head."""
-    return m.objective(m.tokens, m.mask, None).loss / m.positions  # type: ignore[no-any-return]
+    return m.objective(m.tokens, m.mask, None, m.positions).loss / m.positions  # type: ignore[no-any-return]
 
 
 def liger_ce(m: Material) -> torch.Tensor:
@@ -160,7 +167,8 @@ def liger_ce(m: Material) -> torch.Tensor:
 
 def from_cache(m: Material, kind: str) -> torch.Tensor:
     """Our step."""
-    return m.objective(m.tokens, m.mask, m.targets[kind]).loss / m.positions  # type: ignore[no-any-return]
+    sums = m.objective(m.tokens, m.mask, m.targets[kind], m.positions)
+    return sums.loss / m.positions  # type: ignore[no-any-return]
 
 
 def dense_kd(m: Material, probs_PV: torch.Tensor) -> torch.Tensor:

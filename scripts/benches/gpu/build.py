@@ -10,7 +10,7 @@ import torch
 from benches.build import extraction, whole
 from benches.gpu.job import Job
 from benches.material import letters
-from benches.step import SIZES, Setting, make_model
+from benches.step import SIZES, make_model
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.format.spec import TargetSpec
@@ -44,9 +44,8 @@ def random_teacher(job: Job, shape: str, vocab: int, seq_len: int) -> Teacher:
     Its logits are about normal; their spread is set by the last norm so that a distribution has
     the entropy of text: the entropy of a softmax of normal logits is ln V − s²/2.
     """
-    setting = Setting(shape, vocab, 1, seq_len, str(job.device), False, False, False)
     torch.manual_seed(0)
-    model = make_model(SHAPES[shape], vocab, setting).eval().requires_grad_(False)
+    model = make_model(SHAPES[shape], vocab, seq_len, str(job.device)).eval().requires_grad_(False)
     model = model.to(torch.bfloat16) if job.cuda else model
     spread = 0.02 * SHAPES[shape][0] ** 0.5
     model.model.norm.weight.fill_(math.sqrt(2 * (math.log(vocab) - ENTROPY)) / spread)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from textwrap import shorten
 from typing import Any
 
@@ -56,9 +58,16 @@ def measure(job: Job) -> None:
 
 def make_setting(job: Job, student: str, vocab: int, rows: int) -> Setting:
     """Return a setting; long steps of large students recompute their activations."""
-    again = rows > 4 and student != "0.1b"
-    length = 32 if job.tiny else SEQ_LEN
-    return Setting(student, vocab, rows, length, str(job.device), job.cuda, again, job.cuda)
+    return Setting(
+        student=student,
+        vocab=vocab,
+        rows=rows,
+        seq_len=32 if job.tiny else SEQ_LEN,
+        device=str(job.device),
+        bf16=job.cuda,
+        gradient_checkpointing=rows > 4 and student != "0.1b",
+        compiled=job.cuda,
+    )
 
 
 def measured(job: Job, title: str, setting: Setting) -> None:
@@ -80,7 +89,7 @@ def measured(job: Job, title: str, setting: Setting) -> None:
         row["peak MiB"] = job.peak_mib()
         row["added MiB"] = job.peak_mib(before)
         rows.append(row)
-        job.profiled(f"{title} {name}", lambda name=name: step(material, name))  # type: ignore[misc]
+        job.profiled(f"{title} {name}", partial(step, material, name))
     forward = math.nan
     if "note" not in rows[-1]:  # the live teacher is in memory
         forward = middle([teacher_forward(material) for _ in range(REPEATS)])
@@ -125,12 +134,11 @@ def compare(job: Job, title: str, rows: list[dict[str, Any]], forward: float) ->
 
 def measure_head(job: Job, positions: int, vocab: int) -> None:
     """Measure the head alone, eager and compiled, and compiled in chunks of several sizes."""
-    student = "tiny" if job.tiny else "0.5b"
+    compiled = make_setting(job, "tiny" if job.tiny else "0.5b", vocab, 1)
     rows = []
-    for compiled in (False, True) if job.cuda else (False,):
-        setting = Setting(student, vocab, 1, positions, str(job.device), job.cuda, False, compiled)
+    for setting in (replace(compiled, compiled=False), compiled):
         for row in head_alone(setting, positions, REPEATS):
-            rows.append(row | {"compiled": str(compiled)})
+            rows.append(row | {"compiled": str(setting.compiled)})
     title = f"head alone, {positions:,} positions, vocabulary {vocab:,}"
     job.record.table(title, rows)
     job.goal(f"{title}: added peak, MiB", rows[-1].get("added peak MiB", math.nan), most=2048)
@@ -138,7 +146,7 @@ def measure_head(job: Job, positions: int, vocab: int) -> None:
     by_chunk = []
     for size in sizes:
         with chunks_of(job.device.type, size):
-            row = head_alone(setting, positions, REPEATS)[-1]
+            row = head_alone(compiled, positions, REPEATS)[-1]
         by_chunk.append({"MiB per chunk": size / 2**20} | row)
     job.record.table(f"{title}, by chunk", by_chunk)
 
