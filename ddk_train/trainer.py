@@ -30,7 +30,7 @@ from ddk_train.data.loader import Batch, Loader
 from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter, Measured
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Objective, places
 from ddk_train.optim import learning_rate
 from ddk_train.run import checkpoint
 from ddk_train.run.checkpoint import State, Trained, get_random
@@ -146,8 +146,8 @@ class Trainer:
             alone = number < len(pieces)
             with self.processes.accelerator.no_sync(self.model) if alone else nullcontext():
                 targets = self.live(piece.tokens) if self.live else piece.targets
-                count = int(piece.counted.sum())
-                out = self.model(piece.tokens, piece.loss_mask, targets, count)
+                counted = places(piece.loss_mask, int(piece.counted.sum()))
+                out = self.model(piece.tokens, counted, targets)
                 (out.loss * (self.processes.world / positions)).backward()
             sums += torch.stack([out.ce, out.divergence])
         return self.processes.total(sums)

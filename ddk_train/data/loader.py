@@ -63,9 +63,13 @@ class Batch:
         """Yield the batch in pieces of at most `size` rows."""
         for first in range(0, len(self.tokens), size):
             part = slice(first, first + size)
-            targets, counted = self.targets.map(itemgetter(part)), self.counted[part]
-            tokens, mask = self.tokens[part], self.loss_mask[part]
-            yield Batch(self.draw, tokens, mask, targets, counted, self.state)
+            yield dataclasses.replace(
+                self,
+                tokens=self.tokens[part],
+                loss_mask=self.loss_mask[part],
+                targets=self.targets.map(itemgetter(part)),
+                counted=self.counted[part],
+            )
 
 
 DOMAIN = "domain"

@@ -125,7 +125,7 @@ def fused_loss(
     return Sums(*sums)
 
 
-def pick(targets: Targets, index: slice | torch.Tensor) -> Targets:
+def pick(targets: Targets, index: slice | torch.Tensor | tuple[torch.Tensor, ...]) -> Targets:
     """Return the targets of some positions."""
     return targets.map(lambda values: values[index])
 

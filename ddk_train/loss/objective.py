@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,9 +25,13 @@ from ddk_cache import InputError, SparseTargets
 from ddk_cache.head import scale_and_cap
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
-from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, within
+from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
 
 log = logging.getLogger(__name__)
+
+Mask = torch.Tensor | tuple[torch.Tensor, ...]
+"""(B, S) bool, the positions that count; or (P) their rows and (P) their columns: both index what
+is (B, S, …), but the first makes the host wait for the device each time, to know P."""
 
 PROBE_SIZE = 100.0
 """Size of the largest logit when head and model are compared; caps are near 30."""
@@ -59,42 +62,33 @@ class Objective(torch.nn.Module):
         self.parts = parts_of(student)
         self.narrow = width(student) < teacher_width
 
-    def forward(
-        self,
-        tokens_BS1: torch.Tensor,
-        mask_BS: torch.Tensor,
-        targets: Targets | None,
-        count: int | None = None,
-    ) -> Sums:
+    def forward(self, tokens_BS1: torch.Tensor, mask_BS: Mask, targets: Targets | None) -> Sums:
         """Return the sums over the positions that `mask` counts.
 
-        `tokens` has one more column than `mask`: the last column is a label only. `count` is the
-        number of counted positions; see `places`.
+        `tokens` has one more column than `mask`: the last column is a label only. In place of the
+        mask, the `places` that it counts may be given.
         """
-        place_P = places(mask_BS, count)
-        hidden_PH, head = self._hidden(tokens_BS1, place_P)
-        targets = targets and self._counted(targets, place_P)
-        return fused_loss(hidden_PH, head, at(tokens_BS1[:, 1:], place_P), targets, self.terms)
+        hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
+        targets = targets and self._counted(targets, mask_BS)
+        return fused_loss(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets, self.terms)
 
     @torch.no_grad()
-    def measure(
-        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, targets: Targets
-    ) -> torch.Tensor:
+    def measure(self, tokens_BS1: torch.Tensor, mask_BS: Mask, targets: Targets) -> torch.Tensor:
         """Return the sums of cross-entropy and KL(teacher ‖ student), without gradients; (2)."""
-        place_P = places(mask_BS)
-        hidden_PH, head = self._hidden(tokens_BS1, place_P)
-        targets = self._counted(targets, place_P)
-        return measure(hidden_PH, head, at(tokens_BS1[:, 1:], place_P), targets)
+        mask_BS = places(mask_BS)
+        hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
+        targets = self._counted(targets, mask_BS)
+        return measure(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets)
 
-    def _counted(self, targets: Targets, place_P: Places) -> Targets:
+    def _counted(self, targets: Targets, mask_BS: Mask) -> Targets:
         """Return the targets (P, K) of counted positions, for a head of the student's width."""
-        targets = targets.map(partial(at, place_P=place_P))
+        targets = pick(targets, mask_BS)
         return within(targets, width(self.student)) if self.narrow else targets
 
-    def _hidden(self, tokens_BS1: torch.Tensor, place_P: Places) -> tuple[torch.Tensor, Head]:
+    def _hidden(self, tokens_BS1: torch.Tensor, mask_BS: Mask) -> tuple[torch.Tensor, Head]:
         device = tokens_BS1.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            return hidden_and_head(self.student, self.parts, tokens_BS1, place_P, self.narrow)
+            return hidden_and_head(self.student, self.parts, tokens_BS1, mask_BS, self.narrow)
 
     def compile_body(self) -> None:
         """Compile the student up to its head; `Terms.compiled` is about the rest."""
@@ -123,23 +117,22 @@ def distillation_loss(
     """
     check_batch(batch)
     terms = Terms(gamma, divergence(loss), temperature)
-    tokens_BS1, labels_P, place_P, targets, narrow = counted(model, batch)
-    hidden_PH, head = hidden_and_head(model, parts_of(model), tokens_BS1, place_P, narrow)
+    tokens_BS1, labels_P, mask_BS, targets, narrow = counted(model, batch)
+    hidden_PH, head = hidden_and_head(model, parts_of(model), tokens_BS1, mask_BS, narrow)
     total = fused_loss(hidden_PH, head, labels_P, targets, terms).loss
     return total / (max(1, len(labels_P)) if positions is None else positions)
 
 
 def counted(
     model: Any, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, Places, Targets, bool]:
-    """Return tokens (B, S+1), labels (P), their places, targets (P, K), and whether V is narrow."""
-    labels_BS = batch["labels"][:, 1:]
-    place_P = places(labels_BS != IGNORED)
+) -> tuple[torch.Tensor, torch.Tensor, Mask, Targets, bool]:
+    """Return tokens (B, S+1), labels (P), mask (B, S), targets (P, K), and whether V is narrow."""
+    mask_BS = places(batch["labels"][:, 1:] != IGNORED)
     kept = SparseTargets(batch["target_ids"], batch["target_probs"], batch["target_tail"])
-    targets, V = kept.map(partial(at, place_P=place_P)), width(model)
+    targets, V = pick(kept, mask_BS), width(model)
     narrow = bool((targets.ids >= V).any())
-    targets = within(targets, V) if narrow else targets
-    return batch["input_ids"], at(labels_BS, place_P), place_P, targets, narrow
+    labels_P = batch["labels"][:, 1:][mask_BS]
+    return batch["input_ids"], labels_P, mask_BS, within(targets, V) if narrow else targets, narrow
 
 
 def check_batch(batch: Mapping[str, torch.Tensor]) -> None:
@@ -152,35 +145,22 @@ def check_batch(batch: Mapping[str, torch.Tensor]) -> None:
         )
 
 
-# --- counted positions ---
+def places(mask_BS: Mask, count: int | None = None) -> Mask:
+    """Return the rows and columns (P) of the positions that a mask counts.
 
-Places = torch.Tensor | None
-"""(P) int64 numbers of the counted positions among B · S, or None where all positions count."""
-
-
-def places(mask_BS: torch.Tensor, count: int | None = None) -> Places:
-    """Return the places of the positions that a mask counts.
-
-    Their number is the shape of all that follows, so without `count` the host must wait for the
-    device to count them. With it, nothing waits, and where all count, nothing is copied.
+    The host waits for the device to count them, unless it knows their number.
     """
-    if count == mask_BS.numel():
-        return None
-    flat = mask_BS.flatten()
-    return (flat.nonzero_static(size=count) if count else flat.nonzero()).squeeze(-1)
-
-
-def at(values: torch.Tensor, place_P: Places) -> torch.Tensor:
-    """Return (P, …) values at counted positions of (B, S, …)."""
-    flat = values.flatten(0, 1)
-    return flat if place_P is None else flat.index_select(0, place_P)
+    if isinstance(mask_BS, tuple):
+        return mask_BS
+    found_P2 = mask_BS.nonzero_static(size=count) if count else mask_BS.nonzero()
+    return found_P2.unbind(1)
 
 
 # --- a model and its head ---
 
 
 def hidden_and_head(
-    model: Any, parts: Parts | None, tokens_BS1: torch.Tensor, place_P: Places, narrow: bool
+    model: Any, parts: Parts | None, tokens_BS1: torch.Tensor, mask_BS: Mask, narrow: bool
 ) -> tuple[torch.Tensor, Head]:
     """Return what the head gets at counted positions (P, H), in the dtype of products, and head.
 
@@ -188,9 +168,8 @@ def hidden_and_head(
     """
     tokens_BS = tokens_BS1[:, :-1]
     if parts is None:
-        logits_BSV = model(input_ids=tokens_BS, use_cache=False).logits
-        return at(logits_BSV, place_P), Head(narrow=narrow)
-    return at(hidden_states(model, parts.linear, tokens_BS), place_P), parts.head(narrow)
+        return model(input_ids=tokens_BS, use_cache=False).logits[mask_BS], Head(narrow=narrow)
+    return hidden_states(model, parts.linear, tokens_BS)[mask_BS], parts.head(narrow)
 
 
 def hidden_states(model: Any, linear: torch.nn.Linear, tokens_BS: torch.Tensor) -> torch.Tensor:

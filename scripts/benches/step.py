@@ -24,7 +24,7 @@ from torch.nn.functional import kl_div
 from benches.common import Record, json_option, middle, once, synchronize
 from ddk_cache import SparseTargets
 from ddk_train.loss.fused import Head, Targets, Terms, fused_loss
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Mask, Objective, places
 
 SIZES = {
     "tiny": ((128, 4, 4, 352), (448, 6, 7, 1216)),
@@ -101,6 +101,11 @@ class Material:
         """Return the positions of a step."""
         return self.mask.numel()
 
+    @property
+    def counted(self) -> Mask:
+        """Return the places of the counted positions, as the trainer finds them at each step."""
+        return places(self.mask, self.positions)
+
     def autocast(self) -> torch.autocast:
         """Return the context of the precision."""
         return torch.autocast(
@@ -149,7 +154,7 @@ def plain_ce(m: Material) -> torch.Tensor:
 
 def fused_ce(m: Material) -> torch.Tensor:
     """Cross-entropy through the fused head."""
-    return m.objective(m.tokens, m.mask, None, m.positions).loss / m.positions  # type: ignore[no-any-return]
+    return m.objective(m.tokens, m.counted, None).loss / m.positions  # type: ignore[no-any-return]
 
 
 def liger_ce(m: Material) -> torch.Tensor:
@@ -167,7 +172,7 @@ def liger_ce(m: Material) -> torch.Tensor:
 
 def from_cache(m: Material, kind: str) -> torch.Tensor:
     """Our step."""
-    sums = m.objective(m.tokens, m.mask, m.targets[kind], m.positions)
+    sums = m.objective(m.tokens, m.counted, m.targets[kind])
     return sums.loss / m.positions  # type: ignore[no-any-return]
 
 

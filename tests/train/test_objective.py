@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from ddk_cache import InputError, SparseTargets
 from ddk_train.loss.divergences import LOSSES, divergence
 from ddk_train.loss.fused import Targets, Terms
-from ddk_train.loss.objective import Objective, distillation_loss, parts_of
+from ddk_train.loss.objective import Objective, distillation_loss, parts_of, places
 from ddk_train.student.lora import add_adapter
 
 SMALL: dict[str, Any] = {
@@ -249,7 +249,7 @@ def test_the_number_of_counted_positions_changes_nothing_else(name: str) -> None
     whole = torch.ones_like(mask)
     for counts in (mask, whole, torch.zeros_like(mask)):
         sums = objective(tokens, counts, targets)
-        given = objective(tokens, counts, targets, int(counts.sum()))
+        given = objective(tokens, places(counts, int(counts.sum())), targets)
         assert torch.equal(torch.stack([*sums]), torch.stack([*given]))
         wanted, got = gradients(model, sums.loss), gradients(model, given.loss)
         assert all(torch.equal(wanted[n], got[n]) for n in wanted)
@@ -265,7 +265,7 @@ def test_a_step_asks_the_device_for_no_value(loss: str, cut: int) -> None:
         tokens, mask = torch.zeros(3, 9, dtype=torch.int64), torch.ones(3, 8, dtype=torch.bool)
         ids, tail = torch.zeros(3, 8, 5, dtype=torch.int64), torch.zeros(3, 8)
         targets = SparseTargets(ids, torch.zeros(3, 8, 5), tail)
-        sums = objective(tokens, mask, targets, mask.numel() - cut)
+        sums = objective(tokens, places(mask, mask.numel() - cut), targets)
         (sums.loss / 9).backward()
         with pytest.raises(DynamicOutputShapeException, match="nonzero"):
             objective(tokens, mask, targets)
