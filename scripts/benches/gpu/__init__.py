@@ -33,7 +33,12 @@ PARTS = ("check", "step", "build", "read", "student")
 @click.option(
     "--part", "parts", type=click.Choice(PARTS), multiple=True, help="Run it alone; repeatable."
 )
-@click.option("--minutes", default=8.0, show_default=True, help="Longest time of a part (minutes).")
+@click.option(
+    "--minutes",
+    default=8.0,
+    show_default=True,
+    help="Time after which a part begins nothing new (minutes).",
+)
 @click.option("--device", default="cuda", show_default=True, help="cuda, cuda:N or cpu.")
 @click.option("--tiny", is_flag=True, help="Run the smallest sizes; the figures mean nothing.")
 @click.option(
