@@ -30,7 +30,7 @@ from ddk_train.data.loader import Batch, Loader
 from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter, Measured
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Objective, places
 from ddk_train.optim import learning_rate
 from ddk_train.run import checkpoint
 from ddk_train.run.checkpoint import State, Trained, get_random
@@ -114,8 +114,9 @@ class Trainer:
             group["lr"] = rate
         tokens = self._tokens(batch)
         positions = max(1, sum(tokens))
-        ce, kl = (self.backward(batch, positions) / positions).tolist()
-        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip).item()
+        means = self.backward(batch, positions) / positions
+        clipped = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
+        ce, kl, norm = torch.stack([*means, clipped]).tolist()  # the one wait for the device
         loss = ce + self.config.gamma * kl
         if not math.isfinite(loss + norm):
             raise DDKError(self._not_finite(batch))
@@ -125,11 +126,12 @@ class Trainer:
 
     def _tokens(self, batch: Batch) -> list[int]:
         """Return (D) the counted positions of a step by domain, over all processes."""
-        domain = torch.from_numpy(batch.draw.domain[self.processes.share])
-        device = batch.loss_mask.device
-        counts = torch.zeros(len(self.domains), dtype=torch.int64, device=device)
-        counts.index_add_(0, domain.to(device), batch.loss_mask.sum(1))
-        found: list[int] = self.processes.total(counts).tolist()
+        domain = batch.draw.domain[self.processes.share]
+        counts = np.bincount(domain, batch.counted, len(self.domains)).astype(np.int64)
+        if self.processes.world > 1:
+            here = torch.from_numpy(counts).to(self.processes.device)
+            counts = self.processes.total(here).cpu().numpy()
+        found: list[int] = counts.tolist()
         return found
 
     def backward(self, batch: Batch, positions: int) -> torch.Tensor:
@@ -146,7 +148,8 @@ class Trainer:
             with self.processes.accelerator.no_sync(self.model) if alone else nullcontext():
                 own = () if piece.positions is None else (piece.positions,)
                 targets = self.live(piece.tokens, *own) if self.live else piece.targets
-                out = self.model(piece.tokens, piece.loss_mask, targets, *own)
+                counted = places(piece.loss_mask, int(piece.counted.sum()))
+                out = self.model(piece.tokens, counted, targets, *own)
                 (out.loss * (self.processes.world / positions)).backward()
             sums += torch.stack([out.ce, out.divergence])
         return self.processes.total(sums)

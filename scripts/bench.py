@@ -10,6 +10,7 @@ machines cannot be compared. `DDK_DATA` names the folder of corpus and teacher.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import click
 from ddk_cache.console import Commands
 
 FOLDER = Path(__file__).parent / "benches"
-NO_BENCH = {"__init__", "common", "engines", "kinds", "material", "shared"}
+NO_BENCH = {"common", "engines", "kinds", "material", "shared"}
 
 
 class Benches(Commands):
@@ -26,7 +27,7 @@ class Benches(Commands):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the measurements."""
-        return sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in NO_BENCH)
+        return sorted({module.name for module in pkgutil.iter_modules([FOLDER])} - NO_BENCH)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Load one measurement: the `main` of its module."""

@@ -3,7 +3,8 @@
 At a few positions of every shard the whole distribution is compared with what a reader of the
 cache will get. The mass outside of the kept ids counts as spread evenly over all other ids, as it
 is for a fresh student, which gives every id the same probability. The figures are sums over
-positions, so that those of several shards add up.
+positions, so that those of several shards add up. They stay on the device, because a build that
+asked for each of them would wait for the teacher's next batch.
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import torch
 
 from ddk_cache.types import SparseTargets
 
+FIGURES = ("positions", "kl", "total_variation", "tail", "gradient_error")
+"""The names of what `compare` returns."""
+
 
 def compare(
     logits_NV: torch.Tensor, stored: SparseTargets[torch.Tensor], *, sampled: bool
-) -> dict[str, float]:
+) -> torch.Tensor:
     """Return sums over N positions of what `stored` (N, K) loses of the teacher's distribution t.
+
+    They are float64, on the device of the logits, in the order of `FIGURES`.
 
     `kl`: KL(t ‖ stored), nats; 0 for sampled targets, whose zeros mean "not drawn".
     `total_variation`: ½ Σ |t − stored|. `tail`: the mass of t outside of the kept ids.
@@ -34,10 +40,11 @@ def compare(
     error_N = ((t_NV - s_NV) ** 2).sum(-1) / ((1 / V - t_NV) ** 2).sum(-1).clamp(min=1e-30)
     # A probability below what a byte can store does not hold the student to zero.
     kl_N = torch.xlogy(t_NV, t_NV) - torch.xlogy(t_NV, s_NV.clamp(min=1e-12))
-    return {
-        "positions": float(N),
-        "kl": 0.0 if sampled else float(kl_N.sum()),
-        "total_variation": float((t_NV - s_NV).abs().sum() / 2),
-        "tail": float(N - (t_NV.gather(-1, ids_NK) * kept_NK).sum()),
-        "gradient_error": float(error_N.sum()),
+    figures = {
+        "positions": t_NV.new_tensor(N),
+        "kl": kl_N.sum() * (not sampled),
+        "total_variation": (t_NV - s_NV).abs().sum() / 2,
+        "tail": N - (t_NV.gather(-1, ids_NK) * kept_NK).sum(),
+        "gradient_error": error_N.sum(),
     }
+    return torch.stack([figures[name] for name in FIGURES])

@@ -10,7 +10,7 @@ the last one stopped.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -283,9 +283,9 @@ class Scoring:
         planned = {n: self.store.read(item, n, rows) for n in self.store.spec.token_arrays}
         tokens = planned["tokens"].rows.astype(np.int64)
         advance = partial(self.advance, f"{item.domain}/{item.split}")
-        scored = self.scorer.score(item, tokens, advance, segments_of(planned))
+        finish = self.scorer.begin(item, tokens, advance, segments_of(planned))
         self.flush()
-        commit = partial(self.commit, item, planned, scored, self.scorer.batch_rows)
+        commit = partial(self.commit, item, planned, finish, self.scorer.batch_rows)
         if self.writer:
             self.pending = self.writer.submit(commit)
         else:
@@ -298,9 +298,14 @@ class Scoring:
             self.pending = None
 
     def commit(
-        self, key: ShardKey, planned: Mapping[str, Stored], scored: Scored, batch_rows: int
+        self,
+        key: ShardKey,
+        planned: Mapping[str, Stored],
+        finish: Callable[[], Scored],
+        batch_rows: int,
     ) -> None:
-        """Encode, audit, write and commit one shard, and release its lease."""
+        """Wait for the scores of a shard; encode, audit, write and commit it; release its lease."""
+        scored = finish()
         codec, counted = self.codecs[key.domain], planned["loss_mask"].rows.astype(bool)
         tokens, segments = planned["tokens"].rows, segments_of(planned)
         labels = tokens[:, 1:].astype(np.int64)

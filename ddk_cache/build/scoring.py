@@ -3,14 +3,18 @@
 The size of a batch decides the last bits of a matrix product, so it is chosen once, tried on the
 teacher before the cache begins, and stored with the cache. If memory runs out later, the batch is
 halved with a warning: a shard that differs in the last bits is better than none.
+
+A GPU gets a batch before the host is done with the one before it, and all copies are asynchronous,
+from and to pinned memory: the host's work costs the teacher no time. The price is that a failing
+GPU is noticed one batch late.
 """
 
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +48,27 @@ class Scored(NamedTuple):
 
 
 @dataclass
+class Batch:
+    """Some rows that the device was given."""
+
+    tokens: Array
+    """(B, S+1)"""
+    chosen: torch.Tensor
+    """(B) the position of each row that is compared with its stored form."""
+    scores: targets.Scores
+    """In host memory, once the device is done."""
+    logits: torch.Tensor | None
+    """(B, V) of the chosen positions, on the device; None once compared, or without logits."""
+    done: torch.cuda.Event | None
+    """None where the device is the host."""
+
+    def wait(self) -> None:
+        """Wait until the scores are in host memory."""
+        if self.done:
+            self.done.synchronize()
+
+
+@dataclass
 class Scorer:
     """A teacher at work on a cache."""
 
@@ -72,64 +97,94 @@ class Scorer:
             InputError: the teacher returned something other than logits.
             CacheError: the teacher failed, with whatever error; shard and rows are named.
         """
-        parts: list[targets.Scores] = []
-        lost: Counter[str] = Counter()
+        return self.begin(key, tokens, advance, segments)()
+
+    def begin(
+        self,
+        key: ShardKey,
+        tokens: Array,
+        advance: Callable[[int], None],
+        segments: Array | None = None,
+    ) -> Callable[[], Scored]:
+        """Give a shard to the device; return the call that waits for its scores.
+
+        That call may be made by another thread while the next shard begins. Both raise as `score`.
+        """
+        batches: list[Batch] = []
+        lost: list[torch.Tensor] = []
         inside, done = labels_inside(tokens, segments), 0
         while done < len(tokens):
             part = slice(done, done + self.batch_rows)
-            batch, positions = torch.from_numpy(tokens[part]), None
-            if segments is not None:
-                positions = positions_of(torch.from_numpy(segments[part, :-1]))
-                positions = positions.to(self.teacher.device)
+            rows, apart = tokens[part], None if segments is None else segments[part]
             try:
-                scores, seen = self._call(
-                    batch.to(self.teacher.device), positions, key, done, inside[part]
-                )
+                batch = self._launch(rows, apart, key, done, inside[part])
             except DDKError:
                 raise
             except Exception as error:
                 if self._halved(error):
                     continue
-                rows = f"rows {done}–{done + len(batch) - 1} of {key}"
-                raise CacheError(f"the teacher failed on {rows}: {error}") from error
-            parts.append(scores)
-            lost.update(seen)
-            done += len(batch)
-            advance(batch[:, 1:].numel())
-        arrays = as_arrays(parts)
+                where = f"rows {done}–{done + len(rows) - 1} of {key}"
+                raise CacheError(f"the teacher failed on {where}: {error}") from error
+            if batches:
+                lost += self._compare(batches[-1])
+            batches.append(batch)
+            done += len(rows)
+            advance(rows[:, 1:].size)
+        return partial(self._finish, key, batches, lost, inside)
+
+    def _finish(
+        self, key: ShardKey, batches: list[Batch], lost: list[torch.Tensor], inside: Array
+    ) -> Scored:
+        try:
+            lost += self._compare(batches[-1])
+            arrays = as_arrays([batch.scores for batch in batches])
+            figures = torch.stack(lost).tolist() if lost else []
+        except RuntimeError as error:
+            raise CacheError(f"the teacher failed on {key}: {error}") from error
+        tokens = np.concatenate([batch.tokens for batch in batches])
         make_certain(arrays, tokens[:, 1:], ~inside)
-        return Scored(arrays, dict(lost))
+        sums = map(sum, zip(*figures, strict=True))
+        return Scored(arrays, dict(zip(fidelity.FIGURES, sums, strict=bool(lost))))
 
     @torch.inference_mode()
-    def _call(
-        self,
-        batch: torch.Tensor,
-        positions: torch.Tensor | None,
-        key: ShardKey,
-        first: int,
-        inside: Array,
-    ) -> tuple[targets.Scores, dict[str, float]]:
-        """Score rows first … of a shard; compare one position of each with its stored form."""
+    def _launch(
+        self, tokens: Array, segments: Array | None, key: ShardKey, first: int, inside: Array
+    ) -> Batch:
+        """Give rows first … of a shard to the device, without waiting for it."""
+        device = self.teacher.device
         offsets, chosen = draws(self.spec, key, first, inside)
+        positions = None
+        if segments is not None:
+            positions = to_device(positions_of(torch.from_numpy(segments[:, :-1])), device)
         scores, logits = self.teacher.scores(
-            batch,
-            chosen,
+            to_device(torch.from_numpy(tokens), device),
+            to_device(chosen, device),
             self.spec.targets,
             temperatures=self.spec.temperatures,
-            offsets_BS=torch.from_numpy(offsets).to(batch.device),
+            offsets_BS=to_device(torch.from_numpy(offsets), device),
             positions_BS=positions,
         )
-        scores = targets.Scores(*(field.cpu() for field in scores))
+        scores = targets.Scores(*(field.to("cpu", non_blocking=True) for field in scores))
+        copied = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        if copied:
+            copied.record(torch.cuda.current_stream(device))
+        return Batch(tokens, chosen, scores, logits, copied)
+
+    @torch.inference_mode()
+    def _compare(self, batch: Batch) -> list[torch.Tensor]:
+        """Return the sums of `fidelity.compare` over one position of each row, if it has logits."""
+        batch.wait()
+        logits, batch.logits = batch.logits, None
         if logits is None:
-            return scores, {}
-        rows = torch.arange(len(batch))
-        at = targets.Scores(*(field[rows, chosen][:, None] for field in scores))
-        tokens = batch.cpu()[rows[:, None], torch.stack([chosen, chosen + 1], -1)].numpy()
+            return []
+        rows, chosen = torch.arange(len(batch.tokens)), batch.chosen
+        at = targets.Scores(*(field[rows, chosen][:, None] for field in batch.scores))
+        tokens = batch.tokens[rows[:, None], torch.stack([chosen, chosen + 1], -1)]
         encoded = self.codec.encode(as_arrays([at]), tokens[:, 1:])
         device, kept = logits.device, self.codec.targets(encoded | {"tokens": tokens})
-        stored = kept.map(lambda part: torch.from_numpy(part[:, 0]).to(device))
+        stored = kept.map(lambda part: to_device(torch.from_numpy(part[:, 0]), device))
         sampled = self.spec.targets.kind == "sampled"
-        return scores, fidelity.compare(logits, stored, sampled=sampled)
+        return [fidelity.compare(logits, stored, sampled=sampled)]
 
     def _halved(self, error: Exception) -> bool:
         """Halve the batch if memory ran out and there is something to halve."""
@@ -141,6 +196,12 @@ class Scorer:
         if self.teacher.device.type == "cuda":
             torch.cuda.empty_cache()
         return True
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor of the host on a device, without waiting for what the device does."""
+    pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def as_arrays(parts: list[targets.Scores]) -> dict[str, Array]:

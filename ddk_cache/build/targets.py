@@ -76,7 +76,9 @@ def extract(
     """
     B, S, V = logits_BSV.shape
     chunk_bytes = CHUNK_BYTES.get(logits_BSV.device.type, CHUNK_BYTES["cuda"])
-    positions = max(1, chunk_bytes // (4 * V))
+    # A draw looks at a group for each entry, in float64: with few ids that is more than the logits.
+    searched = 2 * GROUP * targets.size if targets.kind == "sampled" else 0
+    positions = max(1, chunk_bytes // (4 * max(V, searched)))
     if offsets_BS is None:
         offsets_BS = torch.rand(B, S, dtype=torch.float64, device=logits_BSV.device)
     flat = (logits_BSV.reshape(-1, V), labels_BS.reshape(-1), offsets_BS.reshape(-1))
@@ -195,7 +197,9 @@ def draw(
     group_PB = torch.searchsorted(ends_PG, points_PB, right=True).clamp(max=groups - 1)
     before_PB = ends_PG.gather(-1, group_PB) - sums_PG.gather(-1, group_PB)
     inside_PBN = mass_PGN.gather(1, group_PB[..., None].expand(-1, -1, GROUP)).double().cumsum(-1)
-    within_PB = torch.searchsorted(inside_PBN, (points_PB - before_PB)[..., None], right=True)
+    # A point that rounding put before its group must not meet an id without mass there.
+    ahead_PB = (points_PB - before_PB).clamp(min=0)
+    within_PB = torch.searchsorted(inside_PBN, ahead_PB[..., None], right=True)
     # A point that rounding put after the last mass of its group belongs to that last mass.
     last_PB = (inside_PBN < inside_PBN[..., -1:]).sum(-1)
     return group_PB * GROUP + torch.minimum(within_PB[..., 0], last_PB), total_P

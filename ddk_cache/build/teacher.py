@@ -94,7 +94,7 @@ class Teacher:
         scores = extract(
             logits, tokens_BS1[:, 1:], targets, temperatures=temperatures, offsets_BS=offsets_BS
         )
-        return scores, logits[torch.arange(len(logits)), chosen_B]
+        return scores, logits[torch.arange(len(logits), device=logits.device), chosen_B]
 
     def require_isolation(self) -> None:
         """Raise InputError where the documents of a row would not be kept apart."""

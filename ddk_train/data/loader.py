@@ -29,7 +29,7 @@ import torch
 
 from ddk_cache import TRAIN, Cache, SparseTargets
 from ddk_train.data.decode import Dequantizer
-from ddk_train.data.mixture import Draw, Floats, Mixture
+from ddk_train.data.mixture import Draw, Floats, Ints, Mixture
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Batch:
     """(B, S, K)"""
     positions: torch.Tensor | None
     """(B, S+1) int64 places of tokens in their documents, where those are kept apart."""
+    counted: Ints
+    """(B) counted positions of each row, in host memory: nobody waits for the device to know."""
     state: dict[str, Any]
     """State of the mixture after this batch."""
     wait: float = 0.0
@@ -63,29 +65,43 @@ class Batch:
         """Yield the batch in pieces of at most `size` rows."""
         for first in range(0, len(self.tokens), size):
             part = slice(first, first + size)
-            targets = self.targets.map(itemgetter(part))
-            positions = None if self.positions is None else self.positions[part]
-            rows = self.tokens[part], self.loss_mask[part], targets, positions
-            yield Batch(self.draw, *rows, self.state)
+            yield dataclasses.replace(
+                self,
+                tokens=self.tokens[part],
+                loss_mask=self.loss_mask[part],
+                targets=self.targets.map(itemgetter(part)),
+                positions=None if self.positions is None else self.positions[part],
+                counted=self.counted[part],
+            )
+
+
+DOMAIN = "domain"
+"""Name of the buffer for the number of each row's domain, which is not an array of the cache."""
 
 
 class Buffers:
     """Host memory for the stored rows of one batch, reused for the next."""
 
-    def __init__(self, arrays: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(self, arrays: Mapping[str, Any], rows: int, device: torch.device) -> None:
         self.device, cuda = device, device.type == "cuda"
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors[DOMAIN] = torch.empty(rows, dtype=torch.int64)
         self.tensors = {name: t.pin_memory() if cuda else t for name, t in tensors.items()}
-        self.arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        self._copied = torch.cuda.Event() if cuda else None
+        self.arrays = {name: self.tensors[name].numpy() for name in arrays}
+        # A thread that waits must not spin: others need its core.
+        self._copied = torch.cuda.Event(blocking=True) if cuda else None
 
     def wait(self) -> None:
         """Wait until the last copy from this memory is done."""
         if self._copied:
             self._copied.synchronize()
 
-    def to_device(self) -> dict[str, torch.Tensor]:
-        """Start the copy to the device; on a CPU, return the memory itself."""
+    def to_device(self, domain_B: Ints) -> dict[str, torch.Tensor]:
+        """Start the copy to the device; on a CPU, return the memory itself.
+
+        A copy from memory that is not pinned would wait for all that the device was given before.
+        """
+        self.tensors[DOMAIN].copy_(torch.from_numpy(domain_B))
         moved = {name: t.to(self.device, non_blocking=True) for name, t in self.tensors.items()}
         if self._copied:
             self._copied.record(torch.cuda.current_stream(self.device))
@@ -133,7 +149,8 @@ class Loader:
         self._free: SimpleQueue[Buffers] = SimpleQueue()
         rows = len(range(mixture.rows)[share])
         for _ in range(max(1, threads)):
-            self._free.put(Buffers(cache.buffers(rows, self._dequantize.arrays), device))
+            arrays = cache.buffers(rows, self._dequantize.arrays)
+            self._free.put(Buffers(arrays, rows, device))
 
     @property
     def weights(self) -> Floats:
@@ -184,10 +201,11 @@ class Loader:
         try:
             buffers.wait()
             self.cache.fill(TRAIN, names, rows, buffers.arrays)
-            stored = buffers.to_device()
+            stored = buffers.to_device(domains)
             most = self._dequantize.most(buffers.arrays)
-            domain_B = torch.from_numpy(domains).to(self.device)
-            return Batch(draw, *self._dequantize(stored, domain_B, most), state)
+            counted = np.count_nonzero(buffers.arrays["loss_mask"], 1)
+            decoded = self._dequantize(stored, stored[DOMAIN], most)
+            return Batch(draw, *decoded, counted, state)
         finally:
             self._free.put(buffers)
 

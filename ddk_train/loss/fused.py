@@ -27,7 +27,12 @@ Targets = SparseTargets[torch.Tensor]
 CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 """Most bytes of the float32 logits of a chunk. On a CPU with 32 MiB of L3, 4 to 32 MiB differed by
 a fifth for V = 16,384, and 2 MiB took 1.4 times as long. On CUDA: enough to fill the device, little
-compared with the activations, and an eighth of the free memory where that is less."""
+compared with the activations, and less on a small device (`SHARE_OF_DEVICE`)."""
+
+SHARE_OF_DEVICE = 2**-8
+"""Most of a GPU's memory for the logits of a chunk. A share of all memory and not of the free:
+that varies from step to step, chunks decide the last bits of a sum, and a resumed run would differ
+from one that was never stopped."""
 
 LEAST_POSITIONS = 256
 """Fewest positions of a chunk: each chunk reads the whole head and its gradient once, and with 32
@@ -120,7 +125,7 @@ def fused_loss(
     return Sums(*sums)
 
 
-def pick(targets: Targets, index: slice | torch.Tensor) -> Targets:
+def pick(targets: Targets, index: slice | torch.Tensor | tuple[torch.Tensor, ...]) -> Targets:
     """Return the targets of some positions."""
     return targets.map(lambda values: values[index])
 
@@ -177,12 +182,11 @@ def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torc
 
 
 def chunk_positions(device: torch.device, V: int) -> int:
-    """Return the number of positions of a chunk, by the memory available."""
+    """Return the number of positions of a chunk, the same at every step on a device."""
     most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        most = min(most, free // 8)
+        memory = torch.cuda.get_device_properties(device).total_memory
+        most = min(most, int(memory * SHARE_OF_DEVICE))
     return max(LEAST_POSITIONS, most // (4 * V))
 
 

@@ -30,6 +30,10 @@ from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure
 
 log = logging.getLogger(__name__)
 
+Mask = torch.Tensor | tuple[torch.Tensor, ...]
+"""(B, S) bool, the positions that count; or (P) their rows and (P) their columns: both index what
+is (B, S, …), but the first makes the host wait for the device each time, to know P."""
+
 PROBE_SIZE = 100.0
 """Size of the largest logit when head and model are compared; caps are near 30."""
 
@@ -62,14 +66,15 @@ class Objective(torch.nn.Module):
     def forward(
         self,
         tokens_BS1: torch.Tensor,
-        mask_BS: torch.Tensor,
+        mask_BS: Mask,
         targets: Targets | None,
         positions_BS1: torch.Tensor | None = None,
     ) -> Sums:
         """Return the sums over the positions that `mask` counts.
 
-        `tokens` has one more column than `mask`: the last column is a label only. With
-        `positions`, the documents of a row are kept apart.
+        `tokens` has one more column than `mask`: the last column is a label only. In place of the
+        mask, the `places` that it counts may be given. With `positions`, the documents of a row
+        are kept apart.
         """
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS, positions_BS1)
         targets = targets and self._counted(targets, mask_BS)
@@ -79,22 +84,23 @@ class Objective(torch.nn.Module):
     def measure(
         self,
         tokens_BS1: torch.Tensor,
-        mask_BS: torch.Tensor,
+        mask_BS: Mask,
         targets: Targets,
         positions_BS1: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the sums of cross-entropy and KL(teacher ‖ student), without gradients; (2)."""
+        mask_BS = places(mask_BS)
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS, positions_BS1)
         targets = self._counted(targets, mask_BS)
         return measure(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets)
 
-    def _counted(self, targets: Targets, mask_BS: torch.Tensor) -> Targets:
+    def _counted(self, targets: Targets, mask_BS: Mask) -> Targets:
         """Return the targets (P, K) of counted positions, for a head of the student's width."""
         targets = pick(targets, mask_BS)
         return within(targets, width(self.student)) if self.narrow else targets
 
     def _hidden(
-        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, positions_BS1: torch.Tensor | None
+        self, tokens_BS1: torch.Tensor, mask_BS: Mask, positions_BS1: torch.Tensor | None
     ) -> tuple[torch.Tensor, Head]:
         rows = tokens_BS1, mask_BS, positions_BS1
         with torch.autocast(tokens_BS1.device.type, torch.bfloat16, enabled=self.bf16):
@@ -137,9 +143,9 @@ def distillation_loss(
 
 def counted(
     model: Any, batch: Mapping[str, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Targets, bool]:
+) -> tuple[torch.Tensor, torch.Tensor, Mask, Targets, bool]:
     """Return tokens (B, S+1), labels (P), mask (B, S), targets (P, K), and whether V is narrow."""
-    mask_BS = batch["labels"][:, 1:] != IGNORED
+    mask_BS = places(batch["labels"][:, 1:] != IGNORED)
     kept = SparseTargets(batch["target_ids"], batch["target_probs"], batch["target_tail"])
     targets, V = pick(kept, mask_BS), width(model)
     narrow = bool((targets.ids >= V).any())
@@ -157,6 +163,17 @@ def check_batch(batch: Mapping[str, torch.Tensor]) -> None:
         )
 
 
+def places(mask_BS: Mask, count: int | None = None) -> Mask:
+    """Return the rows and columns (P) of the positions that a mask counts.
+
+    The host waits for the device to count them, unless it knows their number.
+    """
+    if isinstance(mask_BS, tuple):
+        return mask_BS
+    found_P2 = mask_BS.nonzero_static(size=count) if count else mask_BS.nonzero()
+    return found_P2.unbind(1)
+
+
 # --- a model and its head ---
 
 
@@ -164,7 +181,7 @@ def hidden_and_head(
     model: Any,
     parts: Parts | None,
     tokens_BS1: torch.Tensor,
-    mask_BS: torch.Tensor,
+    mask_BS: Mask,
     positions_BS1: torch.Tensor | None,
     narrow: bool,
 ) -> tuple[torch.Tensor, Head]:

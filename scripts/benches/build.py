@@ -7,9 +7,9 @@ compressing and writing run behind them, in a thread.
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from pyarrow import parquet
 
-from benches.common import Record, data, json_option, middle
+from benches.common import Record, data, json_option, middle, once, synchronize
 from ddk_cache import TargetSpec
 from ddk_cache.build import targets
 from ddk_cache.build.config import BuildConfig
@@ -64,29 +64,26 @@ def large_teacher() -> Teacher:
     return Teacher(logits, 50_000, {}, f"{size / 1e6:.0f} M, random")
 
 
-def once(work: Callable[[], object]) -> float:
-    """Return the seconds of a call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
-def extraction(teacher: Teacher, rows: int, kinds: list[str], repeats: int) -> list[dict[str, Any]]:
+def extraction(
+    teacher: Teacher, rows: int, kinds: list[str], repeats: int, seq_len: int = SEQ_LEN
+) -> list[dict[str, Any]]:
     """Return the time of a forward pass, and of the extraction of each kind from its logits."""
-    tokens = torch.randint(1000, (rows, SEQ_LEN + 1))
+    tokens, device = torch.randint(256, (rows, seq_len + 1), device=teacher.device), teacher.device
     labels = tokens[:, 1:]
     found: dict[str, list[float]] = {}
     with torch.inference_mode():
         logits = teacher.logits(tokens[:, :-1])
+        calls: dict[str, Callable[[], object]] = {
+            "forward": partial(teacher.logits, tokens[:, :-1])
+        }
+        for kind in kinds:
+            calls[kind] = partial(targets.extract, logits, labels, TargetSpec.parse(kind))
+        synchronize(str(device))
         for _ in range(repeats):
-            found.setdefault("forward", []).append(once(lambda: teacher.logits(tokens[:, :-1])))
-            for kind in kinds:
-                spec = TargetSpec.parse(kind)
-                found.setdefault(kind, []).append(
-                    once(partial(targets.extract, logits, labels, spec))
-                )
+            for name, call in calls.items():
+                found.setdefault(name, []).append(once(call, str(device)))
     forward = middle(found.pop("forward"))
-    each = rows * SEQ_LEN
+    each = rows * seq_len
     return [
         {
             "teacher": teacher.name,
@@ -99,29 +96,28 @@ def extraction(teacher: Teacher, rows: int, kinds: list[str], repeats: int) -> l
     ]
 
 
-def bare(teacher: Teacher, tokens: torch.Tensor, kind: str) -> None:
+def bare(teacher: Teacher, tokens: torch.Tensor, kind: str, batch_rows: int) -> None:
     """Run forward and extraction over rows, and keep nothing."""
     spec = TargetSpec.parse(kind)
     with torch.inference_mode():
-        for batch in tokens.split(BATCH_ROWS):
+        for batch in tokens.to(teacher.device).split(batch_rows):
             logits = teacher.logits(batch[:, :-1])
             targets.extract(logits, batch[:, 1:], spec)
+    synchronize(str(teacher.device))
 
 
 def whole(
-    folder: Path, teacher: Teacher, tokenizer: Any, kind: str, repeats: int
+    folder: Path, teacher: Teacher, tokenizer: Any, config: BuildConfig, repeats: int
 ) -> dict[str, Any]:
     """Return the speed of a whole build against forward and extraction of the same rows.
 
     The rows are planned by a first build, which is not timed, so that both do the same work.
     """
-    config = BuildConfig(
-        seq_len=SEQ_LEN, targets=kind, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS
-    )
-    path = folder / "cache.zarr"
+    path, kind = folder / "cache.zarr", config.targets
     make = partial(build_cache, path, folder / "corpus", teacher, tokenizer, config)
     make()
     cache = open_cache(path)
+    size = cache.manifest.root.batch_rows
     parts = [
         torch.from_numpy(cache.read(d, s, cache.row_numbers(d, s)).tokens)
         for d in cache.domains
@@ -130,7 +126,7 @@ def whole(
     ]
     alone, built = [], []
     for _ in range(repeats):
-        alone.append(sum(once(partial(bare, teacher, part, kind)) for part in parts))
+        alone.append(sum(once(partial(bare, teacher, part, kind, size)) for part in parts))
         shutil.rmtree(path / COMMITS)
         built.append(once(make))
     shutil.rmtree(path)
@@ -173,6 +169,8 @@ def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path 
         for name in DOMAINS:
             table = parquet.read_table(data() / f"corpus/{name}.parquet")
             parquet.write_table(table.slice(0, documents), corpus / f"{name}.parquet")
-        built = [whole(Path(scratch), teacher, tokenizer, name, repeats) for name in names]
+        same = BuildConfig(seq_len=SEQ_LEN, batch_rows=BATCH_ROWS, shard_rows=SHARD_ROWS)
+        configs = [dataclasses.replace(same, targets=name) for name in names]
+        built = [whole(Path(scratch), teacher, tokenizer, config, repeats) for config in configs]
     record.table("a build compared with forward and extraction", built)
     record.write(json_path)

@@ -49,6 +49,22 @@ def timed(work: Callable[[], object], repeats: int) -> list[float]:
     return seconds
 
 
+def once(work: Callable[[], object], device: str = "cpu") -> float:
+    """Return the seconds of a call, until the device is done with it."""
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: str) -> None:
+    """Wait for a device."""
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
 def middle(values: Sequence[float]) -> float:
     """Return the median."""
     return statistics.median(values)

@@ -49,15 +49,19 @@ def teacher() -> Teacher:
     return Teacher(logits, VOCAB, {"class": "synthetic"})
 
 
-def built(path: Path, targets: str, tokens: int, shard_rows: int) -> Path:
-    """Build a cache of one domain of about so many tokens."""
-    corpus = path.with_suffix(".corpus")
+def letters(corpus: Path, tokens: int) -> Path:
+    """Write a corpus of one domain of about so many tokens of `byte_tokenizer`; return it."""
     corpus.mkdir(parents=True)
-    words = random.Random(0)
-    letters = [chr(code) for code in range(33, 127)]
-    texts = ["".join(words.choices(letters, k=4095)) for _ in range(tokens // 4096)]
+    words, alphabet = random.Random(0), [chr(code) for code in range(33, 127)]
+    texts = ["".join(words.choices(alphabet, k=4095)) for _ in range(tokens // 4096)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
     (corpus / f"{DOMAIN}.jsonl").write_text(lines)
+    return corpus
+
+
+def built(path: Path, targets: str, tokens: int, shard_rows: int) -> Path:
+    """Build a cache of one domain of about so many tokens."""
+    corpus = letters(path.with_suffix(".corpus"), tokens)
     config = BuildConfig(seq_len=SEQ_LEN, targets=targets, shard_rows=shard_rows, holdout=0.0)
     build_cache(path, corpus, teacher(), byte_tokenizer(), config)
     shutil.rmtree(corpus)

@@ -21,10 +21,10 @@ import click
 import torch
 from torch.nn.functional import kl_div
 
-from benches.common import Record, json_option, middle
+from benches.common import Record, json_option, middle, once, synchronize
 from ddk_cache import SparseTargets
 from ddk_train.loss.fused import Head, Targets, Terms, fused_loss
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Mask, Objective, places
 
 SIZES = {
     "tiny": ((128, 4, 4, 352), (448, 6, 7, 1216)),
@@ -53,7 +53,9 @@ class Setting:
     """The passes over a chunk of our head."""
 
 
-def make_model(shape: tuple[int, int, int, int], vocab: int, setting: Setting) -> Any:
+def make_model(
+    shape: tuple[int, int, int, int], vocab: int, seq_len: int, device: str = "cpu"
+) -> Any:
     """Return a fresh Llama of this shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -61,9 +63,9 @@ def make_model(shape: tuple[int, int, int, int], vocab: int, setting: Setting) -
     config = LlamaConfig(
         vocab_size=vocab, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=heads, intermediate_size=intermediate, tie_word_embeddings=True,
-        max_position_embeddings=max(1024, setting.seq_len),
+        max_position_embeddings=max(1024, seq_len),
     )  # fmt: skip
-    with torch.device(setting.device):
+    with torch.device(device):
         return LlamaForCausalLM(config)
 
 
@@ -73,7 +75,7 @@ class Material:
     def __init__(self, setting: Setting) -> None:
         torch.manual_seed(0)
         self.setting, device = setting, setting.device
-        self.student = make_model(SIZES[setting.student][0], setting.vocab, setting)
+        self.student = self._model(0)
         if setting.gradient_checkpointing:
             self.student.gradient_checkpointing_enable({"use_reentrant": False})
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-5, fused=True)
@@ -88,10 +90,21 @@ class Material:
         self.objective = Objective(self.student, terms, setting.vocab, setting.bf16)
         self._teacher: Any = None
 
+    def _model(self, which: int) -> Any:
+        """Return a new student (0) or teacher (1)."""
+        setting = self.setting
+        shape = SIZES[setting.student][which]
+        return make_model(shape, setting.vocab, setting.seq_len, setting.device)
+
     @property
     def positions(self) -> int:
         """Return the positions of a step."""
         return self.mask.numel()
+
+    @property
+    def counted(self) -> Mask:
+        """Return the places of the counted positions, as the trainer finds them at each step."""
+        return places(self.mask, self.positions)
 
     def autocast(self) -> torch.autocast:
         """Return the context of the precision."""
@@ -109,9 +122,8 @@ class Material:
     def teacher_probs(self) -> torch.Tensor:
         """Return a live teacher's distributions (P, V)."""
         if self._teacher is None:
-            setting = self.setting
-            self._teacher = make_model(SIZES[setting.student][1], setting.vocab, setting).eval()
-            if setting.bf16:
+            self._teacher = self._model(1).eval()
+            if self.setting.bf16:
                 self._teacher.bfloat16()
         out = self._teacher(input_ids=self.tokens[:, :-1], use_cache=False).logits
         return out.flatten(0, 1).float().softmax(-1)  # type: ignore[no-any-return]
@@ -142,7 +154,7 @@ def plain_ce(m: Material) -> torch.Tensor:
 
 def fused_ce(m: Material) -> torch.Tensor:
     """Cross-entropy through the fused head."""
-    return m.objective(m.tokens, m.mask, None).loss / m.positions  # type: ignore[no-any-return]
+    return m.objective(m.tokens, m.counted, None).loss / m.positions  # type: ignore[no-any-return]
 
 
 def liger_ce(m: Material) -> torch.Tensor:
@@ -160,7 +172,8 @@ def liger_ce(m: Material) -> torch.Tensor:
 
 def from_cache(m: Material, kind: str) -> torch.Tensor:
     """Our step."""
-    return m.objective(m.tokens, m.mask, m.targets[kind]).loss / m.positions  # type: ignore[no-any-return]
+    sums = m.objective(m.tokens, m.counted, m.targets[kind])
+    return sums.loss / m.positions  # type: ignore[no-any-return]
 
 
 def dense_kd(m: Material, probs_PV: torch.Tensor) -> torch.Tensor:
@@ -205,26 +218,18 @@ def variants(setting: Setting) -> list[str]:
 
 def step(m: Material, name: str) -> float:
     """Take one step; return its seconds."""
-    began = time.perf_counter()
-    VARIANTS[name](m).backward()
-    m.optimizer.step()
-    m.optimizer.zero_grad(set_to_none=True)
-    synchronise(m.setting)
-    return time.perf_counter() - began
+
+    def work() -> None:
+        VARIANTS[name](m).backward()
+        m.optimizer.step()
+        m.optimizer.zero_grad(set_to_none=True)
+
+    return once(work, m.setting.device)
 
 
 def teacher_forward(m: Material) -> float:
     """Return the seconds of the teacher's forward pass."""
-    began = time.perf_counter()
-    m.teacher_probs()
-    synchronise(m.setting)
-    return time.perf_counter() - began
-
-
-def synchronise(setting: Setting) -> None:
-    """Wait for the device."""
-    if setting.device.startswith("cuda"):
-        torch.cuda.synchronize()
+    return once(m.teacher_probs, m.setting.device)
 
 
 def peak(name: str, values: dict[str, Any], threads: int) -> float:
@@ -285,8 +290,11 @@ def compare(setting: Setting, repeats: int, record: Record) -> None:
     )
 
 
-def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -> None:
-    """Measure head and loss without a body: plainly and fused."""
+def head_alone(setting: Setting, positions: int, repeats: int) -> list[dict[str, Any]]:
+    """Measure head and loss without a body: plainly and fused.
+
+    Peak memory, on CUDA, is that on top of hidden states, weights and targets.
+    """
     hidden_size = SIZES[setting.student][0][0]
     dtype = torch.bfloat16 if setting.bf16 else torch.float32
     hidden = torch.randn(positions, hidden_size, device=setting.device, dtype=dtype)
@@ -312,19 +320,22 @@ def head_alone(setting: Setting, positions: int, repeats: int, record: Record) -
     ):
         hidden.requires_grad_()
         taken = []
-        if setting.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
+        cuda = setting.device.startswith("cuda")
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(setting.device)
+            before = torch.cuda.memory_allocated(setting.device)
         for _ in range(repeats + 1):
             began = time.perf_counter()
             loss().backward()
-            synchronise(setting)
+            synchronize(setting.device)
             taken.append(time.perf_counter() - began)
             hidden.grad = weight.grad = None
         row: dict[str, Any] = {"head alone": name, "s": middle(taken[1:])}
-        if setting.device.startswith("cuda"):
-            row["peak MiB"] = torch.cuda.max_memory_allocated() / 2**20
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(setting.device)
+            row["added peak MiB"] = (peak - before) / 2**20
         rows.append(row)
-    record.table(f"head alone, {positions:,} positions, vocabulary {setting.vocab:,}", rows)
+    return rows
 
 
 @click.command()
@@ -362,6 +373,7 @@ def main(json_path: Path | None, **options: Any) -> None:
         )
         setting = Setting(vocab=vocab, **{name: options[name] for name in names})
         compare(setting, options["repeats"], record)
-        if options["head_positions"]:
-            head_alone(setting, options["head_positions"], options["repeats"], record)
+        if positions := options["head_positions"]:
+            rows = head_alone(setting, positions, options["repeats"])
+            record.table(f"head alone, {positions:,} positions, vocabulary {vocab:,}", rows)
     record.write(json_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -61,6 +62,22 @@ def test_a_position_without_a_label_of_its_document_is_certain_and_not_compared(
     for first in range(40):
         _, chosen = draws(spec, KEY, first, labels_inside(TOKENS, segments))
         assert set(chosen.tolist()) <= set(inside)
+
+
+def test_a_shard_may_begin_before_the_one_before_it_is_finished() -> None:
+    teacher = random_teacher()
+    spec = BuildConfig(seq_len=16, targets="sampled:6").spec(VOCAB, teacher.identity, {})
+    keys, tokens = [KEY, KEY._replace(number=4)], [TOKENS, TOKENS[::-1].copy()]
+    scorer = Scorer(teacher, spec, 3)
+    alone = [scorer.score(*pair, lambda _: None) for pair in zip(keys, tokens, strict=True)]
+    begun = [scorer.begin(*pair, lambda _: None) for pair in zip(keys, tokens, strict=True)]
+    with ThreadPoolExecutor(1) as other:
+        behind = list(other.map(lambda finish: finish(), begun))
+    for one, late in zip(alone, behind, strict=True):
+        assert one.fidelity == late.fidelity
+        assert one.fidelity["positions"] == 7
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(array, late.arrays[name])
 
 
 def test_what_is_not_logits_is_an_input_error() -> None:

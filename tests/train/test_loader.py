@@ -95,6 +95,7 @@ def test_batches_are_the_rows_of_the_cache_decoded(
     even = np.full(len(cache.domains), 1 / len(cache.domains))
     batches = Loader(cache, mixture, CPU, share=slice(1, None, 2), temperature=temperature)
     for batch in batches.batches(even, 9):
+        np.testing.assert_array_equal(batch.counted, batch.loss_mask.sum(1))
         shared = zip(batch.draw.domain[1::2], batch.draw.row[1::2], strict=True)
         for place, (number, row) in enumerate(shared):
             name = cache.domains[number]

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from ddk_cache import InputError, SparseTargets
+from ddk_train.loss.divergences import LOSSES, divergence
 from ddk_train.loss.fused import Targets, Terms
-from ddk_train.loss.objective import Objective, distillation_loss, parts_of
+from ddk_train.loss.objective import Objective, distillation_loss, parts_of, places
 from ddk_train.student.lora import add_adapter
 
 SMALL: dict[str, Any] = {
@@ -234,3 +236,36 @@ def test_a_batch_without_targets_is_named() -> None:
         distillation_loss(make("llama"), batch)
     with pytest.raises(InputError, match="Did you mean 'forward_kl'"):
         distillation_loss(make("llama"), as_batch(), loss="forward_k")
+
+
+# --- what a GPU would make the host wait for -----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "cohere", "phi"])
+def test_the_number_of_counted_positions_changes_nothing_else(name: str) -> None:
+    model = make(name)
+    objective = Objective(model, Terms(0.4), 60, bf16=False)
+    tokens, mask, targets = material()
+    whole = torch.ones_like(mask)
+    for counts in (mask, whole, torch.zeros_like(mask)):
+        sums = objective(tokens, counts, targets)
+        given = objective(tokens, places(counts, int(counts.sum())), targets)
+        assert torch.equal(torch.stack([*sums]), torch.stack([*given]))
+        wanted, got = gradients(model, sums.loss), gradients(model, given.loss)
+        assert all(torch.equal(wanted[n], got[n]) for n in wanted)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("cut", [0, 1])
+def test_a_step_asks_the_device_for_no_value(loss: str, cut: int) -> None:
+    """Fake tensors have no values: whatever waits for one raises."""
+    terms = Terms(0.4, divergence(loss.replace("BETA", "0.5").replace("ALPHA", "0.1")))
+    objective = Objective(make("llama"), terms, 60, bf16=False)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tokens, mask = torch.zeros(3, 9, dtype=torch.int64), torch.ones(3, 8, dtype=torch.bool)
+        ids, tail = torch.zeros(3, 8, 5, dtype=torch.int64), torch.zeros(3, 8)
+        targets = SparseTargets(ids, torch.zeros(3, 8, 5), tail)
+        sums = objective(tokens, places(mask, mask.numel() - cut), targets)
+        (sums.loss / 9).backward()
+        with pytest.raises(DynamicOutputShapeException, match="nonzero"):
+            objective(tokens, mask, targets)
