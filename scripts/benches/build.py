@@ -25,9 +25,10 @@ from ddk_cache import TargetSpec
 from ddk_cache.build import targets
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
-from ddk_cache.build.teacher import Teacher, load_teacher
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.format.layout import COMMITS
 from ddk_cache.hf import load_tokenizer
+from ddk_cache.models.load import load_teacher
 from ddk_cache.read.cache import open_cache
 
 SEQ_LEN = 256
