@@ -300,7 +300,7 @@ def verify(
             from ddk_cache.served.teacher import find_teacher
 
             spec, words = opened.spec, str(opened.tokenizer_path)
-            served = {"model": model, "head": head, "vocab_size": spec.vocab_size}
+            served: dict[str, Any] = {"model": model, "head": head, "vocab_size": spec.vocab_size}
             loaded, _ = find_teacher(teacher, words, str(spec.targets), how, **served)
             with loaded.in_step() as first:
                 if not first:

@@ -167,8 +167,9 @@ def extract_head(
     tied = model.get_input_embeddings() if config.tie_word_embeddings else linear
     names = {id(parameter): key for key, parameter in model.named_parameters()}
     weight = read_tensor(name, names[id(tied.weight)], revision)
-    bias = linear.bias
-    bias = None if bias is None else read_tensor(name, names[id(bias)], revision)
+    if linear.bias is None:
+        return Head(weight, None, *scale_and_cap(config))
+    bias = read_tensor(name, names[id(linear.bias)], revision)
     return Head(weight, bias, *scale_and_cap(config))
 
 

@@ -74,7 +74,7 @@ def _offline(name: str) -> bool:
     return False
 
 
-def locate(name: str | Path) -> tuple[str | Path, dict[str, str]]:
+def locate(name: str | Path) -> tuple[str | Path, dict[str, Any]]:
     """Return where a model is, and the options of `from_pretrained` that a GGUF file needs."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -107,9 +107,9 @@ def load_tokenizer(
         InputError: there is none, or it has no end-of-text token.
     """
     place, options = locate(name)
-    options = options | ({"revision": revision} if revision else {})
+    given: dict[str, Any] = options | ({"revision": revision} if revision else {})
     trust = {"trust_remote_code": trust_remote_code}
-    tokenizer = load("tokenizer", "AutoTokenizer", place, **trust, **options)
+    tokenizer = load("tokenizer", "AutoTokenizer", place, **trust, **given)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {str(name)!r} has no end-of-text (eos) token to put between documents."

@@ -107,7 +107,9 @@ def check_checkpoint(name: str | Path, config: TeacherConfig, options: dict[str,
             f"the teacher {str(name)!r} is quantized already. Leave out --quantization."
         )
     text = found.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 0)
+    heads: int = getattr(text, "num_key_value_heads", None) or getattr(
+        text, "num_attention_heads", 0
+    )
     if heads % config.tensor_parallel:
         raise InputError(
             f"tensor_parallel: got {config.tensor_parallel}, expected a divisor of {heads}, the "

@@ -47,7 +47,8 @@ def require_world(size: int) -> None:
     if started != str(size):
         raise InputError(
             f"tensor_parallel: got {size} in a job of {started} processes, expected as many "
-            f"processes as parts. Start it with  torchrun --nproc-per-node {size} -m ddk_cache …"
+            "processes as parts. Start it with  "
+            f"torchrun --nproc-per-node {size} --no-python ddk-cache …"
         )
 
 

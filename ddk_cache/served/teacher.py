@@ -78,14 +78,14 @@ def find_teacher(
     Raises:
         InputError: there is no such teacher or tokenizer, or the options do not belong together.
     """
-    trust = {"trust_remote_code": config.trust_remote_code}
+    trust = config.trust_remote_code
     if "://" not in name:
         if model or head:
             raise InputError("--model and --head are for a --teacher that is an http:// address.")
         revision = None if tokenizer else config.revision
-        words = load_tokenizer(tokenizer or name, revision=revision, **trust)
+        words = load_tokenizer(tokenizer or name, trust_remote_code=trust, revision=revision)
         return load_teacher(name, config), words
-    plain = TeacherConfig(dtype=config.dtype, device=config.device, **trust)
+    plain = TeacherConfig(dtype=config.dtype, device=config.device, trust_remote_code=trust)
     if config != plain:
         changed = [name for name, value in vars(config).items() if value != getattr(plain, name)]
         options = ", ".join("--" + name.replace("_", "-") for name in changed)
@@ -94,7 +94,7 @@ def find_teacher(
         tokenizer = head
     if tokenizer is None:
         raise InputError(f"{name} is a server: give the --tokenizer of its model.")
-    words = load_tokenizer(tokenizer, **trust)
+    words = load_tokenizer(tokenizer, trust_remote_code=trust)
     how: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     how |= {"targets": TargetSpec.parse(targets), "vocab_size": vocab_size}
     return load_served(name, words, model=model, head=head, **how), words

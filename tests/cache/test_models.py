@@ -69,6 +69,12 @@ def same(one: extraction.Scores, other: extraction.Scores, error: float = 0.0) -
     torch.testing.assert_close(one.label_logprob, other.label_logprob, rtol=0, atol=error)
 
 
+def off(one: Teacher, other: Teacher) -> float:
+    """Return the mean difference of two teachers at the true tokens, in nats."""
+    labels = [scores(teacher, "topk:8")[0].label_logprob for teacher in (one, other)]
+    return float((labels[0] - labels[1]).abs().mean())
+
+
 @pytest.mark.parametrize("kind", ["topk:8", "sampled:8"])
 @pytest.mark.parametrize("name", HEADS)
 def test_a_head_apart_gives_the_targets_of_the_logits(
@@ -145,25 +151,24 @@ def test_a_quantized_teacher_builds_and_verifies(
     name: str, tmp_path: Path, make_cache: Any, tokenizer: Any
 ) -> None:
     pytest.importorskip({"bnb": "bitsandbytes"}.get(name.partition("-")[0], "torchao"))
-    path = save("Llama", tmp_path / "model", hidden_size=64, head_dim=32)
+    path = save("Llama", tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=32)
     teacher = load_teacher(path, quantization=name)
     assert isinstance(teacher, BodyTeacher)
     assert teacher.identity["quantization"] == name
     again, plain = load_teacher(path, quantization=name), load_teacher(path)
     assert teacher.identity == again.identity
     assert teacher.identity["weights"] != plain.identity["weights"]
-    off = scores(teacher, "topk:8")[0].label_logprob - scores(plain, "topk:8")[0].label_logprob
-    assert 0 < off.abs().mean() < 2
+    assert 0 < off(teacher, plain) < 2
     cache = make_cache(tmp_path / "mix.zarr", teacher=teacher)
     assert not replay(cache, again, 8, 0).bad
 
 
 def test_a_gguf_file_is_a_teacher_with_its_tokenizer(tmp_path: Path, make_cache: Any) -> None:
     pytest.importorskip("gguf")
-    path = save("Llama", tmp_path / "model", hidden_size=64, head_dim=32)
+    path = save("Llama", tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=32)
     file = write_gguf(path, tmp_path / "small.gguf")
     teacher, plain = load_teacher(file), load_teacher(path)
-    same(scores(teacher, "topk:8")[0], scores(plain, "topk:8")[0], 1.0)
+    assert 0 < off(teacher, plain) < 0.5
     moved = file.rename(tmp_path / "other.gguf")
     assert teacher.identity == load_teacher(moved).identity
     words = load_tokenizer(moved)
@@ -226,6 +231,6 @@ def test_parts_must_divide_the_key_value_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    path = save("Llama", tmp_path, num_attention_heads=3, num_key_value_heads=3)
+    path = save("Llama", tmp_path, hidden_size=24, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(InputError, match="tensor_parallel: got 2, expected a divisor of 3"):
         load_teacher(path, tensor_parallel=2)
