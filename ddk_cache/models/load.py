@@ -25,6 +25,9 @@ from ddk_cache.models.parallel import in_parallel, require_world
 
 log = logging.getLogger(__name__)
 
+DECIDED = {"device_mesh", "distributed_config", "gguf_file", "output_loading_info", "tp_plan"}
+"""Further arguments of `from_pretrained` that options decide, also where they are not given."""
+
 CAUSAL_TOKENS = 8
 """Tokens on which a model is tried for looking ahead."""
 
@@ -85,7 +88,7 @@ def model_options(name: str | Path, config: TeacherConfig, device: torch.device)
         require_world(config.tensor_parallel)
         options["distributed_config"] = {"tp_size": config.tensor_parallel}
     further = config.further()
-    if twice := sorted(options.keys() & further.keys()):
+    if twice := sorted((options.keys() | DECIDED) & further.keys()):
         raise InputError(
             f"model_kwargs: {', '.join(twice)} is decided by an option of its own. Give it there."
         )
@@ -102,14 +105,13 @@ def check_checkpoint(name: str | Path, config: TeacherConfig, options: dict[str,
         raise InputError(f"--revision is for a model of the hub, and {name} is on this machine.")
     place, gguf = locate(name)
     found = load("teacher", "AutoConfig", place, **known, **gguf)
-    if "quantization_config" in options and (gguf or hasattr(found, "quantization_config")):
+    if "quantization_config" in options and (gguf or getattr(found, "quantization_config", None)):
         raise InputError(
             f"the teacher {str(name)!r} is quantized already. Leave out --quantization."
         )
     text = found.get_text_config()
-    heads: int = getattr(text, "num_key_value_heads", None) or getattr(
-        text, "num_attention_heads", 0
-    )
+    counts = (getattr(text, f"num_{kind}_heads", None) for kind in ("key_value", "attention"))
+    heads = next((count for count in counts if count), 0)
     if heads % config.tensor_parallel:
         raise InputError(
             f"tensor_parallel: got {config.tensor_parallel}, expected a divisor of {heads}, the "

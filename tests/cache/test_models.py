@@ -209,6 +209,7 @@ def test_options_that_exclude_each_other_are_refused(options: dict[str, Any], sa
         ({"tensor_parallel": 2}, "got 2 in a job of 1 processes, .* torchrun --nproc-per-node 2"),
         ({"revision": "main"}, "--revision is for a model of the hub"),
         ({"model_kwargs": {"dtype": "float32"}}, "model_kwargs: dtype is decided by an option"),
+        ({"model_kwargs": {"tp_plan": "auto"}}, "model_kwargs: tp_plan is decided by an option"),
         ({"model_kwargs": {"no_such": 1}}, "no teacher could be loaded from .*no_such"),
         ({"model_kwargs": "/none.yaml"}, "/none.yaml is not readable YAML"),
         ({"attention": "flash_attention_3"}, "no teacher could be loaded from"),
