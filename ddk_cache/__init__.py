@@ -26,13 +26,15 @@ from ddk_cache.errors import (
 )
 from ddk_cache.format.plan import DomainPlan, Extent, rows_at
 from ddk_cache.format.spec import FORMAT_VERSION, CacheSpec, TargetSpec
+from ddk_cache.models.config import TeacherConfig
 from ddk_cache.types import SPLITS, TRAIN, VALIDATION, Rows, SparseTargets
 
 if TYPE_CHECKING:
     from ddk_cache.build.job import build_cache
-    from ddk_cache.build.teacher import Teacher, load_teacher
+    from ddk_cache.build.teacher import Teacher
     from ddk_cache.corpus.sources import Source, find_sources
     from ddk_cache.hf import load_tokenizer
+    from ddk_cache.models.load import load_teacher
     from ddk_cache.read.cache import Cache, open_cache
     from ddk_cache.read.split import Domain, Split
     from ddk_cache.storage.shard_cache import parse_size
@@ -63,6 +65,7 @@ __all__ = [
     "StorageError",
     "TargetSpec",
     "Teacher",
+    "TeacherConfig",
     "UnfinishedCacheError",
     "UnknownNameError",
     "build_cache",
@@ -82,7 +85,7 @@ LAZY = {
     "Teacher": "ddk_cache.build.teacher",
     "build_cache": "ddk_cache.build.job",
     "find_sources": "ddk_cache.corpus.sources",
-    "load_teacher": "ddk_cache.build.teacher",
+    "load_teacher": "ddk_cache.models.load",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",
     "parse_size": "ddk_cache.storage.shard_cache",

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,18 +18,26 @@ import click
 
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.share import check_rank
-from ddk_cache.console import Commands, Known, Progress, options_from, say, show_logs
+from ddk_cache.console import (
+    Commands,
+    Known,
+    Progress,
+    config_from,
+    options_from,
+    say,
+    show_logs,
+)
 from ddk_cache.errors import InputError, UnfinishedCacheError
 from ddk_cache.format.spec import COMPRESSIONS, LEARN, PACKINGS, TOO_LONG
+from ddk_cache.models.config import CHOICES, TeacherConfig
 from ddk_cache.storage.open import open_storage
 from ddk_cache.types import SPLITS, TRAIN
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-DTYPES = ["auto", "float32", "bfloat16", "float16"]
+ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
 
-RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-         ("SLURM_PROCID", "SLURM_NTASKS"))  # fmt: skip
+RANKS = (("RANK", "WORLD_SIZE"), ARRAY, ("SLURM_PROCID", "SLURM_NTASKS"))
 """Where torchrun and SLURM say which process this is, of how many."""
 
 SETTINGS = [
@@ -45,14 +54,7 @@ SETTINGS = [
 ]
 """What a cache holds."""
 
-HOW = [
-    click.option("--dtype", type=Known("dtype", DTYPES), default="auto", show_default=True,
-                 help="Floating-point type of the teacher."),
-    click.option("--device", default="auto", show_default=True,
-                 help="Device of the teacher: auto, cpu, cuda, cuda:1, …"),
-    click.option("--trust-remote-code", is_flag=True,
-                 help="Run code that comes with the model or tokenizer."),
-]  # fmt: skip
+HOW = [options_from(TeacherConfig, choices=CHOICES)]
 """How the teacher is run."""
 
 
@@ -104,9 +106,6 @@ def estimate(
     probe_rows: int,
     student_speed: float,
     as_json: bool,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
     model: str | None,
     head: str | None,
     **settings: Any,
@@ -114,6 +113,7 @@ def estimate(
     """Estimate what building CACHE from CORPUS will cost. Nothing is written."""
     from ddk_cache.corpus.sources import find_sources
 
+    how = config_from(TeacherConfig, settings)
     config = BuildConfig(**settings)
     sources = find_sources(corpus)
     if not (teacher or tokenizer):
@@ -122,24 +122,26 @@ def estimate(
     from ddk_cache.hf import load_tokenizer, pick_device
     from ddk_cache.served.teacher import find_teacher
 
-    pick_device(device)
+    pick_device(how.device)
     if teacher:
-        how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
         loaded, words = find_teacher(
-            teacher, tokenizer, config.targets, trust_remote_code=trust_remote_code, **how
+            teacher, tokenizer, config.targets, how, model=model, head=head
         )
     else:
         loaded = None
-        words = load_tokenizer(str(tokenizer), trust_remote_code=trust_remote_code)
-    facts = estimate_cache(
-        cache,
-        sources,
-        words,
-        loaded,
-        config,
-        probe_rows=probe_rows,
-        student_speed=student_speed,
-    )
+        words = load_tokenizer(str(tokenizer), trust_remote_code=how.trust_remote_code)
+    with loaded.in_step() if loaded else nullcontext(True) as first:
+        if not first:
+            return
+        facts = estimate_cache(
+            cache,
+            sources,
+            words,
+            loaded,
+            config,
+            probe_rows=probe_rows,
+            student_speed=student_speed,
+        )
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -165,9 +167,6 @@ def build(
     cache: str,
     teacher: str,
     tokenizer: str | None,
-    dtype: str,
-    device: str,
-    trust_remote_code: bool,
     model: str | None,
     head: str | None,
     grow: bool,
@@ -183,9 +182,10 @@ def build(
     """
     from ddk_cache.corpus.sources import find_sources
 
+    how = config_from(TeacherConfig, settings)
     config = BuildConfig(**settings)
     storage = open_storage(cache)
-    rank, world = which_process(rank, world)
+    rank, world = which_process(rank, world, together=how.tensor_parallel > 1)
     show_logs(first=rank == 0)
     sources = find_sources(corpus)
 
@@ -194,23 +194,27 @@ def build(
     from ddk_cache.served.teacher import find_teacher
 
     check_place(storage)
-    how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
-    loaded, words = find_teacher(
-        teacher, tokenizer, config.targets, trust_remote_code=trust_remote_code, **how
-    )
-    build_cache(cache, sources, loaded, words, config, grow=grow, rank=rank, world=world)
-    if rank == 0:
+    loaded, words = find_teacher(teacher, tokenizer, config.targets, how, model=model, head=head)
+    with loaded.in_step() as first:
+        if first:
+            build_cache(cache, sources, loaded, words, config, grow=grow, rank=rank, world=world)
+    if first and rank == 0:
         train = f"ddk-train run {shlex.quote(cache)} RUN --student …"
         say(f"{cache} is finished. Train from it:  {train}")
 
 
-def which_process(rank: int | None, world: int | None) -> tuple[int, int]:
+def which_process(
+    rank: int | None, world: int | None, *, together: bool = False
+) -> tuple[int, int]:
     """Return rank and world: as given, or as torchrun or SLURM say.
+
+    Processes that run one teacher `together` are one process here, so only the number in an array
+    of jobs counts.
 
     Raises:
         InputError: they are not numbers, or `rank` is not below `world`.
     """
-    for rank_name, world_name in RANKS:
+    for rank_name, world_name in (ARRAY,) if together else RANKS:
         if rank is None and rank_name in os.environ and world_name in os.environ:
             rank, world = _number(rank_name), _number(world_name)
             # A SLURM array may be numbered from 1, or with gaps.
@@ -235,7 +239,8 @@ def _number(name: str) -> int:
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-def head(model: str, out: Path, trust_remote_code: bool) -> None:
+@click.option("--revision", help="Branch, tag or commit of a model on the hub.")
+def head(model: str, out: Path, trust_remote_code: bool, revision: str | None) -> None:
     """Copy the output head of MODEL, a directory or hub id, to the file OUT.
 
     With it as --head, a build needs nothing else of a model that a server runs. The rest of the
@@ -243,7 +248,7 @@ def head(model: str, out: Path, trust_remote_code: bool) -> None:
     """
     from ddk_cache.head import extract_head
 
-    found = extract_head(model, trust_remote_code=trust_remote_code)
+    found = extract_head(model, trust_remote_code=trust_remote_code, revision=revision)
     found.save(out)
     size = f"{found.vocab_size:,} × {found.hidden_size:,}"
     say(f"{out} holds the head of {model}: {size}, hash {found.hash()}")
@@ -309,11 +314,14 @@ def verify(
     rows: int,
     seed: int,
     as_json: bool,
-    **how: Any,
+    model: str | None,
+    head: str | None,
+    **options: Any,
 ) -> None:
     """Hash every committed byte of CACHE and compare it with what was committed."""
     if drop_bad and teacher:
         raise InputError("--drop-bad and --teacher: use one at a time.")
+    how = config_from(TeacherConfig, options)
     from ddk_cache import verify as verification
     from ddk_cache.read.cache import open_cache
 
@@ -328,9 +336,12 @@ def verify(
             from ddk_cache.served.teacher import find_teacher
 
             spec, words = opened.spec, str(opened.tokenizer_path)
-            how["vocab_size"] = spec.vocab_size
-            loaded, _ = find_teacher(teacher, words, str(spec.targets), **how)
-            found = verification.replay(opened, loaded, rows, seed)
+            served: dict[str, Any] = {"model": model, "head": head, "vocab_size": spec.vocab_size}
+            loaded, _ = find_teacher(teacher, words, str(spec.targets), how, **served)
+            with loaded.in_step() as first:
+                if not first:
+                    return
+                found = verification.replay(opened, loaded, rows, seed)
             facts["replay"] = vars(found)
         if as_json:
             click.echo(json.dumps(facts, indent=1))

@@ -34,6 +34,7 @@ LOGGERS = ("ddk_cache", "ddk_train")
 log = logging.getLogger(__name__)
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Config = TypeVar("Config")
 
 
 def say(message: str) -> None:
@@ -140,6 +141,12 @@ def options_from(
         return command
 
     return give
+
+
+def config_from(config: type[Config], options: dict[str, Any]) -> Config:
+    """Return a dataclass of those options that are its fields; they are taken out of `options`."""
+    names = [field.name for field in dataclasses.fields(config)]  # type: ignore[arg-type]
+    return config(**{name: options.pop(name) for name in names})
 
 
 def field_texts(config: type) -> dict[str, str]:

@@ -39,6 +39,15 @@ def scale_and_cap(config: Any) -> tuple[float, float]:
     return scale, float(getattr(config, CAP, None) or 0.0)
 
 
+def finish(logits: torch.Tensor, scale: float, cap: float) -> torch.Tensor:
+    """Return cap · tanh(scale · logits / cap), in place; 0 means no cap."""
+    if scale != 1:
+        logits *= scale
+    if cap:
+        logits.div_(cap).tanh_().mul_(cap)
+    return logits
+
+
 @dataclass(frozen=True)
 class Head:
     """How hidden states become logits: cap · tanh(scale · (h·Wᵀ + bias) / cap)."""
@@ -64,10 +73,7 @@ class Head:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return logits (…, V) of hidden states (…, H), in the dtype of the weight."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits *= self.scale
-        if self.cap:
-            logits.div_(self.cap).tanh_().mul_(self.cap)
-        return logits
+        return finish(logits, self.scale, self.cap)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Head:
         """Return the head on a device."""
@@ -133,10 +139,12 @@ def _read_head(path: Path) -> Head:
     return head
 
 
-def extract_head(name: str | Path, *, trust_remote_code: bool = False) -> Head:
+def extract_head(
+    name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Head:
     """Return the head of a causal language model, reading nothing else of its checkpoint.
 
-    `name` is a directory or hub id with safetensors files.
+    `name` is a directory or hub id with safetensors files, `revision` a branch, tag or commit.
 
     Raises:
         InputError: there is no such model, or its head is not a linear layer of its checkpoint.
@@ -145,12 +153,11 @@ def extract_head(name: str | Path, *, trust_remote_code: bool = False) -> Head:
 
     from ddk_cache.hf import load
 
-    config = load("model", "AutoConfig", name, trust_remote_code=trust_remote_code)
+    trust = {"trust_remote_code": trust_remote_code}
+    config = load("model", "AutoConfig", name, revision=revision, **trust)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            model = transformers.AutoModelForCausalLM.from_config(config, **trust)
     except ValueError as error:
         raise InputError(f"{str(name)!r} is not a causal language model: {error}") from error
     linear = model.get_output_embeddings()
@@ -159,12 +166,14 @@ def extract_head(name: str | Path, *, trust_remote_code: bool = False) -> Head:
     config = config.get_text_config()
     tied = model.get_input_embeddings() if config.tie_word_embeddings else linear
     names = {id(parameter): key for key, parameter in model.named_parameters()}
-    weight = read_tensor(name, names[id(tied.weight)])
-    bias = None if linear.bias is None else read_tensor(name, names[id(linear.bias)])
+    weight = read_tensor(name, names[id(tied.weight)], revision)
+    if linear.bias is None:
+        return Head(weight, None, *scale_and_cap(config))
+    bias = read_tensor(name, names[id(linear.bias)], revision)
     return Head(weight, bias, *scale_and_cap(config))
 
 
-def read_tensor(name: str | Path, key: str) -> torch.Tensor:
+def read_tensor(name: str | Path, key: str, revision: str | None = None) -> torch.Tensor:
     """Return one tensor of a checkpoint.
 
     Its name may be longer or shorter at the front than `key`, as in models that wrap another, or be
@@ -178,7 +187,7 @@ def read_tensor(name: str | Path, key: str) -> torch.Tensor:
 
     def file(filename: str) -> str | None:
         path: str | None = cached_file(
-            str(name), filename, _raise_exceptions_for_missing_entries=False
+            str(name), filename, revision=revision, _raise_exceptions_for_missing_entries=False
         )
         return path
 

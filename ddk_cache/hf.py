@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,14 @@ def _offline(name: str) -> bool:
     return False
 
 
+def locate(name: str | Path) -> tuple[str | Path, dict[str, Any]]:
+    """Return where a model is, and the options of `from_pretrained` that a GGUF file needs."""
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path.parent, {"gguf_file": path.name}
+    return name, {}
+
+
 def load_model(what: str, name: str | Path, **options: Any) -> Any:
     """Load a causal language model with all of its weights.
 
@@ -89,9 +98,18 @@ def load_model(what: str, name: str | Path, **options: Any) -> Any:
     return model
 
 
-def load_tokenizer(name: str | Path, *, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer. Raises InputError where there is none, or it has no end-of-text token."""
-    tokenizer = load("tokenizer", "AutoTokenizer", name, trust_remote_code=trust_remote_code)
+def load_tokenizer(
+    name: str | Path, *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """Load a tokenizer of a directory, a GGUF file or the hub.
+
+    Raises:
+        InputError: there is none, or it has no end-of-text token.
+    """
+    place, options = locate(name)
+    given: dict[str, Any] = options | ({"revision": revision} if revision else {})
+    trust = {"trust_remote_code": trust_remote_code}
+    tokenizer = load("tokenizer", "AutoTokenizer", place, **trust, **given)
     if tokenizer.eos_token_id is None:
         raise InputError(
             f"the tokenizer {str(name)!r} has no end-of-text (eos) token to put between documents."
@@ -135,9 +153,33 @@ def pick_device(name: str) -> torch.device:
 
 
 def hash_weights(model: torch.nn.Module) -> str:
-    """Return a content hash of all weights of a model, by name."""
+    """Return a content hash of all weights of a model, by name, wherever they are.
+
+    Weights that are offloaded or spread among processes give the hash that they have as a whole;
+    in the latter case all processes must call this. Quantized ones are hashed as they are stored.
+    """
     state = xxhash.xxh3_128()
     for name, tensor in sorted(model.state_dict().items()):
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        for part in _plain(model, name, tensor):
+            state.update(part.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
     return state.hexdigest()
+
+
+def _plain(model: torch.nn.Module, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the ordinary tensors that a tensor of a model consists of."""
+    if tensor.is_meta:  # accelerate has it, and brings it for a forward pass
+        from accelerate.utils import align_module_device
+
+        owner, _, parameter = name.rpartition(".")
+        module = model.get_submodule(owner)
+        with align_module_device(module):
+            yield getattr(module, parameter).detach()
+    elif hasattr(tensor, "full_tensor"):  # a DTensor
+        yield tensor.full_tensor()
+    elif hasattr(tensor, "__tensor_flatten__"):  # of torchao
+        for part in tensor.__tensor_flatten__()[0]:
+            if (inner := getattr(tensor, part)) is not None:
+                yield from _plain(model, name, inner)
+    else:
+        yield tensor

@@ -23,9 +23,8 @@ from demo_material import SEQ_LEN, make_material
 from rich.console import Console
 from rich.table import Table
 
-from ddk_cache import SparseTargets, open_cache
+from ddk_cache import SparseTargets, load_teacher, open_cache
 from ddk_cache.build import targets
-from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import duration, say
 from ddk_cache.describe import describe
 from ddk_cache.format.spec import TargetSpec

@@ -21,7 +21,7 @@ from ddk_train.cli import main as train_main
 CACHE = [
     "FORMAT_VERSION", "SPLITS", "TRAIN", "VALIDATION",
     "BuildConfig", "Cache", "CacheSpec", "Domain", "DomainPlan", "Extent", "Rows", "Source",
-    "SparseTargets", "Split", "TargetSpec", "Teacher",
+    "SparseTargets", "Split", "TargetSpec", "Teacher", "TeacherConfig",
     "CacheError", "CorruptCacheError", "DDKError", "FormatVersionError", "InputError",
     "MismatchError", "NotACacheError", "RowRangeError", "StorageError", "UnfinishedCacheError",
     "UnknownNameError",

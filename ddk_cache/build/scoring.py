@@ -15,6 +15,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -32,8 +33,11 @@ from ddk_cache.types import Array
 
 log = logging.getLogger(__name__)
 
-LOGITS_BYTES = 2**28
-"""Logits of one call to the teacher on a CPU; on CUDA a quarter of the free memory."""
+CALL_BYTES = 2**28
+"""Memory of one call to the teacher on a CPU; on CUDA a quarter of the free memory."""
+
+COMPARED_BYTES = 2**26
+"""Size of the float64 distributions that are compared with their stored form at one time."""
 
 
 class Scored(NamedTuple):
@@ -184,7 +188,11 @@ class Scorer:
         device, kept = logits.device, self.codec.targets(encoded | {"tokens": tokens})
         stored = kept.map(lambda part: to_device(torch.from_numpy(part[:, 0]), device))
         sampled = self.spec.targets.kind == "sampled"
-        return [fidelity.compare(logits, stored, sampled=sampled)]
+        parts = rows.split(max(1, COMPARED_BYTES // (8 * self.spec.vocab_size)))
+        return [
+            fidelity.compare(logits[part], stored.map(itemgetter(part)), sampled=sampled)
+            for part in parts
+        ]
 
     def _halved(self, error: Exception) -> bool:
         """Halve the batch if memory ran out and there is something to halve."""
@@ -249,10 +257,14 @@ def draws(spec: CacheSpec, key: ShardKey, first: int, inside: Array) -> tuple[Ar
 
 
 def rows_that_fit(teacher: Teacher, spec: CacheSpec) -> int:
-    """Return how many rows to score in one call, by the memory that their logits take."""
+    """Return how many rows to score in one call, by the memory that it takes.
+
+    That is the logits, or the hidden states within a teacher whose logits are made in chunks.
+    """
     if teacher.batch_rows:
         return min(spec.shard_rows, teacher.batch_rows)
-    room = LOGITS_BYTES
+    room = CALL_BYTES
     if teacher.device.type == "cuda":
         room = torch.cuda.mem_get_info(teacher.device)[0] // 4
-    return max(1, min(spec.shard_rows, room // (4 * spec.seq_len * spec.vocab_size)))
+    row_bytes = 4 * spec.seq_len * (teacher.position_floats or spec.vocab_size)
+    return max(1, min(spec.shard_rows, room // row_bytes))

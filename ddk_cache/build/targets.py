@@ -1,8 +1,9 @@
 """Next-token logits → sparse targets, on the teacher's device and in bounded memory.
 
 Positions are taken in chunks, so that no float32 copy of all logits ever exists: besides the
-teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. Kept
-log-probabilities are those of the full vocabulary, never renormalized.
+teacher's own output the extraction needs a few `CHUNK_BYTES`, whatever the vocabulary. Where the
+head is apart from the teacher, its logits exist in chunks too. Kept log-probabilities are those of
+the full vocabulary, never renormalized.
 
 There are two kinds. `topk` keeps the k likeliest ids: easy to understand and biased, since of the
 ids outside only the total mass is known. `sampled` is unbiased: ids above a threshold c are kept
@@ -15,6 +16,7 @@ same threshold, 1/B, so a position gets as many entries as it needs, and B at mo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +27,12 @@ from ddk_cache.types import SparseTargets
 CHUNK_BYTES = {"cpu": 2**21, "cuda": 2**28}
 """Size of the float32 working copy of one chunk of positions: on a CPU it must stay in cache (2 MiB
 gave twice the speed of 64 MiB), on a GPU it must fill the device."""
+
+HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28}
+"""Size of the float32 logits of one chunk of positions that a head is applied to."""
+
+HEAD_POSITIONS = 128
+"""Fewest positions of such a chunk: each one reads the whole weight of the head once."""
 
 GROUP = 128
 """Neighboring ids whose mass is summed before a draw searches for its id among them."""
@@ -91,6 +99,40 @@ def extract(
                 topk(logits.float(), labels, targets.size, temperatures, targets.kept_mass)
             )
     return Scores(*(torch.cat(part).unflatten(0, (B, S)) for part in zip(*chunks, strict=True)))
+
+
+def extract_hidden(
+    hidden_BSH: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    labels_BS: torch.Tensor,
+    targets: TargetSpec,
+    *,
+    vocab_size: int,
+    temperatures: tuple[float, ...] = (),
+    offsets_BS: torch.Tensor,
+) -> Scores:
+    """Return the scores of all positions as `extract` does, from hidden states.
+
+    `head` makes (P, V) logits of (P, H) hidden states; those of one chunk exist at a time.
+    """
+    chunk_bytes = HEAD_BYTES.get(hidden_BSH.device.type, HEAD_BYTES["cuda"])
+    positions = max(HEAD_POSITIONS, chunk_bytes // (4 * vocab_size))
+    flat = (part.flatten(0, 1).split(positions) for part in (hidden_BSH, labels_BS, offsets_BS))
+    chunks = []
+    for hidden_PH, labels_P, offsets_P in zip(*flat, strict=True):
+        logits_PV = head(hidden_PH)
+        labels_1P, offsets_1P = (part[None].to(logits_PV.device) for part in (labels_P, offsets_P))
+        chunks.append(
+            extract(
+                logits_PV[None],
+                labels_1P,
+                targets,
+                temperatures=temperatures,
+                offsets_BS=offsets_1P,
+            )
+        )
+    joined = (torch.cat(part, 1)[0] for part in zip(*chunks, strict=True))
+    return Scores(*(part.unflatten(0, labels_BS.shape) for part in joined))
 
 
 def topk(

@@ -1,32 +1,26 @@
-"""Token rows → next-token logits: any causal language model, or any callable.
+"""Token rows → next-token logits: any callable is a teacher.
 
 A teacher is a function with a name, so that the whole pipeline runs on a CPU in seconds with a
 function of a few lines in place of a large model. Scoring is pure prefill, so a plain forward pass
-in large batches is the whole engine. A teacher that needs a serving engine is in
-`ddk_cache.served.teacher`.
+in large batches is the whole engine. Language models of transformers are in `ddk_cache.models`,
+teachers that need a serving engine in `ddk_cache.served`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ddk_cache.build.targets import Scores, extract
-from ddk_cache.errors import InputError, unknown
+from ddk_cache.errors import InputError
 from ddk_cache.format.spec import TargetSpec
-from ddk_cache.hashing import canonical, digest
-from ddk_cache.hf import hash_weights, load_model, pick_device
 from ddk_cache.isolation import check_isolation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-CAUSAL_TOKENS = 8
-"""Tokens on which a model is tried for looking ahead."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +44,11 @@ class Teacher:
     positions: int | None = None
     """The longest row that the teacher was made for, where there is such a limit."""
     batch_rows: int | None = None
-    """Rows of one call, where the memory of their logits is not what decides it."""
+    """Rows of one call, where memory is not what decides it."""
     takes_positions: bool = False
     """Whether `logits` takes positions, so that rows may hold documents that are kept apart."""
+    position_floats: int | None = None
+    """Values that a call holds for a position at one time; by default the V logits."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -106,71 +102,11 @@ class Teacher:
             )
         check_isolation(who, self, self.vocab_size, self.device, self.positions)
 
+    @contextmanager
+    def in_step(self) -> Iterator[bool]:
+        """Yield whether this process does the job with the teacher, as it does unless others do.
 
-def load_teacher(
-    name: str | Path, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-) -> Teacher:
-    """Load a causal language model from a directory or the hub.
-
-    `dtype` "auto" is the checkpoint's own on CUDA, and float32 on a CPU, where the short types
-    are slower. Code that comes with the model runs only with `trust_remote_code`.
-
-    Raises:
-        InputError: there is no such model, dtype or device, weights are missing, or the model
-            looks ahead.
-    """
-    target = pick_device(device)
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(unknown("dtype", dtype, [*DTYPES, "auto"]))
-    wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
-    dtype_given = DTYPES.get(wanted, wanted)
-    model = load_model("teacher", name, dtype=dtype_given, trust_remote_code=trust_remote_code)
-    model.eval().requires_grad_(False).to(target)
-
-    def logits(tokens_BS: torch.Tensor, positions_BS: torch.Tensor | None = None) -> torch.Tensor:
-        own = {} if positions_BS is None else {"position_ids": positions_BS}
-        out: torch.Tensor = model(input_ids=tokens_BS, use_cache=False, **own).logits
-        return out
-
-    config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    teacher = Teacher(
-        logits,
-        config.vocab_size,
-        identify(model),
-        str(name),
-        target,
-        positions,
-        takes_positions=True,
-    )
-    check_causal(teacher)
-    return teacher
-
-
-@torch.inference_mode()
-def check_causal(teacher: Teacher) -> None:
-    """Raise InputError where a later token changes the logits before it, as in an encoder."""
-    count = min(CAUSAL_TOKENS, teacher.positions or CAUSAL_TOKENS)
-    one = torch.arange(count, device=teacher.device)[None] % teacher.vocab_size
-    other = one.clone()
-    other[0, -1] = (count + 1) % teacher.vocab_size
-    before, after = (teacher.logits(tokens)[:, :-1] for tokens in (one, other))
-    rounding = 4 * torch.finfo(before.dtype).eps * before.abs().amax()
-    if ((after - before).abs() > rounding).any():
-        raise InputError(
-            f"teacher {teacher.name!r}: its logits depend on later tokens, expected a causal "
-            "language model. Give a decoder, not an encoder."
-        )
-
-
-def identify(model: torch.nn.Module) -> dict[str, str]:
-    """Return the class, dtype and content hashes (configuration, weights) of a model."""
-    config: dict[str, Any] = model.config.to_dict()  # type: ignore[union-attr, operator]
-    for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(name, None)
-    return {
-        "class": type(model).__name__,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "config": digest(canonical(config)),
-        "weights": hash_weights(model),
-    }
+        Of the processes that run one teacher together, the first gets true at once, and the others
+        take part in its calls and get false when it is done.
+        """
+        yield True

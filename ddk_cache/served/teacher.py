@@ -27,12 +27,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ddk_cache.build.targets import Scores, extract
-from ddk_cache.build.teacher import DTYPES, Teacher, load_teacher
+from ddk_cache.build.targets import Scores, extract_hidden
+from ddk_cache.build.teacher import DTYPES, Teacher
 from ddk_cache.errors import CacheError, InputError, unknown
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, load_head
 from ddk_cache.hf import load, load_tokenizer, pick_device
+from ddk_cache.models.config import TeacherConfig
+from ddk_cache.models.load import load_teacher
 from ddk_cache.served.check import check_hidden, check_logprobs, probe_tokens
 from ddk_cache.served.server import Entries, NoAnswerError, NotOfferedError, Server
 
@@ -52,9 +54,6 @@ PATIENCE = 600.0
 LONGEST_PAUSE = 30.0
 """Seconds between two attempts, at most; the first is repeated at once, then after 1, 2, 4, …"""
 
-HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28}
-"""Size of the logits of one chunk of positions."""
-
 START = {
     "hidden states": "Start vLLM with --runner pooling --convert embed --pooler-config "
     """'{"task": "token_embed", "use_activation": false}', or leave out --head.""",
@@ -67,30 +66,37 @@ def find_teacher(
     name: str,
     tokenizer: str | None,
     targets: str,
+    config: TeacherConfig,
     *,
     model: str | None = None,
     head: str | None = None,
     vocab_size: int | None = None,
-    trust_remote_code: bool = False,
-    **how: Any,
 ) -> tuple[Teacher, Any]:
-    """Return a teacher by directory, hub id or address, and its tokenizer.
+    """Return a teacher by directory, GGUF file, hub id or address, and its tokenizer.
 
-    `model`, `head` and `vocab_size` are those of `load_served`; `how` is a dtype and a device.
+    `model`, `head` and `vocab_size` are those of `load_served`.
 
     Raises:
         InputError: there is no such teacher or tokenizer, or the options do not belong together.
     """
+    trust = config.trust_remote_code
     if "://" not in name:
         if model or head:
             raise InputError("--model and --head are for a --teacher that is an http:// address.")
-        words = load_tokenizer(tokenizer or name, trust_remote_code=trust_remote_code)
-        return load_teacher(name, trust_remote_code=trust_remote_code, **how), words
+        revision = None if tokenizer else config.revision
+        words = load_tokenizer(tokenizer or name, trust_remote_code=trust, revision=revision)
+        return load_teacher(name, config), words
+    plain = TeacherConfig(dtype=config.dtype, device=config.device, trust_remote_code=trust)
+    if config != plain:
+        changed = [name for name, value in vars(config).items() if value != getattr(plain, name)]
+        options = ", ".join("--" + name.replace("_", "-") for name in changed)
+        raise InputError(f"{name} is a server, which loads its model itself. Leave out {options}.")
     if tokenizer is None and head and Path(head).is_dir():
         tokenizer = head
     if tokenizer is None:
         raise InputError(f"{name} is a server: give the --tokenizer of its model.")
-    words = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
+    words = load_tokenizer(tokenizer, trust_remote_code=trust)
+    how: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     how |= {"targets": TargetSpec.parse(targets), "vocab_size": vocab_size}
     return load_served(name, words, model=model, head=head, **how), words
 
@@ -242,20 +248,18 @@ class HiddenTeacher(Teacher):
     ) -> tuple[Scores, torch.Tensor | None]:
         """Return the targets of B rows, and the logits (B, V) of one position of each row."""
         rows, at = [], []
-        size = HEAD_BYTES.get(self.device.type, HEAD_BYTES["cuda"]) // (4 * self.vocab_size)
         for row, hidden in enumerate(self.hidden(tokens_BS1[:, :-1], positions_BS)):
-            parts = (hidden, tokens_BS1[row, 1:], offsets_BS[row])
-            chunks = [
-                extract(
-                    self.head.logits(h)[None],
-                    labels[None],
+            rows.append(
+                extract_hidden(
+                    hidden[None],
+                    self.head.logits,
+                    tokens_BS1[row : row + 1, 1:],
                     targets,
+                    vocab_size=self.vocab_size,
                     temperatures=temperatures,
-                    offsets_BS=offsets[None],
+                    offsets_BS=offsets_BS[row : row + 1],
                 )
-                for h, labels, offsets in zip(*(p.split(max(1, size)) for p in parts), strict=True)
-            ]
-            rows.append(Scores(*(torch.cat(part, 1) for part in zip(*chunks, strict=True))))
+            )
             at.append(hidden[chosen_B[row]])
         scores = Scores(*(torch.cat(part) for part in zip(*rows, strict=True)))
         return scores, self.head.logits(torch.stack(at))

@@ -90,7 +90,7 @@ def stored_dtype(name: str, **trust: bool) -> torch.dtype:
     return found or torch.float32
 
 
-def own_tokenizer(name: str, cache: Cache, **trust: bool) -> Any:
+def own_tokenizer(name: str, cache: Cache, **trust: Any) -> Any:
     """Return the student's tokenizer, or None for a local model without one.
 
     Raises:

@@ -1,16 +1,21 @@
-"""The cost of a cache compared with its teacher: extraction, and the whole build.
+"""The cost of a cache compared with its teacher: extraction, the head, and the whole build.
 
 The teacher's forward pass alone, with extraction, and a whole build are timed over the same rows
 in the same batches, in turn. A build may take little longer than forward and extraction: auditing,
-compressing and writing run behind them, in a thread.
+compressing and writing run behind them, in a thread. A head in chunks is compared with all logits
+in processes of their own, because the peak of a process's memory never falls.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +30,11 @@ from ddk_cache import TargetSpec
 from ddk_cache.build import targets
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
-from ddk_cache.build.teacher import Teacher, load_teacher
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.format.layout import COMMITS
 from ddk_cache.hf import load_tokenizer
+from ddk_cache.models.body import BodyTeacher
+from ddk_cache.models.load import load_teacher
 from ddk_cache.read.cache import open_cache
 
 SEQ_LEN = 256
@@ -62,6 +69,89 @@ def large_teacher() -> Teacher:
         return out
 
     return Teacher(logits, 50_000, {}, f"{size / 1e6:.0f} M, random")
+
+
+WIDE = {
+    "vocab_size": 151_936,
+    "hidden_size": 512,
+    "intermediate_size": 1_408,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+"""A Llama of which nearly everything is the vocabulary."""
+
+
+def save_wide(folder: Path) -> Path:
+    """Save a model of random weights with a large vocabulary."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**WIDE)).save_pretrained(folder)
+    return folder
+
+
+def memory(name: str) -> int:
+    """Return the memory of this process in bytes: VmRSS now, or VmHWM at its peak."""
+    text = Path("/proc/self/status").read_text()
+    (line,) = (line for line in text.splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def scored(place: str, chunked: bool, kind: str, rows: int, repeats: int) -> dict[str, float]:
+    """Return peak memory above the loaded model's, and tokens per CPU second.
+
+    It is for a process of its own. CPU time differs less than time on a machine that others use.
+    """
+    teacher = load_teacher(place, device="cpu")
+    assert isinstance(teacher, BodyTeacher)
+    used = teacher if chunked else Teacher(teacher.logits, teacher.vocab_size, {})
+    tokens = torch.randint(1000, (rows, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
+    offsets = torch.rand(rows, SEQ_LEN, dtype=torch.float64)
+
+    def score() -> None:
+        with torch.inference_mode():
+            used.scores(
+                tokens,
+                torch.zeros(rows, dtype=torch.long),
+                TargetSpec.parse(kind),
+                temperatures=(),
+                offsets_BS=offsets,
+            )
+
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    score()
+    peak = memory("VmHWM") - before
+    seconds = []
+    for _ in range(repeats):
+        began = time.process_time()
+        score()
+        seconds.append(time.process_time() - began)
+    return {"peak": peak, "speed": rows * SEQ_LEN / middle(seconds)}
+
+
+def head_in_chunks(place: Path, kind: str, rows: int, repeats: int) -> dict[str, Any]:
+    """Compare a head in chunks with all logits of the same batch."""
+    spawn = multiprocessing.get_context("spawn")
+    found = []
+    for chunked in (False, True):
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            call = pool.submit(scored, str(place), chunked, kind, rows, repeats)
+            found.append(call.result())
+    whole, chunks = found
+    return {
+        "teacher": place.name,
+        "targets": kind,
+        "rows": rows,
+        "all logits, MB": whole["peak"] / 1e6,
+        "in chunks, MB": chunks["peak"] / 1e6,
+        "memory ratio": whole["peak"] / chunks["peak"],
+        "all logits, tokens/CPU-s": whole["speed"],
+        "in chunks, tokens/CPU-s": chunks["speed"],
+        "speed ratio": chunks["speed"] / whole["speed"],
+    }
 
 
 def extraction(
@@ -150,13 +240,35 @@ def whole(
     show_default=True,
     help="Also a teacher of 150 M.",
 )
+@click.option("--head-rows", default=BATCH_ROWS, show_default=True, help="Rows of a head's call.")
+@click.option("--head-only", is_flag=True, help="Only a head in chunks and all logits.")
 @json_option
-def main(kinds: str, repeats: int, documents: int, large: bool, json_path: Path | None) -> None:
-    """Compare extraction with the teacher's forward pass, and a build with both."""
+def main(
+    kinds: str,
+    repeats: int,
+    documents: int,
+    large: bool,
+    head_rows: int,
+    head_only: bool,
+    json_path: Path | None,
+) -> None:
+    """Compare extraction with the forward pass, a head in chunks with all logits, a build with all.
+
+    DDK_REAL_TEACHER names one more teacher for the head.
+    """
     settings = {"kinds": kinds, "repeats": repeats, "documents": documents}
     settings |= {"threads": torch.get_num_threads(), "seq_len": SEQ_LEN, "rows": BATCH_ROWS}
     record = Record("build", settings, ["torch", "transformers", "zarr"])
     place, names = data() / "teacher", kinds.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        real = os.environ.get("DDK_REAL_TEACHER")
+        wide = save_wide(Path(scratch) / "random, V = 151,936")
+        teachers = [place, *([Path(real)] if real else []), wide]
+        heads = [head_in_chunks(path, names[-1], head_rows, repeats) for path in teachers]
+    record.table("a head in chunks compared with all logits", heads)
+    if head_only:
+        record.write(json_path)
+        return
     teacher = load_teacher(str(place), device="cpu")
     rows = extraction(teacher, BATCH_ROWS, names, repeats)
     if large:

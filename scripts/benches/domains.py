@@ -23,10 +23,9 @@ import yaml
 
 from benches.common import Floats, Record, data, json_option, plus_minus, spread_of
 from benches.shared import SEQ_LEN, STUDENT
-from ddk_cache import InputError, MismatchError, SparseTargets, open_cache
+from ddk_cache import InputError, MismatchError, SparseTargets, load_teacher, open_cache
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
-from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
 from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, cut_student, train

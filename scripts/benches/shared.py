@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddk_cache import load_teacher
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.teacher import load_teacher
 from ddk_cache.console import say
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import find_sources

@@ -23,20 +23,22 @@ from ddk_cache.console import Progress
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 
+HOW = (
+    "--dtype --device --trust-remote-code --revision --attention --device-map --offload-folder "
+    "--tensor-parallel --quantization --model-kwargs --model --head"
+)
 SETTINGS = (
     "--tokenizer --seq-len --packing --too-long --targets --temperature --seed --compression "
-    "--holdout --learn --chunk-rows --shard-rows --batch-rows --dtype --device "
-    "--trust-remote-code --model --head"
+    f"--holdout --learn --chunk-rows --shard-rows --batch-rows {HOW}"
 )
 
 OPTIONS = {
     "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
-    "ddk-cache head": "--trust-remote-code",
+    "ddk-cache head": "--trust-remote-code --revision",
     "ddk-cache info": "--json",
     "ddk-cache show": "--domain --row --split --json",
-    "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
-    "--trust-remote-code --model --head --json",
+    "ddk-cache verify": f"--drop-bad --teacher --rows --seed {HOW} --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
     "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "
@@ -153,6 +155,15 @@ def test_rank_and_world_come_from_the_launcher(
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     assert which_process(*given) == expected
+
+
+def test_processes_with_one_teacher_are_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert which_process(None, None, together=True) == (0, 1)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "4")
+    assert which_process(None, None, together=True) == (3, 4)
 
 
 @pytest.mark.parametrize("given", [(4, 4), (1, None)])

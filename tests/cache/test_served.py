@@ -17,15 +17,16 @@ import torch
 from click.testing import CliRunner, Result
 
 from ddk_cache import CacheError, InputError
+from ddk_cache.build import targets as targets_module
 from ddk_cache.build.targets import extract
-from ddk_cache.build.teacher import Teacher, load_teacher
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.cli import main
 from ddk_cache.describe import describe, show
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, extract_head
 from ddk_cache.hf import load_tokenizer
+from ddk_cache.models.load import load_teacher
 from ddk_cache.read.cache import Cache
-from ddk_cache.served import teacher as served
 from ddk_cache.served.teacher import HiddenTeacher, load_served
 from ddk_cache.testing import student_config
 from tests.helpers import tree
@@ -150,7 +151,8 @@ def test_targets_of_given_hidden_states_are_exact(
     torch.testing.assert_close(full, logits[torch.arange(5), chosen])
     torch.testing.assert_close(teacher.logits(tokens[:, :-1]), logits)
     # In chunks of five positions only the last bits may differ.
-    monkeypatch.setitem(served.HEAD_BYTES, "cpu", 5 * 4 * head.vocab_size)
+    monkeypatch.setattr(targets_module, "HEAD_POSITIONS", 5)
+    monkeypatch.setitem(targets_module.HEAD_BYTES, "cpu", 0)
     chunked, _ = teacher.scores(tokens, chosen, spec, temperatures=temperatures, offsets_BS=offsets)
     assert torch.equal(chunked.ids, expected.ids)
     torch.testing.assert_close(chunked.label_logprob, expected.label_logprob)

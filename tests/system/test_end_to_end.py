@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ddk_cache import load_teacher
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
-from ddk_cache.build.teacher import load_teacher
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.read.cache import open_cache
 from ddk_cache.testing import student_config

@@ -18,10 +18,11 @@ import pytest
 import torch
 
 from ddk_cache.build.targets import Scores
-from ddk_cache.build.teacher import Teacher, load_teacher
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.errors import InputError
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.hf import load_tokenizer
+from ddk_cache.models.load import load_teacher
 from ddk_cache.read.cache import Cache
 from ddk_cache.served.teacher import load_served
 from tests.s3 import free_port
