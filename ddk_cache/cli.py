@@ -151,6 +151,13 @@ def estimate(
 @click.option("--world", type=int,
               help="Number of processes on one cache.  "
               "[default: from WORLD_SIZE or SLURM]")  # fmt: skip
+@click.option("--ray", metavar="ADDRESS",
+              help="Ray cluster whose workers build: local (this machine alone), auto (the one that "
+              "this machine is part of) or an address.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1),
+              help="Number of workers for --ray.  [default: as many as there is room for]")
+@click.option("--gpus-per-worker", type=click.FloatRange(0),
+              help="GPUs of each worker for --ray.  [default: 1 if the cluster has any]")
 def build(
     corpus: Path,
     cache: str,
@@ -164,6 +171,9 @@ def build(
     grow: bool,
     rank: int | None,
     world: int | None,
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
     **settings: Any,
 ) -> None:
     """Run the teacher over CORPUS once and store its targets in CACHE, a path or a URL.
@@ -172,24 +182,32 @@ def build(
     build that was stopped resumes where it stopped; run the same command again. Several
     processes given the same command share the work.
     """
-    from ddk_cache.corpus.sources import find_sources
+    from ddk_cache.order import Order
 
-    config = BuildConfig(**settings)
-    storage = open_storage(cache)
-    rank, world = which_process(rank, world)
-    show_logs(first=rank == 0)
-    sources = find_sources(corpus)
-
-    from ddk_cache.build.create import check_place
-    from ddk_cache.build.job import build_cache
-    from ddk_cache.served.teacher import find_teacher
-
-    check_place(storage)
     how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
-    loaded, words = find_teacher(
-        teacher, tokenizer, config.targets, trust_remote_code=trust_remote_code, **how
+    order = Order(
+        corpus=corpus,
+        cache=cache,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        config=BuildConfig(**settings),
+        how=how | {"trust_remote_code": trust_remote_code},
+        grow=grow,
     )
-    build_cache(cache, sources, loaded, words, config, grow=grow, rank=rank, world=world)
+    open_storage(cache)
+    if ray is None:
+        if workers is not None or gpus_per_worker is not None:
+            raise InputError("--workers and --gpus-per-worker are for --ray.")
+        rank, world = which_process(rank, world)
+        show_logs(first=rank == 0)
+        order.build(rank, world)
+    elif rank is not None or world is not None:
+        raise InputError("--ray counts its own workers: leave out --rank and --world.")
+    else:
+        from ddk_cache.cluster import build_with_ray
+
+        build_with_ray(order, ray, workers, gpus_per_worker)
+        rank = 0
     if rank == 0:
         train = f"ddk-train run {shlex.quote(cache)} RUN --student …"
         say(f"{cache} is finished. Train from it:  {train}")

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.create import add_sources, make_spec, open_for_building, read_root
 from ddk_cache.build.scoring import Scored, Scorer
-from ddk_cache.build.share import check_rank, pause, share
+from ddk_cache.build.share import Part, check_rank, pause, share
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.tokenize import grow_domain, mend_tokens, plan_domain
 from ddk_cache.build.writer import ShardWriter, Stored
@@ -52,6 +53,7 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     write_behind: bool | None = None,
+    stop: Event | None = None,
 ) -> None:
     """Build a cache at a path or a URL, or resume a build that was stopped.
 
@@ -67,6 +69,8 @@ def build_cache(
         world: The number of processes that were given the same call.
         write_behind: Whether a thread writes a shard while the teacher scores the next one. By
             default it does unless the teacher is on the CPU, where both need the same cores.
+        stop: Once another thread sets it, the build finishes the shard in hand and ends as by
+            Ctrl-C, with a DDKError.
 
     Raises:
         InputError: a setting is out of range, or the place holds something else.
@@ -81,10 +85,10 @@ def build_cache(
     store = ShardWriter(storage, make_spec(config, teacher, tokenizer))
     leases = Leases(storage)
     open_for_building(store, leases, sources, teacher, tokenizer, config.batch_rows, grow)
-    place = rank, world
+    part = Part(rank, world, stop or Event())
     try:
-        plan_domains(store, leases, sources, tokenizer, grow, place)
-        score_shards(store, leases, teacher, write_behind, place)
+        plan_domains(store, leases, sources, tokenizer, grow, part)
+        score_shards(store, leases, teacher, write_behind, part)
     except KeyboardInterrupt:
         raise DDKError(stopped(storage)) from None
     finally:
@@ -115,7 +119,7 @@ def plan_domains(
     sources: Sequence[Source],
     tokenizer: Any,
     grow: bool,
-    place: tuple[int, int],
+    part: Part,
 ) -> None:
     """Write the token rows of every domain; restore and grow those that were planned before.
 
@@ -123,7 +127,8 @@ def plan_domains(
     cannot be read leaves the cache as it was.
     """
     with Progress("planning", 0, "tokens") as progress:
-        job = Planning(store, leases, {s.name: s for s in sources}, tokenizer, progress)
+        by_name = {source.name: source for source in sources}
+        job = Planning(store, leases, by_name, tokenizer, progress, part.stop)
         known, grown = read_root(store.storage).sources, {}
         for name in filter(job.done, job.sources):
             try:
@@ -133,7 +138,7 @@ def plan_domains(
                     raise
                 # Planned by a growth that failed, from other documents.
                 store.storage.delete(plan_name(name))
-        share(job, leases, *place)
+        share(job, leases, *part)
     for name, plan in grown.items():
         if plan:
             job.fix(name, plan)
@@ -150,6 +155,8 @@ class Planning:
     sources: Mapping[str, Source]
     tokenizer: Any
     progress: Progress
+    stop: Event
+    """Set once the rows of a domain shall be left unfinished: they are made again."""
 
     def todo(self) -> list[str]:
         """Return the domains without a plan."""
@@ -212,6 +219,8 @@ class Planning:
 
     def advance(self, name: str, tokens: int) -> None:
         """Count tokens of a domain as done, and renew the leases that are held."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
         self.leases.beat()
         self.progress.advance(tokens, name)
 
@@ -224,7 +233,7 @@ def score_shards(
     leases: Leases,
     teacher: Teacher,
     write_behind: bool | None,
-    place: tuple[int, int],
+    part: Part,
 ) -> None:
     """Score and commit every planned shard that is not committed."""
     spec, manifest = store.spec, Manifest.read(store.storage)
@@ -243,7 +252,7 @@ def score_shards(
         write_behind = teacher.device.type != "cpu"
     thread = ThreadPoolExecutor(1) if write_behind else contextlib.nullcontext()
     with progress, thread as job.writer:
-        share(job, leases, *place)
+        share(job, leases, *part)
 
 
 @dataclass

@@ -30,7 +30,8 @@ SETTINGS = (
 
 OPTIONS = {
     "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
-    "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
+    "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world "
+    "--ray --workers --gpus-per-worker",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
