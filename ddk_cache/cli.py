@@ -152,12 +152,14 @@ def estimate(
               help="Number of processes on one cache.  "
               "[default: from WORLD_SIZE or SLURM]")  # fmt: skip
 @click.option("--ray", metavar="ADDRESS",
-              help="Ray cluster whose workers build: local (this machine alone), auto (the one that "
-              "this machine is part of) or an address.")  # fmt: skip
+              help="Ray cluster whose workers build: local (this machine alone), auto (the one "
+              "that this machine is part of) or an address.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(1),
-              help="Number of workers for --ray.  [default: as many as there is room for]")
+              help="Number of workers for --ray.  "
+              "[default: as many as there is room for]")  # fmt: skip
 @click.option("--gpus-per-worker", type=click.FloatRange(0),
-              help="GPUs of each worker for --ray.  [default: 1 if the cluster has any]")
+              help="GPUs of each worker for --ray.  "
+              "[default: 1 if the cluster has any]")  # fmt: skip
 def build(
     corpus: Path,
     cache: str,

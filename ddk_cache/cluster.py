@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from threading import Event
 from typing import Any
 
@@ -34,6 +35,9 @@ LOSSES = 3
 
 GRACE = 30.0
 """Seconds in which a worker must confirm that it will stop."""
+
+CONNECT = 5.0
+"""Seconds in which a cluster must answer."""
 
 OBJECT_STORE = 80 * 2**20
 """Bytes of Ray's object store, its least: nothing of a build passes through it."""
@@ -87,7 +91,7 @@ def build_with_ray(order: Order, address: str, workers: int | None, gpus: float 
     """
     find_sources(order.corpus)  # what a person mistyped is found before workers start
     with cluster(address) as context:
-        options, workers = room(workers, gpus)
+        options, workers = room(nodes(), workers, gpus)
         log.info("%s", describe(context, workers, options))
         Crew(order.absolute(), workers, options).run()
 
@@ -102,9 +106,12 @@ def cluster(address: str) -> Iterator[Any]:
     except ImportError as error:
         raise InputError("--ray needs the package ray: pip install 'ddk-distill[ray]'.") from error
     own = {"object_store_memory": OBJECT_STORE} if address == "local" else {}
+    host, _, port = address.rpartition(":")
     try:
+        if port.isdecimal():  # Ray itself tries for minutes
+            socket.create_connection((host, int(port)), CONNECT).close()
         context = ray.init(address=address, logging_level=logging.WARNING, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, OverflowError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(
             f"--ray: got {address!r}, expected the address of a running Ray cluster ({reason}). "
@@ -116,27 +123,34 @@ def cluster(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def room(workers: int | None, gpus: float | None) -> tuple[dict[str, float], int]:
-    """Return the resources of one worker and how many workers to ask for.
-
-    Without GPUs that is one worker per machine, with all of its cores.
-    """
+def nodes() -> list[dict[str, float]]:
+    """Return the resources of each machine of the cluster."""
     import ray
 
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    all_gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    gpus = float(all_gpus > 0) if gpus is None else gpus
-    if gpus > all_gpus and workers is None:
-        raise InputError(
-            f"--gpus-per-worker: got {gpus:g}, and the cluster has {all_gpus:g} GPUs now. Give "
-            "--workers too if it will grow."
-        )
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def room(
+    machines: Sequence[Mapping[str, float]], workers: int | None, gpus: float | None
+) -> tuple[dict[str, float], int]:
+    """Return the resources of one worker and how many workers to ask for.
+
+    Without GPUs there is one worker per machine, with all of its cores, or as many as given.
+    Raises InputError where a number of workers is not given and there is room for none.
+    """
+    there = sum(machine.get("GPU", 0.0) for machine in machines)
+    gpus = float(there > 0) if gpus is None else gpus
     if gpus:
-        workers = workers or sum(int(node.get("GPU", 0.0) / gpus) for node in nodes)
-        return {"num_gpus": gpus, "num_cpus": 1.0}, workers
-    cores = [node["CPU"] for node in nodes if node.get("CPU")]
-    workers = workers or len(cores)
-    return {"num_cpus": max(1.0, min(*cores, sum(cores) // workers))}, workers
+        workers = workers or sum(int(machine.get("GPU", 0.0) / gpus) for machine in machines)
+        if not workers:
+            raise InputError(
+                f"--gpus-per-worker: got {gpus:g}, and no machine of the cluster has so many GPUs. "
+                "Give --workers too if the cluster will grow."
+            )
+        return {"num_cpus": 1.0, "num_gpus": gpus}, workers
+    cores = [machine["CPU"] for machine in machines if machine.get("CPU")]
+    workers = workers or max(1, len(cores))
+    return {"num_cpus": max(1.0, min([*cores, sum(cores) // workers]))}, workers
 
 
 def describe(context: Any, workers: int, options: dict[str, float]) -> str:

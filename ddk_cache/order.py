@@ -59,9 +59,7 @@ class Order:
 
         sources = find_sources(self.corpus)
         check_place(open_storage(self.cache))
-        teacher, words = find_teacher(
-            self.teacher, self.tokenizer, self.config.targets, **self.how
-        )
+        teacher, words = find_teacher(self.teacher, self.tokenizer, self.config.targets, **self.how)
         build_cache(
             self.cache,
             sources,
