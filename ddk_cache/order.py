@@ -12,11 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.corpus.sources import find_sources
+from ddk_cache.corpus.sources import OWN, find_sources
 from ddk_cache.storage.open import is_url, open_storage
+
+if TYPE_CHECKING:
+    from ddk_cache.build.teacher import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,24 +50,34 @@ class Order:
             how={**self.how, "head": head},
         )
 
+    def load(self, name: str) -> tuple[Teacher, Any]:
+        """Return a teacher and its tokenizer: the one ordered, or that of a domain of the mix."""
+        from ddk_cache.served.teacher import find_teacher
+
+        if name == OWN:
+            return find_teacher(self.teacher, self.tokenizer, self.config.targets, **self.how)
+        words = self.tokenizer or self.teacher if is_url(name) else None
+        how = {**self.how, "model": None, "head": None}
+        return find_teacher(name, words, self.config.targets, **how)
+
     def build(self, rank: int = 0, world: int = 1, stop: Event | None = None) -> None:
         """Load the teacher and build the cache; see `build_cache` for the arguments.
 
         Raises:
             DDKError: see `find_sources`, `find_teacher` and `build_cache`.
         """
+        sources = find_sources(self.corpus)
         from ddk_cache.build.create import check_place
         from ddk_cache.build.job import build_cache
-        from ddk_cache.served.teacher import find_teacher
+        from ddk_cache.build.teachers import Teachers
 
-        sources = find_sources(self.corpus)
         check_place(open_storage(self.cache))
-        teacher, words = find_teacher(self.teacher, self.tokenizer, self.config.targets, **self.how)
+        teachers = Teachers(self.load)
         build_cache(
             self.cache,
             sources,
-            teacher,
-            words,
+            teachers,
+            teachers.get()[1],
             self.config,
             grow=self.grow,
             rank=rank,

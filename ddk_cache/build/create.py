@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import platform
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,6 @@ from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.scoring import Scorer, rows_that_fit
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.writer import ShardWriter
-from ddk_cache.corpus.sources import Source
 from ddk_cache.errors import InputError, MismatchError, NotACacheError
 from ddk_cache.format.layout import ROOT, TOKENIZER, plan_name, tokenizer_name
 from ddk_cache.format.manifest import Root, create_root
@@ -83,13 +82,17 @@ def read_root(storage: Storage) -> Root:
 def open_for_building(
     store: ShardWriter,
     leases: Leases,
-    sources: Sequence[Source],
+    described: Mapping[str, Mapping[str, Any]],
     teacher: Teacher,
     tokenizer: Any,
     batch_rows: int | None,
     grow: bool,
+    most: int | None = None,
 ) -> None:
     """Create the cache, or check that it is the one asked for; nothing is written before that.
+
+    `described` are the sources, as the root keeps them; `most` is how many rows of one call fit the
+    teachers of single domains.
 
     The new domains of a cache that grows are added later, when they are planned: `add_sources`.
 
@@ -100,10 +103,9 @@ def open_for_building(
     """
     storage = store.storage
     check_place(storage)
-    described = {source.name: source.describe() for source in sources}
     files = tokenizer_files(tokenizer)
     if not storage.exists(ROOT):
-        root = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
+        root = new_root(store.spec, described, teacher, tokenizer, files, batch_rows, most)
         try:
             create_root(storage, root)
         except (FileExistsError, NotADirectoryError) as error:
@@ -114,12 +116,16 @@ def open_for_building(
     asked = store.spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
     if settings != asked and not planned and not leases.others():
         log.info("%s: nothing is planned yet; it takes the new settings", storage.uri())
-        was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
+        was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows, most)
         storage.put(ROOT, was.dump())
         storage.delete_dir(TOKENIZER)
     else:
         compare(storage.uri(), settings, asked)
-    if not grow:
+    if grow:
+        again = planned.keys() & described.keys()
+        olds, news = ({n: found[n].get("teacher") for n in again} for found in (planned, described))
+        compare(storage.uri(), olds, news)
+    else:
         _agree(store, was, described, planned, leases)
     for name, data in files.items():
         kept = tokenizer_name(name)
@@ -146,13 +152,13 @@ def _agree(
         store.clear(name)
 
 
-def add_sources(storage: Storage, sources: Sequence[Source]) -> None:
+def add_sources(storage: Storage, described: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a cache the domains that it has grown by; only now does a reader see them.
 
     A domain that was never planned and is no longer among the sources is dropped.
     """
     was = read_root(storage)
-    merged = {**_planned(storage, was), **{source.name: source.describe() for source in sources}}
+    merged = {**_planned(storage, was), **described}
     if merged != was.sources:
         storage.put(ROOT, dataclasses.replace(was, sources=merged).dump())
 
@@ -169,15 +175,17 @@ def new_root(
     tokenizer: Any,
     files: Mapping[str, bytes],
     batch_rows: int | None,
+    most: int | None = None,
 ) -> Root:
     """Return the root of a new cache, once the teacher has scored a first batch.
 
     Raises:
         CacheError: the teacher fails on it, or gives something that is not a distribution.
     """
+    rows = try_teacher(teacher, spec, batch_rows)
     return Root(
         spec=spec,
-        batch_rows=try_teacher(teacher, spec, batch_rows),
+        batch_rows=min(rows, most or rows),
         sources=described,
         tokenizer_files={name: (len(data), digest(data)) for name, data in files.items()},
         provenance={

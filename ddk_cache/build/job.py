@@ -22,30 +22,32 @@ import numpy as np
 
 from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.create import add_sources, make_spec, open_for_building, read_root
+from ddk_cache.build.create import add_sources, open_for_building, read_root
 from ddk_cache.build.scoring import Scored, Scorer
 from ddk_cache.build.share import Part, check_rank, pause, share
 from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teachers import Teachers, describe, meet
 from ddk_cache.build.tokenize import grow_domain, mend_tokens, plan_domain
 from ddk_cache.build.writer import ShardWriter, Stored
 from ddk_cache.console import Progress
-from ddk_cache.corpus.sources import Source, find_sources
+from ddk_cache.corpus.sources import OWN, Source, find_sources
 from ddk_cache.errors import CacheError, CorruptCacheError, DDKError, MismatchError, StorageError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.commit import Record, committed, parse_record
 from ddk_cache.format.layout import plan_name, record_name
 from ddk_cache.format.manifest import Manifest, read_plan, write_plan
 from ddk_cache.format.plan import DomainPlan, Shard, ShardKey, shard_at
-from ddk_cache.format.spec import TOKEN_ARRAYS
+from ddk_cache.format.spec import TOKEN_ARRAYS, CacheSpec
 from ddk_cache.storage.base import Storage
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.open import open_storage
+from ddk_cache.types import SPLITS
 
 
 def build_cache(
     cache: str | Path,
     sources: str | Path | Sequence[Source],
-    teacher: Teacher,
+    teacher: Teacher | Teachers,
     tokenizer: Any,
     config: BuildConfig = BuildConfig(),  # noqa: B008 (it is frozen)
     *,
@@ -60,7 +62,8 @@ def build_cache(
     Args:
         cache: Where the cache is, or shall be.
         sources: A corpus (a directory or a mix file), or its domains as `find_sources` gives them.
-        teacher: From `load_teacher`, or any callable in a `Teacher`.
+        teacher: From `load_teacher`, or any callable in a `Teacher`. A domain whose source names
+            another teacher has that one, from a directory or the hub; `Teachers` loads others.
         tokenizer: The teacher's tokenizer.
         config: What the cache shall hold.
         grow: Add domains, and documents at the end of domains, that the cache does not have yet.
@@ -82,13 +85,20 @@ def build_cache(
     if isinstance(sources, str | Path):
         sources = find_sources(sources)
     storage = open_storage(cache)
-    store = ShardWriter(storage, make_spec(config, teacher, tokenizer))
-    leases = Leases(storage)
-    open_for_building(store, leases, sources, teacher, tokenizer, config.batch_rows, grow)
+    teachers = teacher if isinstance(teacher, Teachers) else Teachers.of(teacher, tokenizer)
+    spec, others = meet(teachers, sources, tokenizer, config)
+    store, leases = ShardWriter(storage, spec), Leases(storage)
+    described, own = describe(sources, others), teachers.get()[0]
+    most = min((other.batch_rows for other in others.values()), default=None)
+    open_for_building(store, leases, described, own, tokenizer, config.batch_rows, grow, most)
+    del own
     part = Part(rank, world, stop or Event())
     try:
         plan_domains(store, leases, sources, tokenizer, grow, part)
-        score_shards(store, leases, teacher, write_behind, part)
+        if grow:
+            add_sources(storage, described)
+        specs = {name: other.spec for name, other in others.items()} | {OWN: spec}
+        score_shards(store, leases, teachers, specs, write_behind, part)
     except KeyboardInterrupt:
         raise DDKError(stopped(storage)) from None
     finally:
@@ -142,8 +152,6 @@ def plan_domains(
     for name, plan in grown.items():
         if plan:
             job.fix(name, plan)
-    if grow:
-        add_sources(store.storage, sources)
 
 
 @dataclass
@@ -231,23 +239,60 @@ class Planning:
 def score_shards(
     store: ShardWriter,
     leases: Leases,
-    teacher: Teacher,
+    teachers: Teachers,
+    specs: Mapping[str, CacheSpec],
     write_behind: bool | None,
     part: Part,
 ) -> None:
-    """Score and commit every planned shard that is not committed."""
-    spec, manifest = store.spec, Manifest.read(store.storage)
-    planned = {
-        key: shard_at(manifest.plans[key.domain], key.split, spec.shard_rows, key.number)
-        for key in manifest.shards()
-    }
-    codecs = {
-        domain: TargetCodec(spec, plan.frequent_ids) for domain, plan in manifest.plans.items()
-    }
-    scorer = Scorer(teacher, spec, manifest.root.batch_rows)
+    """Score and commit every planned shard that is not committed, one teacher after another.
+
+    `specs` are those of a cache of each teacher alone, by its name. Processes begin with different
+    teachers.
+
+    Raises:
+        MismatchError: a domain is of a teacher that is not among them.
+    """
+    manifest = Manifest.read(store.storage)
+    names = {spec.fingerprint: name for name, spec in specs.items()}
+    domains: dict[str, list[str]] = {}
+    for domain in manifest.plans:
+        fingerprint = manifest.spec_of(domain).fingerprint
+        if fingerprint not in names and _todo(store.storage, manifest, [domain]):
+            raise MismatchError(
+                f"{store.storage.uri()}: domain {domain!r} has a teacher of its own, which was not "
+                "given. Name it as 'teacher:' of the domain in the mix file."
+            )
+        domains.setdefault(names.get(fingerprint, OWN), []).append(domain)
+    order = sorted(domains)
+    first = part.rank * len(order) // part.world
+    for name in order[first:] + order[:first]:
+        if _todo(store.storage, manifest, domains[name]):
+            teacher = teachers.get(name)[0]
+            score_domains(store, leases, teacher, manifest, domains[name], write_behind, part)
+            del teacher
+
+
+def _todo(storage: Storage, manifest: Manifest, domains: Sequence[str]) -> list[ShardKey]:
+    """Return the planned shards of some domains that are not committed."""
+    done = {(d, split): committed(storage, d, split) for d in domains for split in SPLITS}
+    return [key for key in manifest.shards(domains) if key.number not in done[key[:2]]]
+
+
+def score_domains(
+    store: ShardWriter,
+    leases: Leases,
+    teacher: Teacher,
+    manifest: Manifest,
+    domains: Sequence[str],
+    write_behind: bool | None,
+    part: Part,
+) -> None:
+    """Score and commit every planned shard of the domains of one teacher."""
+    scorer = Scorer(teacher, manifest.spec_of(domains[0]), manifest.root.batch_rows)
+    codecs = {name: TargetCodec(scorer.spec, manifest.plans[name].frequent_ids) for name in domains}
     progress = Progress("scoring", 0, "tokens")
-    job = Scoring(store, leases, manifest, planned, codecs, scorer, progress)
-    progress.total = sum(planned[key].rows for key in job.todo()) * spec.seq_len
+    job = Scoring(store, leases, manifest, codecs, scorer, progress)
+    progress.total = sum(job.planned(key).rows for key in job.todo()) * scorer.spec.seq_len
     if write_behind is None:
         write_behind = teacher.device.type != "cpu"
     thread = ThreadPoolExecutor(1) if write_behind else contextlib.nullcontext()
@@ -262,8 +307,8 @@ class Scoring:
     store: ShardWriter
     leases: Leases
     manifest: Manifest
-    planned: Mapping[ShardKey, Shard]
     codecs: Mapping[str, TargetCodec]
+    """Domain → codec, of the domains that this job scores."""
     scorer: Scorer
     progress: Progress
     writer: ThreadPoolExecutor | None = None
@@ -273,9 +318,12 @@ class Scoring:
 
     def todo(self) -> list[ShardKey]:
         """Return the shards that are not committed."""
-        storage = self.store.storage
-        done = {pair: committed(storage, *pair) for pair in {key[:2] for key in self.planned}}
-        return [key for key in self.planned if key.number not in done[key[:2]]]
+        return _todo(self.store.storage, self.manifest, list(self.codecs))
+
+    def planned(self, item: ShardKey) -> Shard:
+        """Return what the plan says about a shard."""
+        plan, size = self.manifest.plans[item.domain], self.manifest.spec.shard_rows
+        return shard_at(plan, item.split, size, item.number)
 
     def done(self, item: ShardKey) -> bool:
         """Return whether a shard is committed."""
@@ -287,7 +335,7 @@ class Scoring:
 
     def work(self, item: ShardKey) -> None:
         """Score a shard, and commit it or leave that to the thread."""
-        rows = self.planned[item].rows
+        rows = self.planned(item).rows
         tokens, mask = (self.store.read(item, name, rows) for name in TOKEN_ARRAYS)
         advance = partial(self.advance, f"{item.domain}/{item.split}")
         scored = self.scorer.score(item, tokens.rows.astype(np.int64), advance)
@@ -315,8 +363,8 @@ class Scoring:
         objects = {"tokens": tokens.object, "loss_mask": mask.object}
         record = Record(
             key=key,
-            fingerprint=self.store.spec.fingerprint,
-            content=self.planned[key].content,
+            fingerprint=self.scorer.spec.fingerprint,
+            content=self.planned(key).content,
             rows=len(tokens.rows),
             positions=int(counted.sum()),
             teacher_loss=float(-scored.arrays["label_logprob"][counted].sum(dtype=np.float64)),
