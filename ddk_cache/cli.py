@@ -280,6 +280,8 @@ def info(cache: str, as_json: bool) -> None:
 @click.argument("cache")
 @click.option("--drop-bad", is_flag=True,
               help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
+@click.option("--part", metavar="N/M", default="1/1",
+              help="Verify part N of M, for M processes or machines to share the work.")  # fmt: skip
 @click.option("--teacher", help="Run this teacher again on some rows and compare.")
 @click.option("--rows", type=click.IntRange(1), default=32, show_default=True,
               help="Number of rows for --teacher.")  # fmt: skip
@@ -290,6 +292,7 @@ def info(cache: str, as_json: bool) -> None:
 def verify(
     cache: str,
     drop_bad: bool,
+    part: str,
     teacher: str | None,
     rows: int,
     seed: int,
@@ -302,9 +305,11 @@ def verify(
     from ddk_cache import verify as verification
     from ddk_cache.read.cache import open_cache
 
+    some = verification.Part.parse(part)
     with open_cache(cache, unfinished=True) as opened:
-        with Progress("verifying", verification.bytes_to_hash(opened), "bytes") as progress:
-            problems = verification.verify(opened, progress.advance)
+        total = verification.bytes_to_hash(opened, some)
+        with Progress("verifying", total, "bytes") as progress:
+            problems = verification.verify(opened, progress.advance, some)
         facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
         found = None
         if drop_bad:
@@ -340,8 +345,9 @@ def show_verified(facts: dict[str, Any]) -> None:
     for path in facts.get("removed", []):
         click.echo(f"removed  {printable(path)}")
     if found := facts.get("replay"):
+        where = f"{found['rows']} rows of {', '.join(found['domains'])}"
         click.echo(
-            f"teacher on {found['rows']} rows, nats: stored − live {found['stored_mean']:.2e} "
+            f"teacher on {where}, nats: stored − live {found['stored_mean']:.2e} "
             f"(largest {found['stored_max']:.2e}); live − live {found['control_mean']:.2e} "
             f"(largest {found['control_max']:.2e}); limit for a row {found['limit']:.2e}"
         )

@@ -105,6 +105,12 @@ class Manifest:
         """Return what the cache is."""
         return self.root.spec
 
+    @property
+    def teachers(self) -> dict[str, dict[str, str]]:
+        """Return the identity of the teacher of each domain that has one of its own."""
+        sources = self.root.sources.items()
+        return {name: dict(source["teacher"]) for name, source in sources if "teacher" in source}
+
     def spec_of(self, domain: str) -> CacheSpec:
         """Return the spec with the teacher of a domain, which decides the domain's bytes.
 

@@ -34,7 +34,7 @@ OPTIONS = {
     "--ray --workers --gpus-per-worker",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
-    "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
+    "ddk-cache verify": "--drop-bad --part --teacher --rows --seed --dtype --device "
     "--trust-remote-code --model --head --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
     "--weighting --alpha --weights "
