@@ -281,7 +281,7 @@ def info(cache: str, as_json: bool) -> None:
 @click.option("--drop-bad", is_flag=True,
               help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
 @click.option("--part", metavar="N/M", default="1/1",
-              help="Verify part N of M, for M processes or machines to share the work.")  # fmt: skip
+              help="Verify part N of M only; M processes share the work.")  # fmt: skip
 @click.option("--teacher", help="Run this teacher again on some rows and compare.")
 @click.option("--rows", type=click.IntRange(1), default=32, show_default=True,
               help="Number of rows for --teacher.")  # fmt: skip

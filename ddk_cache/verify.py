@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 
 class Part(NamedTuple):
-    """A part of a cache, for several machines to verify it: 3/16 has shards 3, 19, 35, …"""
+    """A part of a cache: 3/16 has the shards 3, 19, 35, … of all, counted from 1."""
 
     number: int
     """From 1 to `of`. The first part has the tokenizer and the Zarr documents too."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from ddk_cache import (
     CacheError,
     CorruptCacheError,
+    InputError,
     MismatchError,
     UnfinishedCacheError,
     open_cache,
@@ -195,11 +197,11 @@ def test_parts_verify_every_shard_once_and_the_documents_with_the_first(copy: Pa
     cache = open_cache(copy)
     parts = [Part(number, 5) for number in range(1, 6)]
     keys = [shards_of(cache, part) for part in parts]
-    assert sorted(sum(keys, [])) == sorted(cache.manifest.shards())
+    assert sorted(itertools.chain(*keys)) == sorted(cache.manifest.shards())
     assert max(map(len, keys)) - min(map(len, keys)) <= 1
     whole, found = verify(cache, quiet), [verify(cache, quiet, part) for part in parts]
     assert len(whole) == len(VICTIMS)
-    assert sorted(sum(found, []), key=str) == sorted(whole, key=str)
+    assert sorted(itertools.chain(*found), key=str) == sorted(whole, key=str)
     documents = [problem for problem in whole if problem.key is None]
     assert documents == [problem for problem in found[0] if problem.key is None]
     assert sum(bytes_to_hash(cache, part) for part in parts) == bytes_to_hash(cache)
