@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from threading import Event
+from threading import Event, current_thread, main_thread
 from typing import Any
 
 from ddk_cache.console import Progress, show_logs
@@ -107,6 +108,7 @@ def cluster(address: str) -> Iterator[Any]:
         raise InputError("--ray needs the package ray: pip install 'ddk-distill[ray]'.") from error
     own = {"object_store_memory": OBJECT_STORE} if address == "local" else {}
     host, _, port = address.rpartition(":")
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         if port.isdecimal():  # Ray itself tries for minutes
             socket.create_connection((host, int(port)), CONNECT).close()
@@ -118,6 +120,8 @@ def cluster(address: str) -> Iterator[Any]:
             "Start one with 'ray start --head', or give --ray local."
         ) from error
     try:
+        if current_thread() is main_thread():  # Ray's own handler would end the driver at once
+            signal.signal(signal.SIGTERM, handler)
         yield context
     finally:
         ray.shutdown()
