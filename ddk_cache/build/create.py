@@ -37,6 +37,9 @@ from ddk_cache.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
 
+TRIAL = "trial"
+"""The domain of a first batch, which is not of the cache."""
+
 GROW = " --grow adds new domains, and documents at the end of old ones."
 
 
@@ -205,7 +208,7 @@ def try_teacher(teacher: Teacher, spec: CacheSpec, batch_rows: int | None) -> in
     rows = 1 if batch_rows else rows_that_fit(teacher, spec)
     scorer = Scorer(teacher, spec, rows)
     tokens = np.zeros((rows, spec.seq_len + 1), np.int64)
-    scores = scorer.score(ShardKey("trial", "train", 0), tokens, lambda _: None).arrays
+    scores = scorer.score(ShardKey(TRIAL, "train", 0), tokens, lambda _: None).arrays
     labels = tokens[:, 1:]
     audit("a first batch", scores, scorer.codec.encode(scores, labels), labels, scorer.codec)
     return batch_rows or scorer.batch_rows
