@@ -184,7 +184,7 @@ def build(
     build that was stopped resumes where it stopped; run the same command again. Several
     processes given the same command share the work.
     """
-    from ddk_cache.order import Order
+    from ddk_cache.cluster.order import Order
 
     how: dict[str, Any] = {"dtype": dtype, "device": device, "model": model, "head": head}
     order = Order(
@@ -206,7 +206,7 @@ def build(
     elif rank is not None or world is not None:
         raise InputError("--ray counts its own workers: leave out --rank and --world.")
     else:
-        from ddk_cache.cluster import build_with_ray
+        from ddk_cache.cluster.driver import build_with_ray
 
         build_with_ray(order, ray, workers, gpus_per_worker)
         rank = 0

@@ -22,10 +22,11 @@ import click
 from benches.common import Record, data, json_option
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.create import TRIAL
-from ddk_cache.cluster import Crew, Worker, cluster
+from ddk_cache.cluster.driver import Crew, cluster
+from ddk_cache.cluster.order import Order
+from ddk_cache.cluster.worker import Worker
 from ddk_cache.errors import DDKError
 from ddk_cache.format.plan import ShardKey
-from ddk_cache.order import Order
 
 DOMAINS = ("c", "docs", "python")
 

@@ -23,9 +23,9 @@ from click.testing import CliRunner
 from ddk_cache import InputError
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.cli import main
-from ddk_cache.cluster import room
+from ddk_cache.cluster.driver import room
+from ddk_cache.cluster.order import Order
 from ddk_cache.format.layout import COMMITS
-from ddk_cache.order import Order
 from ddk_cache.testing import BUILD
 from tests.helpers import tree
 
@@ -36,7 +36,7 @@ KILLER = """
 import pickle, sys, threading, time
 from pathlib import Path
 import psutil, ray
-from ddk_cache.cluster import Crew, cluster
+from ddk_cache.cluster.driver import Crew, cluster
 
 order = pickle.loads(Path(sys.argv[1]).read_bytes())
 

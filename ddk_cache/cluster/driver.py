@@ -1,10 +1,10 @@
 """A build on a Ray cluster: workers are started, placed, replaced when they are lost, and watched.
 
-Each worker is an actor that holds the teacher and runs the project's own build on the one cache.
-Leases and commit records share the work and make it harmless when two workers do the same, so Ray
-keeps no list of what is done, and nothing but the order passes through it. The price is that all
-machines must reach corpus, cache and teacher by the same names. Ray starts an actor that died
-again, a few times; one that is gone for good is replaced here, as long as shards are committed.
+Each worker runs the project's own build on the one cache. Leases and commit records share the work
+and make it harmless when two workers do the same, so Ray keeps no list of what is done, and nothing
+but the order passes through it. The price is that all machines must reach corpus, cache and teacher
+by the same names. Ray starts an actor that died again, a few times; one that is gone for good is
+replaced here, as long as shards are committed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from threading import Event, current_thread, main_thread
+from threading import current_thread, main_thread
 from typing import Any
 
-from ddk_cache.console import Progress, show_logs
+from ddk_cache.cluster.order import Order
+from ddk_cache.cluster.worker import Worker
+from ddk_cache.console import Progress
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import CacheError, DDKError, InputError
-from ddk_cache.order import Order
 from ddk_cache.read.cache import open_cache
 
 POLL = 5.0
@@ -32,7 +33,11 @@ RESTARTS = 3
 """Times that Ray starts an actor again where it died."""
 
 LOSSES = 3
-"""Workers that may be lost for good, or fail, before the next commit; then the build gives up."""
+"""Times per worker that workers may be lost for good, or fail, before the next commit; then the
+build gives up."""
+
+LOOKING = 0.1
+"""Share of the time that looks may take: listing a large cache in an object store takes seconds."""
 
 GRACE = 30.0
 """Seconds in which a worker must confirm that it will stop."""
@@ -44,35 +49,6 @@ OBJECT_STORE = 80 * 2**20
 """Bytes of Ray's object store, its least: nothing of a build passes through it."""
 
 log = logging.getLogger(__name__)
-
-
-class Worker:
-    """The actor: one teacher in one process, at work on one cache."""
-
-    def __init__(self, order: Order, rank: int, world: int) -> None:
-        self._order, self._part, self._stop = order, (rank, world), Event()
-
-    def build(self) -> DDKError | None:
-        """Build until the cache is finished; return what went wrong.
-
-        An accelerator that failed is of no more use to its process, so the process ends, and Ray
-        starts another.
-        """
-        import torch
-
-        show_logs(first=False)
-        try:
-            self._order.build(*self._part, self._stop)
-        except DDKError as error:
-            if isinstance(error.__cause__, getattr(torch, "AcceleratorError", ())):
-                log.warning("%s", error)
-                os._exit(1)
-            return error
-        return None
-
-    def stop(self) -> None:
-        """Let the build end after the shard in hand."""
-        self._stop.set()
 
 
 def build_with_ray(order: Order, address: str, workers: int | None, gpus: float | None) -> None:
@@ -197,12 +173,14 @@ class Crew:
             with self.watch.progress:
                 for rank in range(self.world):
                     self.hire(rank)
-                while self.builds:
+                finished = False
+                while not finished:
                     done, _ = self.ray.wait(list(self.builds), timeout=POLL)
                     if self.watch.look(f"{self.world} workers"):
                         self.lost = 0
-                    for build in done:
-                        self.settle(build)
+                    finished = any([self.settle(build) for build in done])
+                # The others find nothing left, and those without room need not begin.
+                self.ray.wait(list(self.builds), num_returns=len(self.builds), timeout=GRACE)
         except KeyboardInterrupt:
             self.drain()
             raise DDKError(stopped(open_storage(self.order.cache))) from None
@@ -215,22 +193,23 @@ class Crew:
         worker = self.actor.remote(self.order, rank, self.world)
         self.builds[worker.build.remote()] = worker, rank
 
-    def settle(self, build: Any) -> None:
-        """Take note of a worker that is done, or replace one that is lost."""
+    def settle(self, build: Any) -> bool:
+        """Return whether a worker found the cache finished; replace a worker that is lost."""
         _, rank = self.builds.pop(build)
         try:
             failure = self.ray.get(build)
         except self.ray.exceptions.RayActorError as error:
             failure = CacheError(f"it is gone: {_first_line(error)}")
         except self.ray.exceptions.RayTaskError as error:  # nothing that the build foresees
-            raise CacheError(f"worker {rank} failed: {error}") from error
+            raise CacheError(f"worker {rank} failed: {error.cause}") from error
         if failure is None:
-            return
+            return True
         self.lost += 1
-        if failure.exit_code == InputError.exit_code or self.lost > LOSSES:
+        if failure.exit_code == InputError.exit_code or self.lost > LOSSES * self.world:
             raise failure
         log.warning("worker %d is replaced: %s", rank, failure)
         self.hire(rank)
+        return False
 
     def drain(self) -> None:
         """Let the workers finish what they have in hand; end those that do not answer."""
@@ -254,10 +233,15 @@ class Watch:
     def __init__(self, cache: str) -> None:
         self.cache = cache
         self.progress = Progress("building", 0, "tokens", (self._state() or [0])[0])
+        self._next = 0.0
 
     def look(self, note: str) -> bool:
         """Show how far the cache is; return whether more of it is committed than before."""
-        if not (state := self._state()):
+        if (began := time.monotonic()) < self._next:
+            return False
+        state = self._state()
+        self._next = began + (time.monotonic() - began) / LOOKING
+        if not state:
             return False
         done, total, unplanned = state
         self.progress.total = 0 if unplanned else total
