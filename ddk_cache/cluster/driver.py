@@ -178,8 +178,8 @@ class Crew:
                     done, _ = self.ray.wait(list(self.builds), timeout=POLL)
                     if self.watch.look(f"{self.world} workers"):
                         self.lost = 0
-                    finished = any([self.settle(build) for build in done])
-                # The others find nothing left, and those without room need not begin.
+                    finished = any(self.settle(build) for build in done)
+                # The others find nothing left; those that wait for room are not needed.
                 self.ray.wait(list(self.builds), num_returns=len(self.builds), timeout=GRACE)
         except KeyboardInterrupt:
             self.drain()

@@ -1,6 +1,6 @@
 """The effect of the size of a cache: planning, opening, verifying, streaming; time and memory.
 
-    bench.py scale [--shards 600] [--documents 100000] [--json FILE]
+    bench.py scale [--shards 600] [--documents 10000] [--json FILE]
 
 Each is measured at 1×, 10× and 100×, in processes of their own.
 
@@ -193,7 +193,7 @@ def opened_from_store(path: Path, shards: int) -> Mapping[str, float]:
 @click.command(help=__doc__.splitlines()[0])
 @click.option("--shards", default=600, show_default=True, help="Shards of the smallest cache.")
 @click.option(
-    "--documents", default=100_000, show_default=True, help="Documents of the smallest domain."
+    "--documents", default=10_000, show_default=True, help="Documents of the smallest domain."
 )
 @click.option("--factors", default="1,10,100", show_default=True, help="Sizes to compare.")
 @click.option("--steps", default=64, show_default=True, help="Steps; the second half is timed.")
