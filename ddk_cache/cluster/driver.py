@@ -162,6 +162,8 @@ class Crew:
         """The result to come of each worker → the worker and its rank."""
         self.lost = 0
         """Workers lost since the last commit."""
+        self.proven = False
+        """Whether a shard was committed, so that the order itself is not what is wrong."""
         self.watch = Watch(order.cache)
 
     def run(self) -> None:
@@ -177,7 +179,7 @@ class Crew:
                 while not finished:
                     done, _ = self.ray.wait(list(self.builds), timeout=POLL)
                     if self.watch.look(f"{self.world} workers"):
-                        self.lost = 0
+                        self.lost, self.proven = 0, True
                     finished = any(self.settle(build) for build in done)
                 # The others find nothing left; those that wait for room are not needed.
                 self.ray.wait(list(self.builds), num_returns=len(self.builds), timeout=GRACE)
@@ -205,7 +207,8 @@ class Crew:
         if failure is None:
             return True
         self.lost += 1
-        if failure.exit_code == InputError.exit_code or self.lost > LOSSES * self.world:
+        wrong = failure.exit_code == InputError.exit_code and not self.proven
+        if wrong or self.lost > LOSSES * self.world:
             raise failure
         log.warning("worker %d is replaced: %s", rank, failure)
         self.hire(rank)

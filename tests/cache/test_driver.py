@@ -6,6 +6,7 @@ of its own where the system allows that.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -137,58 +138,67 @@ def test_wrong_calls_are_refused(
 # --- builds ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def large(tmp_path: Path) -> Path:
-    """A corpus of several hundred shards."""
-    generator, folder = random.Random(0), tmp_path / "corpus"
-    folder.mkdir()
-    for name, count in (("large", 700), ("small", 60)):
+@pytest.fixture(scope="module")
+def alone(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Order:
+    """An order of more than a hundred shards, carried out by one process."""
+    generator, folder = random.Random(0), tmp_path_factory.mktemp("alone")
+    (folder / "corpus").mkdir()
+    for name, count in (("large", 300), ("small", 60)):
         texts = ["".join(generator.choices("abcdef ", k=50)) for _ in range(count)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-        (folder / f"{name}.jsonl").write_text(lines)
-    return folder
+        (folder / "corpus" / f"{name}.jsonl").write_text(lines)
+    order = Order(
+        corpus=folder / "corpus", cache=str(folder / "mix.zarr"), teacher=str(teacher_dir),
+        tokenizer=None, config=BuildConfig(**BUILD), how={"device": "cpu"}, grow=False,
+    )  # fmt: skip
+    order.build()
+    return order
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_killed_workers_and_a_stopped_driver_change_no_byte(
-    large: Path, teacher_dir: Path, tmp_path: Path
+def test_killed_workers_are_replaced_and_change_no_byte(alone: Order, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    order = dataclasses.replace(alone, cache=str(tmp_path / "mix.zarr"))
+    (tmp_path / "order").write_bytes(pickle.dumps(order))
+    process = start("-c", KILLER, tmp_path / "order")
+    out, err = process.communicate(timeout=290)
+    assert process.returncode == 0, err
+    told = [line for line in out.splitlines() if line.startswith("one ")]
+    assert told == ["one killed", "one removed", "one finished"]
+    assert "is replaced: it is gone" in err
+    assert tree(Path(order.cache)) == tree(Path(alone.cache))
+
+
+@pytest.mark.slow
+def test_a_stopped_driver_lets_workers_finish_and_is_started_again(
+    alone: Order, tmp_path: Path
 ) -> None:
     pytest.importorskip("ray")
-    cache = tmp_path / "mix.zarr"
-    order = Order(
-        corpus=large, cache=str(cache), teacher=str(teacher_dir), tokenizer=None,
-        config=BuildConfig(**BUILD), how={"device": "cpu"}, grow=False,
-    )  # fmt: skip
-    (tmp_path / "order").write_bytes(pickle.dumps(order))
+    cache, code = (
+        tmp_path / "mix.zarr",
+        "from ddk_cache.cli import main; main(prog_name='ddk-cache')",
+    )
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in BUILD.items()]
-    words = ["build", large, cache, "--teacher", teacher_dir, *settings]
-    code = "from ddk_cache.cli import main; main(prog_name='ddk-cache')"
-
-    first = start("-c", code, *words, "--ray", "local", "--workers", 2)
+    words = ["build", alone.corpus, cache, "--teacher", alone.teacher, "--device", "cpu", *settings]
+    words += ["--ray", "local", "--workers", 2]
+    first = start("-c", code, *words)
     await_commits(cache, 5)
     os.killpg(first.pid, signal.SIGINT)
-    _, err = first.communicate(timeout=300)
+    _, err = first.communicate(timeout=120)
     assert first.returncode == 1, err
     assert "the workers finish their shards" in err
     assert "committed. Run the same command again to resume." in err
     assert not list(cache.glob("claims/*"))
-
-    second = start("-c", KILLER, tmp_path / "order")
-    out, err = second.communicate(timeout=500)
+    second = start("-c", code, *words)
+    _, err = second.communicate(timeout=200)
     assert second.returncode == 0, err
-    told = [line for line in out.splitlines() if line.startswith("one ")]
-    assert told == ["one killed", "one removed", "one finished"]
-    assert "is replaced: it is gone" in err
-
-    other = Order(**vars(order) | {"cache": str(tmp_path / "one.zarr")})
-    other.build()
-    assert tree(cache) == tree(tmp_path / "one.zarr")
+    assert "2 workers of 1 CPU; dashboard: http://" in err
+    assert tree(cache) == tree(Path(alone.cache))
 
 
 def await_commits(cache: Path, count: int) -> None:
     """Wait until so many shards of a cache are committed."""
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 120
     while len(list(cache.glob(f"{COMMITS}/*/*/*.json"))) < count:
         assert time.monotonic() < deadline
         time.sleep(0.05)
