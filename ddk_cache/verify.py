@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
@@ -92,7 +93,8 @@ def bytes_to_hash(cache: Cache, part: Part = WHOLE) -> int:
 
 def shards_of(cache: Cache, part: Part) -> list[ShardKey]:
     """Return the planned shards of a part of a cache."""
-    return cache.manifest.shards()[part.number - 1 :: part.of]
+    keys = cache.manifest.each_shard(cache.domains)
+    return list(islice(keys, part.number - 1, None, part.of))
 
 
 def _each(work: Callable[[ShardKey], T], keys: Sequence[ShardKey]) -> Iterator[T]:

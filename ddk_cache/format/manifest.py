@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -121,13 +121,14 @@ class Manifest:
 
     def shards(self, domains: Collection[str] | None = None) -> list[ShardKey]:
         """Return every planned shard of some domains, or of all, in the order of building."""
-        return [
-            ShardKey(domain, split, number)
-            for domain, plan in self.plans.items()
-            if domains is None or domain in domains
-            for split in SPLITS
-            for number in range(shard_count(plan, split, self.spec.shard_rows))
-        ]
+        return list(self.each_shard(self.plans if domains is None else domains))
+
+    def each_shard(self, domains: Collection[str]) -> Iterator[ShardKey]:
+        """Yield what `shards` returns."""
+        for domain, plan in self.plans.items():
+            for split in SPLITS if domain in domains else ():
+                for number in range(shard_count(plan, split, self.spec.shard_rows)):
+                    yield ShardKey(domain, split, number)
 
     @classmethod
     def read(cls, storage: Storage) -> Manifest:
