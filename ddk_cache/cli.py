@@ -162,6 +162,15 @@ def estimate(
 @click.option("--world", type=int,
               help="Number of processes on one cache.  "
               "[default: from WORLD_SIZE or SLURM]")  # fmt: skip
+@click.option("--ray", metavar="ADDRESS",
+              help="Ray cluster whose workers build: local (this machine alone), auto (the one "
+              "that this machine is part of) or an address.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(1),
+              help="Number of workers for --ray.  "
+              "[default: as many as there is room for]")  # fmt: skip
+@click.option("--gpus-per-worker", type=click.FloatRange(0),
+              help="GPUs of each worker for --ray.  "
+              "[default: 1 if the cluster has any]")  # fmt: skip
 def build(
     corpus: Path,
     cache: str,
@@ -172,6 +181,9 @@ def build(
     grow: bool,
     rank: int | None,
     world: int | None,
+    ray: str | None,
+    workers: int | None,
+    gpus_per_worker: float | None,
     **settings: Any,
 ) -> None:
     """Run the teacher over CORPUS once and store its targets in CACHE, a path or a URL.
@@ -180,25 +192,37 @@ def build(
     build that was stopped resumes where it stopped; run the same command again. Several
     processes given the same command share the work.
     """
-    from ddk_cache.corpus.sources import find_sources
+    from ddk_cache.cluster.order import Order
 
     how = config_from(TeacherConfig, settings)
-    config = BuildConfig(**settings)
-    storage = open_storage(cache)
-    rank, world = which_process(rank, world, together=how.tensor_parallel > 1)
-    show_logs(first=rank == 0)
-    sources = find_sources(corpus)
+    order = Order(
+        corpus=corpus,
+        cache=cache,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        config=BuildConfig(**settings),
+        how=how,
+        model=model,
+        head=head,
+        grow=grow,
+    )
+    open_storage(cache)
+    first = True
+    if ray is None:
+        if workers is not None or gpus_per_worker is not None:
+            raise InputError("--workers and --gpus-per-worker are for --ray.")
+        rank, world = which_process(rank, world, together=how.tensor_parallel > 1)
+        show_logs(first=rank == 0)
+        first = order.build(rank, world) and rank == 0
+    elif rank is not None or world is not None:
+        raise InputError("--ray counts its own workers: leave out --rank and --world.")
+    elif how.tensor_parallel > 1:
+        raise InputError("--ray and --tensor-parallel: a worker of Ray is one process. Give one.")
+    else:
+        from ddk_cache.cluster.driver import build_with_ray
 
-    from ddk_cache.build.create import check_place
-    from ddk_cache.build.job import build_cache
-    from ddk_cache.served.teacher import find_teacher
-
-    check_place(storage)
-    loaded, words = find_teacher(teacher, tokenizer, config.targets, how, model=model, head=head)
-    with loaded.in_step() as first:
-        if first:
-            build_cache(cache, sources, loaded, words, config, grow=grow, rank=rank, world=world)
-    if first and rank == 0:
+        build_with_ray(order, ray, workers, gpus_per_worker)
+    if first:
         train = f"ddk-train run {shlex.quote(cache)} RUN --student …"
         say(f"{cache} is finished. Train from it:  {train}")
 
@@ -300,6 +324,8 @@ def show_row(cache: str, domain: str, row: int, split: str, as_json: bool) -> No
 @click.argument("cache")
 @click.option("--drop-bad", is_flag=True,
               help="Remove what is bad, so that 'build' makes just that again.")  # fmt: skip
+@click.option("--part", metavar="N/M", default="1/1",
+              help="Verify part N of M only; M processes share the work.")  # fmt: skip
 @click.option("--teacher", help="Run this teacher again on some rows and compare.")
 @click.option("--rows", type=click.IntRange(1), default=32, show_default=True,
               help="Number of rows for --teacher.")  # fmt: skip
@@ -310,6 +336,7 @@ def show_row(cache: str, domain: str, row: int, split: str, as_json: bool) -> No
 def verify(
     cache: str,
     drop_bad: bool,
+    part: str,
     teacher: str | None,
     rows: int,
     seed: int,
@@ -325,9 +352,11 @@ def verify(
     from ddk_cache import verify as verification
     from ddk_cache.read.cache import open_cache
 
+    some = verification.Part.parse(part)
     with open_cache(cache, unfinished=True) as opened:
-        with Progress("verifying", verification.bytes_to_hash(opened), "bytes") as progress:
-            problems = verification.verify(opened, progress.advance)
+        total = verification.bytes_to_hash(opened, some)
+        with Progress("verifying", total, "bytes") as progress:
+            problems = verification.verify(opened, progress.advance, some)
         facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
         found = None
         if drop_bad:
@@ -366,8 +395,9 @@ def show_verified(facts: dict[str, Any]) -> None:
     for path in facts.get("removed", []):
         click.echo(f"removed  {printable(path)}")
     if found := facts.get("replay"):
+        where = f"{found['rows']} rows of {', '.join(found['domains'])}"
         click.echo(
-            f"teacher on {found['rows']} rows, nats: stored − live {found['stored_mean']:.2e} "
+            f"teacher on {where}, nats: stored − live {found['stored_mean']:.2e} "
             f"(largest {found['stored_max']:.2e}); live − live {found['control_mean']:.2e} "
             f"(largest {found['control_max']:.2e}); limit for a row {found['limit']:.2e}"
         )

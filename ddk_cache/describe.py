@@ -42,6 +42,8 @@ class DomainFacts(TypedDict):
     tokens: int
     content: str
     portions: int
+    teacher: str
+    """Name of its teacher."""
     rows: dict[str, int]
     padding: float
     """Share of the tokens in the rows."""
@@ -63,6 +65,8 @@ class Facts(TypedDict):
     spec: dict[str, Any]
     batch_rows: int
     provenance: dict[str, str]
+    domain_teachers: dict[str, dict[str, str]]
+    """Identities of the teachers of single domains."""
     unplanned: list[str]
     domains: dict[str, DomainFacts]
     tokens: int
@@ -90,6 +94,7 @@ def describe(cache: Cache) -> Facts:
         "spec": spec.to_json(),
         "batch_rows": root.batch_rows,
         "provenance": dict(root.provenance),
+        "domain_teachers": {n: t for n, t in cache.manifest.teachers.items() if n in domains},
         "unplanned": sorted(set(root.sources) - set(cache.domains)),
         "domains": domains,
         "tokens": tokens,
@@ -108,7 +113,7 @@ def describe(cache: Cache) -> Facts:
 
 
 def _domain(cache: Cache, name: str, records: dict[str, list[Record]]) -> DomainFacts:
-    plan, held_out = cache.plan(name), records[VALIDATION]
+    plan, held_out, root = cache.plan(name), records[VALIDATION], cache.manifest.root
     positions = sum(record.positions for record in held_out)
     loss = sum(record.teacher_loss for record in held_out) / positions if positions else None
     return {
@@ -116,6 +121,7 @@ def _domain(cache: Cache, name: str, records: dict[str, list[Record]]) -> Domain
         "tokens": plan.tokens,
         "content": plan.content,
         "portions": len(plan.portions),
+        "teacher": root.sources[name].get("teacher_name", root.provenance.get("teacher", "")),
         "rows": {split: plan.rows(split) for split in SPLITS},
         "padding": plan.padding / max(1, sum(map(plan.rows, SPLITS)) * (cache.spec.seq_len + 1)),
         "lost": plan.lost / plan.tokens,
@@ -154,6 +160,9 @@ def show(facts: Facts) -> None:
         f"{spec['targets']} of {spec['vocab_size']:,} tokens, rows of {spec['seq_len']:,}; "
         f"teacher {teacher} ({dtype})"
     )
+    for name, identity in facts["domain_teachers"].items():
+        dtype = identity.get("dtype", "callable")
+        line(f"teacher of {name}: {facts['domains'][name]['teacher']} ({dtype})")
     packed = [(PACKED, _packed)] if spec.get("packing") == "documents" else []
     for names, figures in ((HELD, _held), *packed, (SEEN, _seen)):
         table = Table("domain", box=None, pad_edge=False)

@@ -12,11 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from ddk_cache.errors import CacheError, CorruptCacheError, MismatchError, UnfinishedCacheError
+from ddk_cache.errors import (
+    CacheError,
+    CorruptCacheError,
+    InputError,
+    MismatchError,
+    UnfinishedCacheError,
+)
 from ddk_cache.format.layout import ROOT, TOKENIZER, object_name, record_name, tokenizer_name
 from ddk_cache.format.plan import ShardKey, rows_at
 from ddk_cache.format.spec import TOKEN_ARRAYS
@@ -30,6 +37,30 @@ if TYPE_CHECKING:
 THREADS = 8
 """Files hashed at the same time; hashing and reading both release the GIL."""
 
+AT_ONCE = 1024
+"""Shards that the threads are given together: a list of results is no longer than that."""
+
+T = TypeVar("T")
+
+
+class Part(NamedTuple):
+    """A part of a cache: 3/16 has the shards 3, 19, 35, … of all, counted from 1."""
+
+    number: int
+    """From 1 to `of`. The first part has the tokenizer and the Zarr documents too."""
+    of: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """Return the part that a text such as "3/16" names. Raises InputError."""
+        number, slash, of = text.partition("/")
+        if slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of):
+            return cls(int(number), int(of))
+        raise InputError(f"--part: got {text!r}, expected a part such as 3/16, from 1/16 to 16/16.")
+
+
+WHOLE = Part(1, 1)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -42,21 +73,35 @@ class Problem:
     """The shard that it is part of, if it is part of one."""
 
 
-def verify(cache: Cache, advance: Callable[[int], None]) -> list[Problem]:
-    """Return every problem of a cache; `advance` is called with the bytes hashed of each shard."""
-    problems = [*_tokenizer(cache), *_metadata(cache)]
-    with ThreadPoolExecutor(THREADS) as pool:
-        for found, size in pool.map(partial(_shard, cache), cache.manifest.shards()):
-            problems += found
-            advance(size)
+def verify(cache: Cache, advance: Callable[[int], None], part: Part = WHOLE) -> list[Problem]:
+    """Return every problem of a cache, or of a part of it.
+
+    `advance` is called with the bytes hashed of each shard.
+    """
+    problems = [*_tokenizer(cache), *_metadata(cache)] if part.number == 1 else []
+    for found, size in _each(partial(_shard, cache), shards_of(cache, part)):
+        problems += found
+        advance(size)
     return problems
 
 
-def bytes_to_hash(cache: Cache) -> int:
+def bytes_to_hash(cache: Cache, part: Part = WHOLE) -> int:
     """Return the sum of what `verify` passes to `advance`, from the records alone."""
-    keys = [key for key in cache.manifest.shards() if cache.is_committed(key)]
+    keys = [key for key in shards_of(cache, part) if cache.is_committed(key)]
+    return sum(_each(partial(_size, cache), keys))
+
+
+def shards_of(cache: Cache, part: Part) -> list[ShardKey]:
+    """Return the planned shards of a part of a cache."""
+    keys = cache.manifest.each_shard(cache.domains)
+    return list(islice(keys, part.number - 1, None, part.of))
+
+
+def _each(work: Callable[[ShardKey], T], keys: Sequence[ShardKey]) -> Iterator[T]:
+    """Yield the results for shards in order, worked at by several threads."""
     with ThreadPoolExecutor(THREADS) as pool:
-        return sum(pool.map(partial(_size, cache), keys))
+        for first in range(0, len(keys), AT_ONCE):
+            yield from pool.map(work, keys[first : first + AT_ONCE])
 
 
 def _size(cache: Cache, key: ShardKey) -> int:
@@ -169,6 +214,8 @@ class Replay:
     """Differences of log-probabilities on N rows, in nats, and how large they may be."""
 
     rows: int
+    domains: list[str]
+    """The domains of this teacher."""
     stored_mean: float
     stored_max: float
     """Stored values compared with the teacher's now."""
@@ -182,21 +229,21 @@ class Replay:
 
 
 def replay(cache: Cache, teacher: Teacher, count: int, seed: int) -> Replay:
-    """Run the teacher of a cache on random committed rows again and compare.
+    """Run a teacher of a cache on random committed rows of its domains again and compare.
 
     Raises:
-        MismatchError: the cache was built with another teacher.
+        MismatchError: no domain was built with this teacher.
         InputError: the teacher does not keep the documents of a row apart, and the cache does.
         UnfinishedCacheError: no row is committed yet.
     """
     from ddk_cache.build.scoring import Scorer
 
-    _require_teacher(cache, teacher)
+    domains = _domains_of(cache, teacher)
     if cache.spec.packing == "documents":
         teacher.require_isolation()
     batches = [Scorer(teacher, cache.spec, rows) for rows in (cache.manifest.root.batch_rows, 1)]
     stored, control = [], []
-    names = sample_rows(cache, count, seed)
+    names = sample_rows(cache, domains, count, seed)
     for domain, split in dict.fromkeys((domain, split) for domain, split, _ in names):
         numbers = [row for d, s, row in names if (d, s) == (domain, split)]
         rows, key = cache.read(domain, split, numbers), ShardKey(domain, split, 0)
@@ -211,6 +258,7 @@ def replay(cache: Cache, teacher: Teacher, count: int, seed: int) -> Replay:
     bad = [name for name, row in zip(names, off.mean(1), strict=True) if row > limit]
     return Replay(
         rows=len(names),
+        domains=domains,
         stored_mean=float(off.mean()),
         stored_max=float(off.max()),
         control_mean=float(noise.mean()),
@@ -220,31 +268,39 @@ def replay(cache: Cache, teacher: Teacher, count: int, seed: int) -> Replay:
     )
 
 
-def _require_teacher(cache: Cache, teacher: Teacher) -> None:
+def _domains_of(cache: Cache, teacher: Teacher) -> list[str]:
+    """Return the domains of a teacher. Raises MismatchError where it has none."""
+    identities = {name: dict(cache.manifest.spec_of(name).teacher) for name in cache.domains}
+    found = [name for name, identity in identities.items() if identity == dict(teacher.identity)]
+    if found or not identities:
+        return found
     was, now = cache.spec.teacher, teacher.identity
     differences = [
         f"{name}: the cache has {was.get(name)}, this teacher has {now.get(name)}"
         for name in sorted({*was, *now})
         if was.get(name) != now.get(name)
     ]
-    if differences:
-        raise MismatchError(
-            f"{cache.uri} was built with another teacher than {teacher.name}:\n  "
-            + "\n  ".join(differences)
-        )
+    if others := cache.manifest.teachers:
+        differences.append(f"{', '.join(others)}: of other teachers, and neither of this one")
+    raise MismatchError(
+        f"{cache.uri} was built with another teacher than {teacher.name}:\n  "
+        + "\n  ".join(differences)
+    )
 
 
 def _difference(one: Array, other: Array) -> Array:
     return np.abs(one.astype(np.float64) - other.astype(np.float64))
 
 
-def sample_rows(cache: Cache, count: int, seed: int) -> list[tuple[str, str, int]]:
-    """Return (domain, split, row) of random committed rows, in the order of the cache.
+def sample_rows(
+    cache: Cache, domains: Sequence[str], count: int, seed: int
+) -> list[tuple[str, str, int]]:
+    """Return (domain, split, row) of random committed rows of some domains, in order.
 
     Raises:
         UnfinishedCacheError: there is none.
     """
-    pairs = [(domain, split) for domain in cache.domains for split in SPLITS]
+    pairs = [(domain, split) for domain in domains for split in SPLITS]
     ends = np.cumsum([0, *(cache.committed_rows(*pair) for pair in pairs)])
     total = int(ends[-1])
     if not total:

@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from ddk_train.config import TrainConfig
 
 
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+}
+"""What `accelerate launch` sets → how it then shards the weights of a model."""
+
+
 class Processes:
     """The processes of a run; each takes its part of the rows of every step."""
 
@@ -29,10 +37,12 @@ class Processes:
         """Connect the processes that `torchrun` or `accelerate launch` started, if any.
 
         Raises:
-            InputError: the device is missing, or the rows of a step cannot be shared evenly.
+            InputError: the device is missing, the launcher shards the weights, or the rows of a
+                step cannot be shared evenly.
         """
         from accelerate import Accelerator
 
+        check_whole_weights()
         world = launched()
         device = pick_device(config.device)
         self.accelerator: Accelerator = Accelerator(
@@ -82,6 +92,18 @@ class Processes:
         """Start the trackers of `--report-to`, on the process that writes."""
         if config.report_to:
             self.accelerator.init_trackers("ddk", config.to_json())
+
+
+def check_whole_weights() -> None:
+    """Raise InputError where `accelerate launch` was told to shard the weights of the model."""
+    for name, what in SHARDED.items():
+        if os.environ.get(name, "false").lower() in ("1", "true", "yes", "on"):
+            raise InputError(
+                f"{what} is not supported: the loss is computed from the whole weights of the "
+                "output projection, and checkpoints hold whole weights. Launch plain data "
+                "parallelism (accelerate launch --multi_gpu); --gradient-checkpointing, "
+                "--optimizer adamw_8bit and --lora-rank save memory."
+            )
 
 
 def launched() -> int:

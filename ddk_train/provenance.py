@@ -28,13 +28,20 @@ def provenance(cache: Cache, student: Any, student_hash: str) -> dict[str, Any]:
         "known_rows": {
             name: {split: cache.extents(name, split) for split in SPLITS} for name in cache.domains
         },
-        "teacher": cache.manifest.root.provenance.get("teacher", ""),
+        "teacher": teacher_names(cache),
         "targets": str(cache.spec.targets),
         "seq_len": cache.spec.seq_len,
         "student_hash": student_hash,
         "student_class": type(student).__name__,
         "student_parameters": sum(p.numel() for p in student.parameters()),
     }
+
+
+def teacher_names(cache: Cache) -> str:
+    """Return the name of the teacher of a cache, and those of single domains."""
+    root = cache.manifest.root
+    others = [f"{root.sources[n]['teacher_name']} ({n})" for n in cache.manifest.teachers]
+    return ", ".join([root.provenance.get("teacher", ""), *others])
 
 
 def known_rows(cache: Cache, known: dict[str, Any]) -> dict[str, dict[str, list[Extent]]]:
@@ -77,6 +84,7 @@ def identity(cache: Cache, student: str) -> dict[str, Any]:
             "targets": str(spec.targets),
             "teacher": dict(spec.teacher),
             "tokenizer": dict(spec.tokenizer),
+            "domain_teachers": cache.manifest.teachers,
             "content": {name: cache.plan(name).content for name in cache.domains},
         },
         "student": student,
@@ -90,9 +98,16 @@ def check_identity(checkpoint: Path, cache: Cache) -> None:
         MismatchError: it was trained from another one.
         OSError, ValueError, LookupError, TypeError: its identity is missing or damaged.
     """
-    was = json.loads((checkpoint / IDENTITY).read_text())["cache"]["fingerprint"]
+    known = json.loads((checkpoint / IDENTITY).read_text())["cache"]
+    was, teachers = known["fingerprint"], known.get("domain_teachers", {})
     if was != cache.spec.fingerprint:
         raise MismatchError(
             f"the checkpoint {checkpoint} was trained from the cache {was}, and {cache.where} is "
             f"{cache.spec.fingerprint}. Give the cache that it was trained from."
+        )
+    now = {name: cache.manifest.teachers.get(name) for name in teachers}
+    if teachers != now:
+        raise MismatchError(
+            f"the checkpoint {checkpoint} was trained from a cache with the domain teachers "
+            f"{teachers}, and {cache.where} has {now}. Give the cache that it was trained from."
         )

@@ -19,7 +19,7 @@ import click
 from ddk_cache.console import Commands
 
 FOLDER = Path(__file__).parent / "benches"
-NO_BENCH = {"common", "engines", "kinds", "material", "shared"}
+NO_BENCH = {"common", "engines", "kinds", "listing", "material", "shared"}
 
 
 class Benches(Commands):

@@ -38,6 +38,9 @@ from ddk_cache.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
 
+TRIAL = "trial"
+"""The domain of a first batch, which is not of the cache."""
+
 GROW = " --grow adds new domains, and documents at the end of old ones."
 
 
@@ -114,13 +117,17 @@ def read_root(storage: Storage) -> Root:
 def open_for_building(
     store: ShardWriter,
     leases: Leases,
-    sources: Sequence[Source],
+    described: Mapping[str, Mapping[str, Any]],
     teacher: Teacher,
     tokenizer: Any,
     batch_rows: int | None,
     grow: bool,
+    most: int | None = None,
 ) -> None:
     """Create the cache, or check that it is the one asked for; nothing is written before that.
+
+    `described` are the sources, as the root keeps them; `most` is how many rows of one call fit the
+    teachers of single domains.
 
     The new domains of a cache that grows are added later, when they are planned: `add_sources`.
 
@@ -131,10 +138,9 @@ def open_for_building(
     """
     storage = store.storage
     check_place(storage)
-    described = {source.name: source.describe() for source in sources}
     files = tokenizer_files(tokenizer)
     if not storage.exists(ROOT):
-        root = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
+        root = new_root(store.spec, described, teacher, tokenizer, files, batch_rows, most)
         try:
             create_root(storage, root)
         except (FileExistsError, NotADirectoryError) as error:
@@ -145,12 +151,16 @@ def open_for_building(
     asked = store.spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
     if settings != asked and not planned and not leases.others():
         log.info("%s: nothing is planned yet; it takes the new settings", storage.uri())
-        was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)
+        was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows, most)
         storage.put(ROOT, was.dump())
         storage.delete_dir(TOKENIZER)
     else:
         compare(storage.uri(), settings, asked)
-    if not grow:
+    if grow:
+        again = planned.keys() & described.keys()
+        olds, news = ({n: found[n].get("teacher") for n in again} for found in (planned, described))
+        compare(storage.uri(), olds, news)
+    else:
         _agree(store, was, described, planned, leases)
     for name, data in files.items():
         kept = tokenizer_name(name)
@@ -177,13 +187,13 @@ def _agree(
         store.clear(name)
 
 
-def add_sources(storage: Storage, sources: Sequence[Source]) -> None:
+def add_sources(storage: Storage, described: Mapping[str, Mapping[str, Any]]) -> None:
     """Give a cache the domains that it has grown by; only now does a reader see them.
 
     A domain that was never planned and is no longer among the sources is dropped.
     """
     was = read_root(storage)
-    merged = {**_planned(storage, was), **{source.name: source.describe() for source in sources}}
+    merged = {**_planned(storage, was), **described}
     if merged != was.sources:
         storage.put(ROOT, dataclasses.replace(was, sources=merged).dump())
 
@@ -200,15 +210,17 @@ def new_root(
     tokenizer: Any,
     files: Mapping[str, bytes],
     batch_rows: int | None,
+    most: int | None = None,
 ) -> Root:
     """Return the root of a new cache, once the teacher has scored a first batch.
 
     Raises:
         CacheError: the teacher fails on it, or gives something that is not a distribution.
     """
+    rows = try_teacher(teacher, spec, batch_rows)
     return Root(
         spec=spec,
-        batch_rows=try_teacher(teacher, spec, batch_rows),
+        batch_rows=min(rows, most or rows),
         sources=described,
         tokenizer_files={name: (len(data), digest(data)) for name, data in files.items()},
         provenance={
@@ -229,7 +241,7 @@ def try_teacher(teacher: Teacher, spec: CacheSpec, batch_rows: int | None) -> in
     scorer = Scorer(teacher, spec, rows)
     tokens = np.zeros((rows, spec.seq_len + 1), np.int64)
     segments = np.ones_like(tokens) if spec.packing == "documents" else None
-    key = ShardKey("trial", "train", 0)
+    key = ShardKey(TRIAL, "train", 0)
     scores = scorer.score(key, tokens, lambda _: None, segments).arrays
     labels = tokens[:, 1:]
     audit("a first batch", scores, scorer.codec.encode(scores, labels), labels, scorer.codec)

@@ -8,6 +8,7 @@ one the bytes are those of the arrays before compression, an upper bound, and no
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import shutil
 import tempfile
@@ -37,6 +38,8 @@ from ddk_cache.hf import identify_tokenizer
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.types import SPLITS, Array
 
+log = logging.getLogger(__name__)
+
 
 def estimate_cache(
     cache: str,
@@ -60,6 +63,8 @@ def estimate_cache(
     if not 0 <= student_speed < math.inf:
         raise InputError(f"student_speed: got {student_speed}, expected tokens/s of 0 or more.")
     config = settled(config, sources)
+    if others := ", ".join(source.name for source in sources if source.teacher):
+        log.warning("%s: the hours are those of --teacher, not of their own teachers", others)
     if teacher:
         spec = make_spec(config, teacher, tokenizer)
         scorer = Scorer(teacher, spec, try_teacher(teacher, spec, config.batch_rows))

@@ -15,36 +15,39 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 
 from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.create import add_sources, make_spec, open_for_building, read_root, settled
+from ddk_cache.build.create import add_sources, open_for_building, settled
 from ddk_cache.build.scoring import Scored, Scorer, labels_inside
-from ddk_cache.build.share import check_rank, pause, share
+from ddk_cache.build.share import Part, check_rank, share
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.build.tokenize import grow_domain, mend_tokens, plan_domain
+from ddk_cache.build.teachers import Teachers, describe, meet
+from ddk_cache.build.tokenize import plan_domains
 from ddk_cache.build.writer import ShardWriter, Stored
 from ddk_cache.console import Progress
-from ddk_cache.corpus.sources import Source, find_sources
+from ddk_cache.corpus.sources import OWN, Source, find_sources
 from ddk_cache.errors import CacheError, CorruptCacheError, DDKError, MismatchError, StorageError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.commit import Record, committed, parse_record
-from ddk_cache.format.layout import plan_name, record_name
-from ddk_cache.format.manifest import Manifest, read_plan, write_plan
-from ddk_cache.format.plan import DomainPlan, Shard, ShardKey, shard_at
+from ddk_cache.format.layout import record_name
+from ddk_cache.format.manifest import Manifest
+from ddk_cache.format.plan import Shard, ShardKey, shard_at
+from ddk_cache.format.spec import CacheSpec
 from ddk_cache.storage.base import Storage
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.open import open_storage
-from ddk_cache.types import Array
+from ddk_cache.types import SPLITS, Array
 
 
 def build_cache(
     cache: str | Path,
     sources: str | Path | Sequence[Source],
-    teacher: Teacher,
+    teacher: Teacher | Teachers,
     tokenizer: Any,
     config: BuildConfig = BuildConfig(),  # noqa: B008 (it is frozen)
     *,
@@ -52,13 +55,15 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     write_behind: bool | None = None,
+    stop: Event | None = None,
 ) -> None:
     """Build a cache at a path or a URL, or resume a build that was stopped.
 
     Args:
         cache: Where the cache is, or shall be.
         sources: A corpus (a directory or a mix file), or its domains as `find_sources` gives them.
-        teacher: From `load_teacher`, or any callable in a `Teacher`.
+        teacher: From `load_teacher`, or any callable in a `Teacher`. A domain whose source names
+            another teacher needs `Teachers`, which load it.
         tokenizer: The teacher's tokenizer.
         config: What the cache shall hold.
         grow: Add domains, and documents at the end of domains, that the cache does not have yet.
@@ -67,6 +72,8 @@ def build_cache(
         world: The number of processes that were given the same call.
         write_behind: Whether a thread writes a shard while the teacher scores the next one. By
             default it does unless the teacher is on the CPU, where both need the same cores.
+        stop: Once another thread sets it, the build finishes the shard in hand and ends as by
+            Ctrl-C, with a DDKError.
 
     Raises:
         InputError: a setting is out of range, or the place holds something else.
@@ -79,13 +86,20 @@ def build_cache(
         sources = find_sources(sources)
     storage = open_storage(cache)
     config = settled(config, sources, storage)
-    store = ShardWriter(storage, make_spec(config, teacher, tokenizer))
-    leases = Leases(storage)
-    open_for_building(store, leases, sources, teacher, tokenizer, config.batch_rows, grow)
-    place = rank, world
+    teachers = teacher if isinstance(teacher, Teachers) else Teachers.of(teacher, tokenizer)
+    spec, others = meet(teachers, sources, tokenizer, config)
+    store, leases = ShardWriter(storage, spec), Leases(storage)
+    described, own = describe(sources, others), teachers.get()[0]
+    most = min((other.batch_rows for other in others.values()), default=None)
+    open_for_building(store, leases, described, own, tokenizer, config.batch_rows, grow, most)
+    del own
+    part = Part(rank, world, stop or Event())
     try:
-        plan_domains(store, leases, sources, tokenizer, grow, place)
-        score_shards(store, leases, teacher, write_behind, place)
+        plan_domains(store, leases, sources, tokenizer, grow, part)
+        if grow:
+            add_sources(storage, described)
+        specs = {name: other.spec for name, other in others.items()} | {OWN: spec}
+        score_shards(store, leases, teachers, specs, write_behind, part)
     except KeyboardInterrupt:
         raise DDKError(stopped(storage)) from None
     finally:
@@ -107,144 +121,71 @@ def stopped(storage: Storage) -> str:
     return f"stopped: {far}. Run the same command again to resume."
 
 
-# --- planning -------------------------------------------------------------------------------------
-
-
-def plan_domains(
-    store: ShardWriter,
-    leases: Leases,
-    sources: Sequence[Source],
-    tokenizer: Any,
-    grow: bool,
-    place: tuple[int, int],
-) -> None:
-    """Write the token rows of every domain; restore and grow those that were planned before.
-
-    What a cache grows by is shown to readers only when all of it is planned, so a source that
-    cannot be read leaves the cache as it was.
-    """
-    with Progress("planning", 0, "tokens") as progress:
-        job = Planning(store, leases, {s.name: s for s in sources}, tokenizer, progress)
-        known, grown = read_root(store.storage).sources, {}
-        for name in filter(job.done, job.sources):
-            try:
-                grown[name] = job.renew(name, grow)
-            except (MismatchError, CorruptCacheError):
-                if name in known:
-                    raise
-                # Planned by a growth that failed, from other documents.
-                store.storage.delete(plan_name(name))
-        share(job, leases, *place)
-    for name, plan in grown.items():
-        if plan:
-            job.fix(name, plan)
-    if grow:
-        add_sources(store.storage, sources)
-
-
-@dataclass
-class Planning:
-    """A job whose items are the domains that have no plan."""
-
-    store: ShardWriter
-    leases: Leases
-    sources: Mapping[str, Source]
-    tokenizer: Any
-    progress: Progress
-
-    def todo(self) -> list[str]:
-        """Return the domains without a plan."""
-        return [name for name in self.sources if not self.done(name)]
-
-    def done(self, item: str) -> bool:
-        """Return whether a domain has a plan."""
-        return self.store.storage.exists(plan_name(item))
-
-    def lease(self, item: str) -> str:
-        """Return the name of the lease on the plan of a domain."""
-        return f"{item}.plan"
-
-    def work(self, item: str) -> None:
-        """Write the token rows of a domain, then its plan; leave nothing where that fails."""
-        root = read_root(self.store.storage)
-        if root.spec != self.store.spec:
-            raise MismatchError(
-                f"{self.store.storage.uri()}: another process builds it with other settings. "
-                "Use another path."
-            )
-        try:
-            advance = partial(self.advance, item)
-            self.fix(item, plan_domain(self.store, self.sources[item], self.tokenizer, advance))
-        except DDKError:
-            self.store.clear(item)
-            raise
-        self.leases.release(self.lease(item))
-
-    def flush(self) -> None:
-        """Do nothing: a domain is planned when `work` returns."""
-
-    def renew(self, name: str, grow: bool) -> DomainPlan | None:
-        """Restore what is damaged of a planned domain; return its new plan where it grows.
-
-        Raises:
-            MismatchError: its documents are not those that it was planned from.
-        """
-        store, source = self.store, self.sources[name]
-        plan = read_plan(store.storage, store.spec, name)
-        store.restore_metadata(plan)
-        if not grow and not store.missing_tokens(name, plan):
-            return None
-        while not self.leases.take(self.lease(name)):
-            pause(self.leases)
-        try:
-            plan = read_plan(store.storage, store.spec, name)
-            advance = partial(self.advance, name)
-            if store.missing_tokens(name, plan):
-                mend_tokens(store, source, self.tokenizer, advance, plan)
-            grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
-        finally:
-            self.leases.release(self.lease(name))
-        return grown if grown != plan else None
-
-    def fix(self, name: str, plan: DomainPlan) -> None:
-        """Write the plan of a domain whose token rows are written."""
-        self.store.restore_metadata(plan)
-        write_plan(self.store.storage, self.store.spec, name, plan)
-
-    def advance(self, name: str, tokens: int) -> None:
-        """Count tokens of a domain as done, and renew the leases that are held."""
-        self.leases.beat()
-        self.progress.advance(tokens, name)
-
-
 # --- scoring --------------------------------------------------------------------------------------
 
 
 def score_shards(
     store: ShardWriter,
     leases: Leases,
-    teacher: Teacher,
+    teachers: Teachers,
+    specs: Mapping[str, CacheSpec],
     write_behind: bool | None,
-    place: tuple[int, int],
+    part: Part,
 ) -> None:
-    """Score and commit every planned shard that is not committed."""
-    spec, manifest = store.spec, Manifest.read(store.storage)
-    planned = {
-        key: shard_at(manifest.plans[key.domain], key.split, spec.shard_rows, key.number)
-        for key in manifest.shards()
-    }
-    codecs = {
-        domain: TargetCodec(spec, plan.frequent_ids) for domain, plan in manifest.plans.items()
-    }
-    scorer = Scorer(teacher, spec, manifest.root.batch_rows)
+    """Score and commit every planned shard that is not committed, one teacher after another.
+
+    `specs` are those of a cache of each teacher alone, by its name. Processes begin with different
+    teachers.
+
+    Raises:
+        MismatchError: a domain is of a teacher that is not among them.
+    """
+    manifest = Manifest.read(store.storage)
+    names = {spec.fingerprint: name for name, spec in specs.items()}
+    domains: dict[str, list[str]] = {}
+    for domain in manifest.plans:
+        fingerprint = manifest.spec_of(domain).fingerprint
+        if fingerprint not in names and _todo(store.storage, manifest, [domain]):
+            raise MismatchError(
+                f"{store.storage.uri()}: domain {domain!r} has a teacher of its own, which was not "
+                "given. Name it as 'teacher:' of the domain in the mix file."
+            )
+        domains.setdefault(names.get(fingerprint, OWN), []).append(domain)
+    order = sorted(domains)
+    first = part.rank * len(order) // part.world
+    for name in order[first:] + order[:first]:
+        if _todo(store.storage, manifest, domains[name]):
+            teacher = teachers.get(name)[0]
+            score_domains(store, leases, teacher, manifest, domains[name], write_behind, part)
+            del teacher
+
+
+def _todo(storage: Storage, manifest: Manifest, domains: Sequence[str]) -> list[ShardKey]:
+    """Return the planned shards of some domains that are not committed."""
+    done = {(d, split): committed(storage, d, split) for d in domains for split in SPLITS}
+    return [key for key in manifest.shards(domains) if key.number not in done[key[:2]]]
+
+
+def score_domains(
+    store: ShardWriter,
+    leases: Leases,
+    teacher: Teacher,
+    manifest: Manifest,
+    domains: Sequence[str],
+    write_behind: bool | None,
+    part: Part,
+) -> None:
+    """Score and commit every planned shard of the domains of one teacher."""
+    scorer = Scorer(teacher, manifest.spec_of(domains[0]), manifest.root.batch_rows)
+    codecs = {name: TargetCodec(scorer.spec, manifest.plans[name].frequent_ids) for name in domains}
     progress = Progress("scoring", 0, "tokens")
-    job = Scoring(store, leases, manifest, planned, codecs, scorer, progress)
-    progress.total = sum(planned[key].rows for key in job.todo()) * spec.seq_len
+    job = Scoring(store, leases, manifest, codecs, scorer, progress)
+    progress.total = sum(job.planned(key).rows for key in job.todo()) * scorer.spec.seq_len
     if write_behind is None:
         write_behind = teacher.device.type != "cpu"
     thread = ThreadPoolExecutor(1) if write_behind else contextlib.nullcontext()
     with progress, thread as job.writer:
-        share(job, leases, *place)
+        share(job, leases, *part)
 
 
 @dataclass
@@ -254,8 +195,8 @@ class Scoring:
     store: ShardWriter
     leases: Leases
     manifest: Manifest
-    planned: Mapping[ShardKey, Shard]
     codecs: Mapping[str, TargetCodec]
+    """Domain → codec, of the domains that this job scores."""
     scorer: Scorer
     progress: Progress
     writer: ThreadPoolExecutor | None = None
@@ -265,9 +206,12 @@ class Scoring:
 
     def todo(self) -> list[ShardKey]:
         """Return the shards that are not committed."""
-        storage = self.store.storage
-        done = {pair: committed(storage, *pair) for pair in {key[:2] for key in self.planned}}
-        return [key for key in self.planned if key.number not in done[key[:2]]]
+        return _todo(self.store.storage, self.manifest, list(self.codecs))
+
+    def planned(self, item: ShardKey) -> Shard:
+        """Return what the plan says about a shard."""
+        plan, size = self.manifest.plans[item.domain], self.manifest.spec.shard_rows
+        return shard_at(plan, item.split, size, item.number)
 
     def done(self, item: ShardKey) -> bool:
         """Return whether a shard is committed."""
@@ -279,7 +223,7 @@ class Scoring:
 
     def work(self, item: ShardKey) -> None:
         """Score a shard, and commit it or leave that to the thread."""
-        rows = self.planned[item].rows
+        rows = self.planned(item).rows
         planned = {n: self.store.read(item, n, rows) for n in self.store.spec.token_arrays}
         tokens = planned["tokens"].rows.astype(np.int64)
         advance = partial(self.advance, f"{item.domain}/{item.split}")
@@ -315,8 +259,8 @@ class Scoring:
         objects = {name: stored.object for name, stored in planned.items()}
         record = Record(
             key=key,
-            fingerprint=self.store.spec.fingerprint,
-            content=self.planned[key].content,
+            fingerprint=self.scorer.spec.fingerprint,
+            content=self.planned(key).content,
             rows=len(tokens),
             positions=int(counted.sum()),
             teacher_loss=float(-scored.arrays["label_logprob"][counted].sum(dtype=np.float64)),

@@ -8,7 +8,8 @@ is left, and what a dead process had leased. The price is a look at the storage 
 from __future__ import annotations
 
 import time
-from typing import Protocol, TypeVar
+from threading import Event
+from typing import NamedTuple, Protocol, TypeVar
 
 from ddk_cache.errors import InputError
 from ddk_cache.storage.lease import Leases
@@ -17,6 +18,17 @@ Item = TypeVar("Item")
 
 POLL = 0.5
 """Seconds between two looks at what other processes have finished."""
+
+
+class Part(NamedTuple):
+    """The part of one process in shared work."""
+
+    rank: int
+    """Which process this is, counted from 0."""
+    world: int
+    """The number of processes."""
+    stop: Event
+    """Set once the process shall end after the item in hand."""
 
 
 class Job(Protocol[Item]):
@@ -38,12 +50,19 @@ class Job(Protocol[Item]):
         """Finish every item that was begun."""
 
 
-def share(job: Job[Item], leases: Leases, rank: int, world: int) -> None:
-    """Do items of a job until none is left, done by this process or by others."""
+def share(job: Job[Item], leases: Leases, rank: int, world: int, stop: Event | None = None) -> None:
+    """Do items of a job until none is left, done by this process or by others.
+
+    Raises:
+        KeyboardInterrupt: `stop` was set; the items that were begun are done.
+    """
     while items := job.todo():
         first = rank * len(items) // world
         worked = False
         for item in items[first:] + items[:first]:
+            if stop and stop.is_set():
+                job.flush()
+                raise KeyboardInterrupt
             if job.done(item) or not leases.take(job.lease(item)):
                 continue
             if job.done(item):  # finished and released between the two looks

@@ -9,16 +9,25 @@ planning reads the whole corpus; a domain whose planning was interrupted is read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from threading import Event
 from typing import Any
 
 import numpy as np
 
+from ddk_cache.build.create import read_root
+from ddk_cache.build.share import Part, pause, share
 from ddk_cache.build.writer import ShardWriter
+from ddk_cache.console import Progress
 from ddk_cache.corpus.rows import Span, Tally, token_rows
 from ddk_cache.corpus.sources import Source
-from ddk_cache.errors import MismatchError
+from ddk_cache.errors import CorruptCacheError, DDKError, MismatchError
+from ddk_cache.format.layout import plan_name
+from ddk_cache.format.manifest import read_plan, write_plan
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
+from ddk_cache.storage.lease import Leases
 from ddk_cache.types import SPLITS, Array
 
 FREQUENT = 2048
@@ -124,3 +133,116 @@ def _write_portion(
 def _with_metadata(store: ShardWriter, domain: str, plan: DomainPlan) -> DomainPlan:
     """Return the plan with its Zarr documents, both of which the caller writes."""
     return dataclasses.replace(plan, metadata=store.metadata(domain, plan))
+
+
+# --- the job --------------------------------------------------------------------------------------
+
+
+def plan_domains(
+    store: ShardWriter,
+    leases: Leases,
+    sources: Sequence[Source],
+    tokenizer: Any,
+    grow: bool,
+    part: Part,
+) -> None:
+    """Write the token rows of every domain; restore and grow those that were planned before.
+
+    What a cache grows by is shown to readers only when all of it is planned, so a source that
+    cannot be read leaves the cache as it was.
+    """
+    with Progress("planning", 0, "tokens") as progress:
+        by_name = {source.name: source for source in sources}
+        job = Planning(store, leases, by_name, tokenizer, progress, part.stop)
+        known, grown = read_root(store.storage).sources, {}
+        for name in filter(job.done, job.sources):
+            try:
+                grown[name] = job.renew(name, grow)
+            except (MismatchError, CorruptCacheError):
+                if name in known:
+                    raise
+                # Planned by a growth that failed, from other documents.
+                store.storage.delete(plan_name(name))
+        share(job, leases, *part)
+    for name, plan in grown.items():
+        if plan:
+            job.fix(name, plan)
+
+
+@dataclass
+class Planning:
+    """A job whose items are the domains that have no plan."""
+
+    store: ShardWriter
+    leases: Leases
+    sources: Mapping[str, Source]
+    tokenizer: Any
+    progress: Progress
+    stop: Event
+    """Set once the rows of a domain shall be left unfinished: they are made again."""
+
+    def todo(self) -> list[str]:
+        """Return the domains without a plan."""
+        return [name for name in self.sources if not self.done(name)]
+
+    def done(self, item: str) -> bool:
+        """Return whether a domain has a plan."""
+        return self.store.storage.exists(plan_name(item))
+
+    def lease(self, item: str) -> str:
+        """Return the name of the lease on the plan of a domain."""
+        return f"{item}.plan"
+
+    def work(self, item: str) -> None:
+        """Write the token rows of a domain, then its plan; leave nothing where that fails."""
+        root = read_root(self.store.storage)
+        if root.spec != self.store.spec:
+            raise MismatchError(
+                f"{self.store.storage.uri()}: another process builds it with other settings. "
+                "Use another path."
+            )
+        try:
+            advance = partial(self.advance, item)
+            self.fix(item, plan_domain(self.store, self.sources[item], self.tokenizer, advance))
+        except DDKError:
+            self.store.clear(item)
+            raise
+        self.leases.release(self.lease(item))
+
+    def flush(self) -> None:
+        """Do nothing: a domain is planned when `work` returns."""
+
+    def renew(self, name: str, grow: bool) -> DomainPlan | None:
+        """Restore what is damaged of a planned domain; return its new plan where it grows.
+
+        Raises:
+            MismatchError: its documents are not those that it was planned from.
+        """
+        store, source = self.store, self.sources[name]
+        plan = read_plan(store.storage, store.spec, name)
+        store.restore_metadata(plan)
+        if not grow and not store.missing_tokens(name, plan):
+            return None
+        while not self.leases.take(self.lease(name)):
+            pause(self.leases)
+        try:
+            plan = read_plan(store.storage, store.spec, name)
+            advance = partial(self.advance, name)
+            if store.missing_tokens(name, plan):
+                mend_tokens(store, source, self.tokenizer, advance, plan)
+            grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
+        finally:
+            self.leases.release(self.lease(name))
+        return grown if grown != plan else None
+
+    def fix(self, name: str, plan: DomainPlan) -> None:
+        """Write the plan of a domain whose token rows are written."""
+        self.store.restore_metadata(plan)
+        write_plan(self.store.storage, self.store.spec, name, plan)
+
+    def advance(self, name: str, tokens: int) -> None:
+        """Count tokens of a domain as done, and renew the leases that are held."""
+        if self.stop.is_set():
+            raise KeyboardInterrupt
+        self.leases.beat()
+        self.progress.advance(tokens, name)

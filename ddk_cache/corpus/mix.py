@@ -3,6 +3,7 @@
     domains:
       code: {path: data/code, tokens: 40_000_000}
       web:  {dataset: org/name, config: en, split: train, column: content}
+      math: {path: data/math, teacher: math-model}
 
 Everything is checked before anything is read, and nothing is guessed: a name that YAML takes for
 a number or a boolean is refused rather than spelled out again.
@@ -20,8 +21,8 @@ import yaml
 from ddk_cache.errors import InputError, unknown
 
 SETTINGS = {
-    "path": {"column", "tokens"},
-    "dataset": {"config", "split", "column", "tokens"},
+    "path": {"column", "tokens", "teacher"},
+    "dataset": {"config", "split", "column", "tokens", "teacher"},
 }
 """Where documents are → the settings that go with it."""
 
@@ -39,6 +40,8 @@ class Entry:
     split: str | None = None
     column: str | None = None
     tokens: int | None = None
+    teacher: str | None = None
+    """Directory, hub id or address of the domain's own teacher."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -83,6 +86,8 @@ def _entry(mix: Path, name: object, settings: object) -> Entry:
         given["path"] = _path(where, mix.parent, settings["path"])
     else:
         _check_dataset(where, settings["dataset"])
+    if "teacher" in given and (mix.parent / given["teacher"]).is_dir():
+        given["teacher"] = str(mix.parent / given["teacher"])
     return Entry(name=name, **given)
 
 

@@ -8,6 +8,7 @@ is planned.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ from ddk_cache.corpus.mix import Entry, read_mix
 from ddk_cache.errors import InputError
 from ddk_cache.format.layout import ROOT
 from ddk_cache.format.spec import check_name
+
+OWN = ""
+"""Name of the teacher of a domain that names none: the cache's own."""
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +47,8 @@ class Source:
     """The column that holds the documents; by default they are looked for, see `layouts_of`."""
     tokens: int | None = None
     """Stop at this many tokens; the document that reaches them is cut."""
+    teacher: str = OWN
+    """Directory, hub id or address of a teacher, if the domain has one of its own."""
 
     @property
     def place(self) -> str:
@@ -59,7 +65,7 @@ class Source:
             "split": self.split,
             "column": self.column,
             "tokens": self.tokens,
-        }
+        } | ({"teacher_name": Path(self.teacher).name} if self.teacher else {})
 
 
 # --- finding the domains --------------------------------------------------------------------------
@@ -185,8 +191,10 @@ def _data_files(folder: Path) -> Iterator[Path]:
 
 def _from_entry(entry: Entry) -> Source:
     check_name(entry.name)
+    teacher = entry.teacher or OWN
     if entry.path:
-        return _local(entry.name, entry.path, entry.column, entry.tokens)
+        source = _local(entry.name, entry.path, entry.column, entry.tokens)
+        return dataclasses.replace(source, teacher=teacher)
     return Source(
         name=entry.name,
         loader=str(entry.dataset),
@@ -194,6 +202,7 @@ def _from_entry(entry: Entry) -> Source:
         split=entry.split or "train",
         column=entry.column,
         tokens=entry.tokens,
+        teacher=teacher,
     )
 
 

@@ -38,7 +38,7 @@ class Record:
 
     key: ShardKey
     fingerprint: str
-    """Fingerprint of the spec that the shard was built under."""
+    """Fingerprint of the spec that the shard was built under; see `Manifest.spec_of`."""
     content: str
     """Hash of the documents of the portion that its rows come from."""
     rows: int
@@ -126,7 +126,7 @@ def parse_record(data: bytes | None, where: str, manifest: Manifest, key: ShardK
     planned = shard_at(manifest.plans[key.domain], key.split, spec.shard_rows, key.number)
     record: Record = understand(where, build)
     if (record.key, record.fingerprint, record.rows, record.content) != (
-        *(key, spec.fingerprint),
+        *(key, manifest.spec_of(key.domain).fingerprint),
         *planned,
     ):
         raise CorruptCacheError(f"{where} is the record of another shard or cache ({record.key}).")

@@ -9,9 +9,10 @@ changed digit is an error, not a number.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,7 +84,7 @@ class Root:
         return cls(
             spec=CacheSpec.from_json(body["spec"]),
             batch_rows=typed(body["batch_rows"], int, 1),
-            sources={check_name(name): typed(s, dict) for name, s in body["sources"].items()},
+            sources={check_name(name): _source(s) for name, s in body["sources"].items()},
             tokenizer_files={
                 tokenizer_file(name): (typed(size, int, 0), typed(hashed, str))
                 for name, (size, hashed) in body["tokenizer_files"].items()
@@ -104,14 +105,30 @@ class Manifest:
         """Return what the cache is."""
         return self.root.spec
 
-    def shards(self) -> list[ShardKey]:
-        """Return every planned shard, in the order of building."""
-        return [
-            ShardKey(domain, split, number)
-            for domain, plan in self.plans.items()
-            for split in SPLITS
-            for number in range(shard_count(plan, split, self.spec.shard_rows))
-        ]
+    @property
+    def teachers(self) -> dict[str, dict[str, str]]:
+        """Return the identity of the teacher of each domain that has one of its own."""
+        sources = self.root.sources.items()
+        return {name: dict(source["teacher"]) for name, source in sources if "teacher" in source}
+
+    def spec_of(self, domain: str) -> CacheSpec:
+        """Return the spec with the teacher of a domain, which decides the domain's bytes.
+
+        They are those of the same domain in a cache of that teacher alone.
+        """
+        teacher = self.root.sources[domain].get("teacher")
+        return dataclasses.replace(self.spec, teacher=teacher) if teacher else self.spec
+
+    def shards(self, domains: Collection[str] | None = None) -> list[ShardKey]:
+        """Return every planned shard of some domains, or of all, in the order of building."""
+        return list(self.each_shard(self.plans if domains is None else domains))
+
+    def each_shard(self, domains: Collection[str]) -> Iterator[ShardKey]:
+        """Yield what `shards` returns."""
+        for domain, plan in self.plans.items():
+            for split in SPLITS if domain in domains else ():
+                for number in range(shard_count(plan, split, self.spec.shard_rows)):
+                    yield ShardKey(domain, split, number)
 
     @classmethod
     def read(cls, storage: Storage) -> Manifest:
@@ -126,6 +143,13 @@ class Manifest:
         there = set(storage.list_dir(PLANS))
         planned = [name for name in sorted(root.sources) if f"{name}.json" in there]
         return cls(root, {name: read_plan(storage, root.spec, name) for name in planned})
+
+
+def _source(described: Any) -> dict[str, Any]:
+    """Return the description of a source. Raises ValueError where its teacher is none."""
+    for name, value in typed(described.get("teacher", {}), dict).items():
+        typed(name, str), typed(value, str)
+    return dict(typed(described, dict))
 
 
 def tokenizer_file(name: Any) -> str:

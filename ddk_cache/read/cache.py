@@ -116,7 +116,7 @@ class Cache(Mapping[str, Domain]):
     __hash__ = object.__hash__
 
     def __repr__(self) -> str:
-        spec, done, total = self.spec, *self._progress()
+        spec, done, total = self.spec, *self.progress()
         state = "finished" if done == total and not self._unplanned else f"{done:,} rows committed"
         return (
             f"<Cache {self.uri}: {spec.targets} of {spec.vocab_size:,} ids, rows of "
@@ -257,14 +257,14 @@ class Cache(Mapping[str, Domain]):
         if not self.is_committed(key):
             raise UnfinishedCacheError(f"{self.uri}: shard {key} is not committed. {RESUME}")
 
-    def _progress(self) -> tuple[int, int]:
+    def progress(self) -> tuple[int, int]:
         """Return the committed and the planned rows."""
         done = sum(self.committed_rows(*pair) for pair in self._pairs)
         return done, sum(self.plan(domain).rows(split) for domain, split in self._pairs)
 
     def require_finished(self) -> None:
         """Raise UnfinishedCacheError unless every row of every domain is committed."""
-        done, total = self._progress()
+        done, total = self.progress()
         if missing := ", ".join(self._unplanned):
             raise UnfinishedCacheError(
                 f"{self.uri} is not finished: the rows of {missing} are not planned yet. {RESUME}"

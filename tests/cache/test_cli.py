@@ -34,11 +34,12 @@ SETTINGS = (
 
 OPTIONS = {
     "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
-    "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
+    "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world "
+    "--ray --workers --gpus-per-worker",
     "ddk-cache head": "--trust-remote-code --revision",
     "ddk-cache info": "--json",
     "ddk-cache show": "--domain --row --split --json",
-    "ddk-cache verify": f"--drop-bad --teacher --rows --seed {HOW} --json",
+    "ddk-cache verify": f"--drop-bad --part --teacher --rows --seed {HOW} --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
     "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "

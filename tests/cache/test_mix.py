@@ -19,6 +19,7 @@ def test_a_mix_file_names_paths_data_sets_and_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
+    (tmp_path / "models" / "math").mkdir(parents=True)
     entries = read(
         tmp_path,
         """
@@ -26,14 +27,20 @@ def test_a_mix_file_names_paths_data_sets_and_settings(
           code: {path: data/code, column: body, tokens: 40_000}
           home: {path: ~/x.jsonl}
           root: {path: /data/x.jsonl, tokens: null}
-          "2024": {dataset: owner/name, config: en, split: test}
+          "2024": {dataset: owner/name, config: en, split: test, teacher: owner/model}
+          math: {path: m.jsonl, teacher: models/math}
         """,
     )
     assert entries == [
         Entry(name="code", path=tmp_path / "data/code", column="body", tokens=40_000),
         Entry(name="home", path=Path("/home/someone/x.jsonl")),
         Entry(name="root", path=Path("/data/x.jsonl")),
-        Entry(name="2024", dataset="owner/name", config="en", split="test"),
+        Entry(name="2024", dataset="owner/name", config="en", split="test", teacher="owner/model"),
+        Entry(
+            name="math",
+            path=tmp_path / "m.jsonl",
+            teacher=str(tmp_path / "models/math"),
+        ),
     ]
 
 
@@ -67,6 +74,7 @@ BAD = {
     "domains: {a: {path: x, tokens: -1}}": "'tokens': got -1, expected a whole number",
     "domains: {a: {path: x, tokens: true}}": "'tokens': got True, expected a whole number",
     "domains: {a: {path: x, tokens: 1.5}}": "'tokens': got 1.5, expected a whole number",
+    "domains: {a: {path: x, teacher: 7}}": "'teacher': got 7, expected text. Put it in quotes",
     "domains: {a: {path: x, split: test}}": "'split' goes with 'dataset:', not with 'path:'",
     "domains: {a: {path: x, config: en}}": "'config' goes with 'dataset:', not with 'path:'",
     "domains: {a: {dataset: o/n, config: 1}}": "'config': got 1, expected text. Put it in quotes",

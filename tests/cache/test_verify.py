@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.testing import CliRunner, Result
 from ddk_cache import (
     CacheError,
     CorruptCacheError,
+    InputError,
     MismatchError,
     UnfinishedCacheError,
     open_cache,
@@ -25,7 +27,16 @@ from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import BUILD, VOCAB, random_teacher
-from ddk_cache.verify import Problem, bytes_to_hash, drop_bad, replay, require_sound, verify
+from ddk_cache.verify import (
+    Part,
+    Problem,
+    bytes_to_hash,
+    drop_bad,
+    replay,
+    require_sound,
+    shards_of,
+    verify,
+)
 from tests.helpers import VICTIMS, quiet, tree
 
 Make = Callable[..., Cache]
@@ -177,6 +188,30 @@ def test_a_link_out_of_the_cache_is_refused(copy: Path, tmp_path: Path) -> None:
     (problem,) = verify(open_cache(copy), quiet)
     assert isinstance(problem, Problem)
     assert "leads out of the cache" in problem.text
+
+
+def test_parts_verify_every_shard_once_and_the_documents_with_the_first(copy: Path) -> None:
+    for victim in VICTIMS:
+        path = copy / victim
+        path.write_bytes(path.read_bytes()[:-1] + b"~")
+    cache = open_cache(copy)
+    parts = [Part(number, 5) for number in range(1, 6)]
+    keys = [shards_of(cache, part) for part in parts]
+    assert sorted(itertools.chain(*keys)) == sorted(cache.manifest.shards())
+    assert max(map(len, keys)) - min(map(len, keys)) <= 1
+    whole, found = verify(cache, quiet), [verify(cache, quiet, part) for part in parts]
+    assert len(whole) == len(VICTIMS)
+    assert sorted(itertools.chain(*found), key=str) == sorted(whole, key=str)
+    documents = [problem for problem in whole if problem.key is None]
+    assert documents == [problem for problem in found[0] if problem.key is None]
+    assert sum(bytes_to_hash(cache, part) for part in parts) == bytes_to_hash(cache)
+
+
+@pytest.mark.parametrize("text", ["", "3", "0/4", "5/4", "1/0", "-1/4", "a/b", "1/2/3", "1.0/2"])
+def test_a_part_that_is_none_is_refused(text: str) -> None:
+    assert Part.parse("3/16") == Part(3, 16)
+    with pytest.raises(InputError, match="expected a part such as 3/16"):
+        Part.parse(text)
 
 
 def test_the_teacher_agrees_with_its_cache_and_another_does_not(cache: Cache) -> None:

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from ddk_cache import InputError
 from ddk_cache.read.cache import Cache
 from ddk_train import train
+from ddk_train.distributed import Processes
 from ddk_train.run.directory import Run
 from tests.helpers import RUN, Configure, command, finish
 
@@ -93,6 +96,14 @@ def test_torchrun_on_a_cpu_makes_ranks_of_one_run(
     code, _, err = finish(command("ddk-train", *words))
     assert code == 0, err
     assert "resumed in 1 process(es) instead of 2" in err
+
+
+def test_sharded_weights_are_refused_by_name(configure: Configure) -> None:
+    for option, name in (("--use_fsdp", "FSDP"), ("--use_deepspeed", "DeepSpeed")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(f"ACCELERATE_{option[2:].upper()}", "true")
+            with pytest.raises(InputError, match=f"{name} is not supported: the loss"):
+                Processes(configure())
 
 
 def test_a_damaged_world_size_is_named(cache: Cache, student_config: Path, tmp_path: Path) -> None:
