@@ -21,6 +21,7 @@ from ddk_cache.console import Commands, Known, Progress, options_from, say, show
 from ddk_cache.errors import InputError, UnfinishedCacheError
 from ddk_cache.format.spec import COMPRESSIONS
 from ddk_cache.storage.open import open_storage
+from ddk_cache.transfer import commands as transfer
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -73,6 +74,10 @@ def options(*groups: list[Any]) -> Callable[[Command], Command]:
 @click.version_option(package_name="ddk-distill")
 def main() -> None:
     """Pay for the teacher once: estimate, build and check caches of its next-token targets."""
+
+
+for command in (transfer.copy, transfer.push, transfer.pull):
+    main.add_command(command)
 
 
 @main.command()
@@ -180,7 +185,7 @@ def build(
     show_logs(first=rank == 0)
     sources = find_sources(corpus)
 
-    from ddk_cache.build.create import check_place
+    from ddk_cache.format.place import check_place
     from ddk_cache.build.job import build_cache
     from ddk_cache.served.teacher import find_teacher
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.create import add_sources, make_spec, open_for_building, read_root
+from ddk_cache.build.create import add_sources, make_spec, open_for_building
 from ddk_cache.build.scoring import Scored, Scorer
 from ddk_cache.build.share import check_rank, pause, share
 from ddk_cache.build.teacher import Teacher
@@ -34,6 +34,7 @@ from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.commit import Record, committed, parse_record
 from ddk_cache.format.layout import plan_name, record_name
 from ddk_cache.format.manifest import Manifest, read_plan, write_plan
+from ddk_cache.format.place import read_root
 from ddk_cache.format.plan import DomainPlan, Shard, ShardKey, shard_at
 from ddk_cache.format.spec import TOKEN_ARRAYS
 from ddk_cache.storage.base import Storage

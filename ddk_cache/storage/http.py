@@ -21,6 +21,8 @@ class HttpStorage(RemoteStorage):
     """The objects below a URL of a web server. Whatever would change them is an InputError."""
 
     lists = False
+    otherwise = "Give a directory or an object store to write to."
+    """What to do where something was to be written."""
 
     def _client(self) -> dict[str, Any]:
         return {"allow_http": self._address.startswith("http:")}
@@ -66,6 +68,4 @@ class HttpStorage(RemoteStorage):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise InputError(
-            f"{self.uri()} is read-only. Give a directory or an object store to write to."
-        )
+        raise InputError(f"{self.uri()} is read-only here. {self.otherwise}")

@@ -89,6 +89,7 @@ class HubStorage(HttpStorage):
     """The files below a folder of a data set, at one commit."""
 
     lists = True
+    otherwise = "Write a cache to a directory, and then 'ddk-cache push' it."
 
     def __init__(self, url: str, patience: float | None = None, commit: str = "") -> None:
         """Open a URL, at the commit that its revision names now or at the one given."""
