@@ -185,8 +185,8 @@ def build(
     show_logs(first=rank == 0)
     sources = find_sources(corpus)
 
-    from ddk_cache.format.place import check_place
     from ddk_cache.build.job import build_cache
+    from ddk_cache.format.place import check_place
     from ddk_cache.served.teacher import find_teacher
 
     check_place(storage)

@@ -71,18 +71,21 @@ class Page(BaseHTTPRequestHandler):
             self.give(self.server.folder / unquote(self.path).lstrip("/"))
 
     def give(self, path: Path) -> None:
-        """Answer with a file, or the range of it that is asked for."""
+        """Answer with a file."""
         if not path.is_file():
             self.answer(404, b"")
             return
-        data = path.read_bytes()
+        self.give_bytes(path.read_bytes())
+
+    def give_bytes(self, data: bytes, **headers: str) -> None:
+        """Answer with bytes, or the range of them that is asked for."""
         asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
         if asked and self.server.ranges:
             first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
             where = f"bytes {first}-{last}/{len(data)}"
-            self.answer(206, data[first : last + 1], Content_Range=where)
+            self.answer(206, data[first : last + 1], Content_Range=where, **headers)
         else:
-            self.answer(200, data)
+            self.answer(200, data, **headers)
 
     do_GET = do_HEAD = _file  # noqa: N815
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ddk_cache.errors import (
-    CorruptCacheError,
     InputError,
     RowRangeError,
     UnfinishedCacheError,
@@ -94,7 +93,9 @@ class Cache(Mapping[str, Domain]):
         self._storage: Storage | None = storage
         self._domains = {name: Domain(self, name) for name in sorted(manifest.plans)}
         self._extents = {pair: self.extents(*pair) for pair in self._pairs}
-        self._committed = {pair: committed_of(storage, *pair, self.shard_count(*pair)) for pair in self._pairs}
+        self._committed = {
+            pair: committed_of(storage, *pair, self.shard_count(*pair)) for pair in self._pairs
+        }
         self._codecs: dict[str, TargetCodec] = {}
         self._reader: Chunks | None = None
         self._process = 0

@@ -10,20 +10,30 @@ from __future__ import annotations
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, unquote
 
 from ddk_cache.errors import InputError, StorageError
 from ddk_cache.storage.http import HttpStorage
-from ddk_cache.storage.url import CREDENTIALS, check_url, redact
+from ddk_cache.storage.remote import first_line
+from ddk_cache.storage.url import CREDENTIALS, redact
 
-HUB_URL = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([^/]+))?/(.+)", re.ASCII)
+T = TypeVar("T")
+
+HUB_URL = re.compile(
+    r"hf://datasets/(\w[\w.-]*/\w[\w.-]*)(?:@([^/]+))?/(\w[\w.-]*(?:/\w[\w.-]*)*)", re.ASCII
+)
 """Groups: data set, revision (a slash in it as %2F), folder of the cache."""
 
 DATASET = "dataset"
 """The type of repository that holds caches."""
+
+
+PAUSES = (1.0, 4.0)
+"""Seconds before each further try of a request."""
 
 
 class HubPlace(NamedTuple):
@@ -37,7 +47,6 @@ class HubPlace(NamedTuple):
     @classmethod
     def parse(cls, url: str) -> HubPlace:
         """Read a URL. Raises InputError on any but hf://datasets/ORG/NAME[@REVISION]/FOLDER."""
-        check_url(url)
         found = HUB_URL.fullmatch(url.rstrip("/"))
         if not found:
             raise InputError(
@@ -54,20 +63,30 @@ def hub_api() -> Any:
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="ddk")
 
 
-@contextmanager
-def hub_errors(url: str) -> Iterator[None]:
-    """Turn what `huggingface_hub` raises into errors about a URL; it has retried by itself.
+def ask_hub(url: str, request: Callable[[], T]) -> T:
+    """Return what a request of `huggingface_hub` gives, tried again where that may help.
+
+    It retries most requests by itself; those that it does not must be safe to repeat.
 
     Raises:
         InputError: there is no such data set or revision, or not for this token.
         FileNotFoundError: there is no such folder.
         StorageError: no answer came, or another refusal.
     """
+    for pause in PAUSES:
+        try:
+            return _ask(url, request)
+        except StorageError:
+            time.sleep(pause)
+    return _ask(url, request)
+
+
+def _ask(url: str, request: Callable[[], T]) -> T:
     from httpx2 import HTTPError
     from huggingface_hub import errors
 
     try:
-        yield
+        return request()
     except errors.RevisionNotFoundError as error:
         raise InputError(f"{url}: the data set has no such revision. Check the name.") from error
     except errors.RepositoryNotFoundError as error:
@@ -77,11 +96,12 @@ def hub_errors(url: str) -> Iterator[None]:
         ) from error
     except errors.EntryNotFoundError as error:
         raise FileNotFoundError(url) from error
-    except (HTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # of an upload: RuntimeError
+        text = f"{url} cannot be reached: {first_line(error)}."
+        if isinstance(error, errors.HfHubHTTPError) and error.response.status_code in (401, 403):
+            raise InputError(f"{text} Check {CREDENTIALS['hf']}.") from error
         raise StorageError(
-            f"{url} cannot be reached: {reason}. Committed work is safe; run the same command "
-            "again to resume where it stopped."
+            f"{text} Committed work is safe; run the same command again to resume where it stopped."
         ) from error
 
 
@@ -96,9 +116,8 @@ class HubStorage(HttpStorage):
         self.place, self.api = HubPlace.parse(url), hub_api()
         self.commit = commit
         if not commit:
-            with hub_errors(url):
-                found = self.api.dataset_info(self.place.repo, revision=self.place.revision)
-            self.commit = found.sha
+            info = partial(self.api.dataset_info, self.place.repo, revision=self.place.revision)
+            self.commit = ask_hub(url, info).sha
         super().__init__(url, patience)
 
     def __reduce__(self) -> Any:
@@ -119,16 +138,18 @@ class HubStorage(HttpStorage):
     def _tree(self, folder: str, *, recursive: bool) -> list[Any]:
         """Return the entries of a folder; none where it is absent."""
         path = posixpath.join(self.place.folder, folder).rstrip("/")
+
+        def ask() -> list[Any]:
+            found = self.api.list_repo_tree(
+                *(self.place.repo, path),
+                recursive=recursive,
+                revision=self.commit,
+                repo_type=DATASET,
+            )
+            return list(found)
+
         try:
-            with hub_errors(self.uri(folder)):
-                found = self.api.list_repo_tree(
-                    self.place.repo,
-                    path,
-                    recursive=recursive,
-                    revision=self.commit,
-                    repo_type=DATASET,
-                )
-                return list(found)
+            return ask_hub(self.uri(folder), ask)
         except FileNotFoundError:
             return []
 

@@ -87,7 +87,7 @@ class RemoteStorage:
         except (obstore.exceptions.BaseError, ValueError, OSError) as error:
             names = CREDENTIALS.get(scheme_of(self.url), "none")
             raise InputError(
-                f"{self.url} cannot be opened: {_first_line(error)}. Settings come from the "
+                f"{self.url} cannot be opened: {first_line(error)}. Settings come from the "
                 f"environment: {names}."
             ) from error
 
@@ -288,7 +288,7 @@ class RemoteStorage:
 
     def _reason(self, error: BaseException) -> str:
         """Return what went wrong, and which variables to set where credentials may be missing."""
-        errors, text = self._obstore.exceptions, _first_line(error)
+        errors, text = self._obstore.exceptions, first_line(error)
         names = CREDENTIALS.get(scheme_of(self.url))
         if names and METADATA_SERVICE in text:
             return f"no credentials were found. Set {names}"
@@ -313,7 +313,7 @@ def default_patience() -> float:
     return seconds
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error of obstore; the others are its internals."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error; the others are its internals."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")

@@ -49,8 +49,10 @@ def check_url(url: str) -> None:
 
 
 def redact(url: str) -> str:
-    """Return a URL without its user, password, query and fragment."""
-    scheme, _, rest = url.partition("://")
+    """Return a URL without its user, password, query and fragment; a path as it is."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
     try:
         parts = urlsplit(f"//{rest}")
     except ValueError:

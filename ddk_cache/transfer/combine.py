@@ -86,9 +86,7 @@ def require_equal(where: str, one: Root, place: str, other: Root) -> None:
         )
 
 
-def without(
-    spec: CacheSpec, domain: str, plan: DomainPlan, splits: Collection[str]
-) -> DomainPlan:
+def without(spec: CacheSpec, domain: str, plan: DomainPlan, splits: Collection[str]) -> DomainPlan:
     """Return the plan of a domain of which only some splits are kept."""
     from ddk_cache.build.writer import ShardWriter
 

@@ -47,7 +47,9 @@ def copy(
     from ddk_cache.transfer.copy import copy_cache
 
     copy_cache(sources, target, domains=domains, splits=splits)
-    say(f"{target} is finished. Train from it:  ddk-train run {shlex.quote(target)} RUN --student …")
+    say(
+        f"{target} is finished. Train from it:  ddk-train run {shlex.quote(target)} RUN --student …"
+    )
 
 
 @click.command()
@@ -60,8 +62,11 @@ def push(cache: str, url: str, private: bool) -> None:
     The data set is created where there is none, and gets a card with what 'info' knows. Files that
     are there already are not sent again, so a push that was stopped resumes with the same command.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     from ddk_cache.transfer.push import push_cache
 
+    disable_progress_bars()
     push_cache(cache, url, private=private)
     say(f"{url} is finished: every file has the hash that was sent.")
 

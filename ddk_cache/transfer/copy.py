@@ -78,7 +78,9 @@ def write_documents(part: Part, target: Storage) -> None:
     for file, (size, hashed) in root.tokenizer_files.items():
         name = tokenizer_name(file)
         target.put(name, fetch(first.storage, name, size, hashed))
-    documents = {n: text for plan in part.manifest.plans.values() for n, text in plan.metadata.items()}
+    documents = {
+        n: text for plan in part.manifest.plans.values() for n, text in plan.metadata.items()
+    }
     for name, text in documents.items():
         target.put(name, text.encode())
     for domain, plan in part.manifest.plans.items():

@@ -14,6 +14,7 @@ import posixpath
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ddk_cache.errors import CacheError, InputError
 from ddk_cache.format.layout import ROOT, object_name, plan_name, record_name, tokenizer_name
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.read.cache import Cache, open_cache
-from ddk_cache.storage.hub import DATASET, HubPlace, hub_api, hub_errors
+from ddk_cache.storage.hub import DATASET, HubPlace, ask_hub, hub_api
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.transfer.card import card
 
@@ -68,21 +69,22 @@ class Push:
 
     def run(self, private: bool) -> None:
         """Create the data set, send what is missing, compare all hashes, and write the card."""
-        repo = self.place.repo
-        with hub_errors(self.url):
-            self.api.create_repo(repo, repo_type=DATASET, private=private, exist_ok=True)
-            if self.place.revision != "main":
-                self.api.create_branch(
-                    repo, branch=self.place.revision, repo_type=DATASET, exist_ok=True
-                )
         keys = self.cache.manifest.shards()
+        ask_hub(self.url, partial(self.create, private))
         with Progress("pushing", len(keys), "shards") as progress:
             for piece in self.pieces(keys):
                 self.send([name for key in piece for name in self.files_of(key)])
                 progress.advance(len(piece))
         self.send(self.documents())
         self.check([*(name for key in keys for name in self.files_of(key)), *self.documents()])
-        self.write_card()
+        ask_hub(self.url, self.write_card)
+
+    def create(self, private: bool) -> None:
+        """Create the data set and the branch, where they do not exist."""
+        repo, branch = self.place.repo, self.place.revision
+        self.api.create_repo(repo, repo_type=DATASET, private=private, exist_ok=True)
+        if branch != "main":
+            self.api.create_branch(repo, branch=branch, repo_type=DATASET, exist_ok=True)
 
     def pieces(self, keys: Sequence[ShardKey]) -> Iterator[list[ShardKey]]:
         """Yield shards whose files fit into one commit; one shard at least."""
@@ -113,22 +115,24 @@ class Push:
 
     def send(self, names: Sequence[str]) -> None:
         """Upload, in one commit, those of the files that the Hub does not have."""
-        missing = self.differing(names)
-        if missing:
-            self.commit({self.there(name): self.root / name for name in missing}, self.url)
 
-    def commit(self, files: dict[str, Path], message: str) -> None:
+        def ask() -> None:
+            if missing := self.differing(names):
+                self.commit({self.there(name): self.root / name for name in missing})
+
+        ask_hub(self.url, ask)
+
+    def commit(self, files: dict[str, Path]) -> None:
         """Upload files, path in the data set → local file, in one commit."""
         from huggingface_hub import CommitOperationAdd
 
-        with hub_errors(self.url):
-            self.api.create_commit(
-                self.place.repo,
-                [CommitOperationAdd(path, str(file)) for path, file in files.items()],
-                commit_message=f"ddk: {posixpath.basename(message)}",
-                repo_type=DATASET,
-                revision=self.place.revision,
-            )
+        self.api.create_commit(
+            self.place.repo,
+            [CommitOperationAdd(path, str(file)) for path, file in files.items()],
+            commit_message=f"{posixpath.basename(self.place.folder)}: {len(files)} files",
+            repo_type=DATASET,
+            revision=self.place.revision,
+        )
 
     def there(self, name: str) -> str:
         """Return the path of a file in the data set."""
@@ -136,17 +140,11 @@ class Push:
 
     def differing(self, names: Sequence[str]) -> list[str]:
         """Return which files the Hub does not have, or not with the bytes of the local ones."""
-        with hub_errors(self.url):
-            found: dict[str, Any] = {
-                entry.path: entry
-                for first in range(0, len(names), PIECE_FILES)
-                for entry in self.api.get_paths_info(
-                    self.place.repo,
-                    [self.there(name) for name in names[first : first + PIECE_FILES]],
-                    revision=self.place.revision,
-                    repo_type=DATASET,
-                )
-            }
+        found = {
+            entry.path: entry
+            for first in range(0, len(names), PIECE_FILES)
+            for entry in self.entries(list(map(self.there, names[first : first + PIECE_FILES])))
+        }
 
         def same(name: str) -> bool:
             entry = found.get(self.there(name))
@@ -155,9 +153,16 @@ class Push:
         with ThreadPoolExecutor(THREADS) as pool:
             return [n for n, known in zip(names, pool.map(same, names), strict=True) if not known]
 
+    def entries(self, paths: list[str]) -> list[Any]:
+        """Return what the Hub says of those files that it has."""
+        found: list[Any] = self.api.get_paths_info(
+            self.place.repo, paths, revision=self.place.revision, repo_type=DATASET
+        )
+        return found
+
     def check(self, names: Sequence[str]) -> None:
         """Compare the hashes of all files. Raises CacheError where one differs."""
-        if bad := self.differing(names):
+        if bad := ask_hub(self.url, partial(self.differing, names)):
             raise CacheError(
                 f"{self.url}: {len(bad)} of {len(names)} files are not as they were sent, first "
                 f"{bad[0]}. Push again."
@@ -165,16 +170,12 @@ class Push:
 
     def write_card(self) -> None:
         """Write the card of the data set, unless there is one, which is a person's by now."""
-        with hub_errors(self.url):
-            known = self.api.file_exists(
-                self.place.repo, CARD, repo_type=DATASET, revision=self.place.revision
-            )
-        if known:
+        if self.entries([CARD]):
             return
         with tempfile.TemporaryDirectory() as folder:
             made = Path(folder) / CARD
             made.write_text(card(describe(self.cache), self.url))
-            self.commit({CARD: made}, CARD)
+            self.commit({CARD: made})
 
 
 def same_bytes(path: Path, entry: Any) -> bool:

@@ -82,7 +82,7 @@ def test_chosen_domains_and_splits(cache: Cache, tmp_path: Path) -> None:
         assert (ours[:].tokens == theirs[:].tokens).all()
         assert (ours[:].targets.probs == theirs[:].targets.probs).all()
         assert ours.teacher_loss == theirs.teacher_loss
-    with pytest.raises(UnknownNameError, match="unknown domain 'leters'. Did you mean 'letters'"):
+    with pytest.raises(UnknownNameError, match=r"unknown domain 'leters'. Did you mean 'letters'"):
         copy_cache(cache.root, tmp_path / "d.zarr", domains=["leters"])
     with pytest.raises(UnknownNameError, match="unknown split 'test'"):
         copy_cache(cache.root, tmp_path / "d.zarr", splits=["test"])
@@ -141,7 +141,7 @@ def test_a_place_that_holds_something_else_is_left_alone(cache: Cache, tmp_path:
     for place in (tmp_path, tmp_path / "thesis.txt"):
         with pytest.raises(InputError, match="exists and is not a cache"):
             copy_cache(cache.root, place)
-    with pytest.raises(InputError, match="https://host/mix.zarr is read-only"):
+    with pytest.raises(InputError, match=r"https://host/mix.zarr is read-only"):
         copy_cache(cache.root, "https://host/mix.zarr")
     assert tree(tmp_path) == {"thesis.txt": b"years of work"}
 

@@ -156,7 +156,7 @@ CHANGES: list[Callable[[HttpStorage], Any]] = [
 def test_a_web_server_is_read_only(change: Callable[[HttpStorage], Any]) -> None:
     place = open_storage("https://host/mix.zarr")
     assert isinstance(place, HttpStorage)
-    with pytest.raises(InputError, match="https://host/mix.zarr is read-only"):
+    with pytest.raises(InputError, match=r"https://host/mix.zarr is read-only"):
         change(place)
 
 
