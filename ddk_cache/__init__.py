@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ddk_cache.read.split import Domain, Split
     from ddk_cache.storage.shard_cache import parse_size
     from ddk_cache.transfer.copy import copy_cache
+    from ddk_cache.transfer.imported import import_cache
     from ddk_cache.transfer.push import push_cache
 
 __all__ = [
@@ -70,6 +71,7 @@ __all__ = [
     "build_cache",
     "copy_cache",
     "find_sources",
+    "import_cache",
     "load_teacher",
     "load_tokenizer",
     "open_cache",
@@ -87,6 +89,7 @@ LAZY = {
     "build_cache": "ddk_cache.build.job",
     "copy_cache": "ddk_cache.transfer.copy",
     "find_sources": "ddk_cache.corpus.sources",
+    "import_cache": "ddk_cache.transfer.imported",
     "load_teacher": "ddk_cache.build.teacher",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",

@@ -76,7 +76,7 @@ def main() -> None:
     """Pay for the teacher once: estimate, build and check caches of its next-token targets."""
 
 
-for command in (transfer.copy, transfer.push, transfer.pull):
+for command in (transfer.copy, transfer.push, transfer.pull, transfer.import_):
     main.add_command(command)
 
 

@@ -62,7 +62,7 @@ def push(cache: str, url: str, private: bool) -> None:
     The data set is created where there is none, and gets a card with what 'info' knows. Files that
     are there already are not sent again, so a push that was stopped resumes with the same command.
     """
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from ddk_cache.transfer.push import push_cache
 
@@ -85,3 +85,39 @@ def pull(url: str, target: Path) -> None:
         )
     copy_cache(url, target)
     say(f"{target} is finished.")
+
+
+@click.command("import")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("cache")
+@click.option("--tokenizer", required=True, help="Tokenizer of the teacher: directory or hub id.")
+@click.option("--domain", default="", help="Name of the domain.  [default: that of SOURCE]")
+@click.option("--vocab-size", type=click.IntRange(1),
+              help="Width of the teacher's output.  [default: size of the tokenizer]")  # fmt: skip
+@click.option("--seq-len", type=click.IntRange(1), default=1024, show_default=True,
+              help="Positions in a row.")  # fmt: skip
+@click.option("--holdout", type=float, default=0.05, show_default=True,
+              help="Share of documents held out for measuring gaps.")  # fmt: skip
+def import_(
+    source: Path,
+    cache: str,
+    tokenizer: str,
+    domain: str,
+    vocab_size: int | None,
+    seq_len: int,
+    holdout: float,
+) -> None:
+    """Make a CACHE of one domain from SOURCE, a teacher's log-probabilities written by others.
+
+    SOURCE is a file or folder of Parquet or JSON lines: with input_ids, target_token_ids and
+    target_logprobs (axolotl, TRL), or with prompt_token_ids and prompt_logprobs (vLLM).
+    """
+    from ddk_cache.build.config import BuildConfig
+
+    config = BuildConfig(seq_len=seq_len, holdout=holdout)
+    from ddk_cache.hf import load_tokenizer
+    from ddk_cache.transfer.imported import import_cache
+
+    words = load_tokenizer(tokenizer)
+    import_cache(source, cache, words, config, domain=domain, vocab_size=vocab_size)
+    say(f"{cache} is finished. Look at it:  ddk-cache info {shlex.quote(cache)}")

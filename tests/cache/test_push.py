@@ -85,7 +85,8 @@ def test_pushing_to_a_failing_hub(
 
 def killed_pushes(hub: Hub, cache: Cache, kills: int) -> None:
     """Kill pushes at later and later times; the last one must end with the same tree."""
-    code = f"import ddk_cache.transfer.push as p; p.PIECE_FILES = 24; p.push_cache({str(cache.root)!r}, {URL!r})"
+    call = f"p.PIECE_FILES = 24; p.push_cache({str(cache.root)!r}, {URL!r})"
+    code = f"import ddk_cache.transfer.push as p; {call}"
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
     for number in range(kills):
         seen, goal = hub.count, 3 + 4 * number
