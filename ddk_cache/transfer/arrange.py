@@ -39,6 +39,12 @@ class Scored(NamedTuple):
     """(L) float32."""
     counted: Array
     """(L) bool: there is a distribution, and the loss counts."""
+
+
+class Arranged(NamedTuple):
+    """A document, and what was seen of it."""
+
+    scored: Scored
     missing: int
     """Counted positions whose true token is not an entry."""
     most_mass: float
@@ -53,7 +59,7 @@ def hits(given: Given) -> tuple[int, int]:
     return int(this), int(following)
 
 
-def arrange(given: Given, own: bool, size: int, vocab_size: int) -> Scored:
+def arrange(given: Given, own: bool, size: int, vocab_size: int) -> Arranged:
     """Return the scores of a document.
 
     Args:
@@ -104,8 +110,6 @@ def arrange(given: Given, own: bool, size: int, vocab_size: int) -> Scored:
         tail_logprob=np.full(L, -np.inf, np.float32),
         label_logprob=np.zeros(L, np.float32),
         counted=np.append(counted, False),
-        missing=int((counted & ~known).sum()),
-        most_mass=most,
     )
     # A position without a distribution counts nothing; a certain id stands there.
     out.ids[:, 0] = np.append(given.tokens[1:], 0)
@@ -114,4 +118,4 @@ def arrange(given: Given, own: bool, size: int, vocab_size: int) -> Scored:
     logprobs = np.where(ids >= 0, logprobs, -np.inf)
     out.ids[rows, : ids.shape[1]], out.logprobs[rows, : ids.shape[1]] = ids[rows], logprobs[rows]
     out.tail_logprob[rows], out.label_logprob[rows] = tail_logprob[rows], label[rows]
-    return out
+    return Arranged(out, int((counted & ~known).sum()), most)

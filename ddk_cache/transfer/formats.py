@@ -5,6 +5,8 @@ Files are Parquet or JSON lines; the columns of a record decide its format:
     input_ids, target_token_ids, target_logprobs     axolotl, TRL; perhaps target_mask, labels
     prompt_token_ids, prompt_logprobs                vLLM; also inside of choices[0] of an answer
                                                      of its server, and of a line of a batch output
+    input_ids, compressed_logprobs,                  DistillKit, with its compression_config.yaml
+    bytepacked_indices                               beside the files
 
 Records are read one at a time, as Python lists: slow compared with a build's arrays, and good for
 every layout of nested columns.
@@ -21,11 +23,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ddk_cache.errors import InputError
+from ddk_cache.transfer.distillkit import read_packing
 from ddk_cache.types import Array
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz")
 
-COLUMNS, PROMPT = "target_token_ids", "prompt_logprobs"
+COLUMNS, PROMPT, PACKED = "target_token_ids", "prompt_logprobs", "bytepacked_indices"
 """The formats, named by the column that shows them."""
 
 IGNORED = -100
@@ -36,7 +39,7 @@ class Given(NamedTuple):
     """A document and the distributions given for it."""
 
     kind: str
-    """`COLUMNS` or `PROMPT`."""
+    """`COLUMNS`, `PROMPT` or `PACKED`."""
     tokens: Array
     """(L) int64."""
     ids: Array
@@ -65,12 +68,12 @@ def read_given(files: Iterable[Path]) -> Iterator[Given]:
     for file in files:
         for number, record in enumerate(_records(file), 1):
             try:
-                yield _given(record)
+                yield _packed(record, file) if PACKED in record else _given(record)
             except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise InputError(
                     f"{file}, record {number}: got {error!r}, expected input_ids with "
-                    "target_token_ids and target_logprobs, or prompt_token_ids with "
-                    "prompt_logprobs."
+                    "target_token_ids and target_logprobs, prompt_token_ids with "
+                    "prompt_logprobs, or DistillKit's columns."
                 ) from error
 
 
@@ -86,6 +89,14 @@ def _records(file: Path) -> Iterator[Mapping[str, Any]]:
             yield from map(json.loads, filter(str.strip, lines))
     except (OSError, ValueError) as error:  # pyarrow's errors are these
         raise InputError(f"{file} cannot be read: {error}.") from error
+
+
+def _packed(record: Mapping[str, Any], file: Path) -> Given:
+    tokens = np.array(record["input_ids"], np.int64)
+    packing = read_packing(file.parent)
+    ids = packing.ids(np.array(record[PACKED], np.uint8))
+    logprobs = packing.logprobs(np.array(record["compressed_logprobs"], np.uint8))
+    return _checked(PACKED, tokens, ids.tolist(), logprobs.tolist(), np.ones(len(tokens), bool))
 
 
 def _given(record: Mapping[str, Any]) -> Given:

@@ -163,9 +163,9 @@ def look(files: Sequence[Path], width: int, holdout: float) -> Survey:
             this, following = this + here, following + after
         # Whose the distributions are is known at the end, so both ways are counted.
         for own, seen in both.items():
-            scored = arrange(given, own, survey.size, width)
-            seen += [int(scored.counted.sum()), scored.missing]
-            survey.most_mass = max(survey.most_mass, scored.most_mass)
+            scored, missing, mass = arrange(given, own, survey.size, width)
+            seen += [int(scored.counted.sum()), missing]
+            survey.most_mass = max(survey.most_mass, mass)
         counts += np.bincount(given.tokens, minlength=width)
     survey.own = this > following
     if max(this, following) < 1.2 * min(this, following):
@@ -211,7 +211,7 @@ def blocks(
     number = dict.fromkeys(SPLITS, 0)
     for given in read_given(files):
         split = split_of(given.tokens.tobytes(), survey.holdout)
-        waiting[split].append(arrange(given, survey.own, survey.size, survey.width))
+        waiting[split].append(arrange(given, survey.own, survey.size, survey.width).scored)
         while sum(len(part.tokens) for part in waiting[split]) > most:
             whole = joined(waiting[split])
             yield ShardKey(domain, split, number[split]), cut(whole, 0, most)
@@ -226,14 +226,14 @@ def blocks(
 
 def joined(parts: Sequence[Scored]) -> Scored:
     """Return documents one after another."""
-    arrays = zip(*(part[:-2] for part in parts), strict=True)
-    return Scored(*(np.concatenate(some) for some in arrays), 0, 0.0)
+    return Scored(*(np.concatenate(some) for some in zip(*parts, strict=True)))
 
 
 def cut(scored: Scored, first: int, last: int | None) -> Scored:
     """Return positions first … last − 1 and, behind them, one token more."""
     more = None if last is None else last + 1
-    return Scored(scored.tokens[first:more], *(part[first:last] for part in scored[1:-2]), 0, 0.0)
+    tokens, *others = scored
+    return Scored(tokens[first:more], *(part[first:last] for part in others))
 
 
 def write_shard(store: ShardWriter, plan: DomainPlan, key: ShardKey, block: Scored) -> None:
