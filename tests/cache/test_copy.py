@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,17 @@ import pytest
 from ddk_cache import CorruptCacheError, InputError, MismatchError, UnknownNameError, open_cache
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
+from ddk_cache.format.manifest import Manifest
 from ddk_cache.read.cache import Cache
+from ddk_cache.storage.local import LocalStorage
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_cache.testing import BUILD, random_teacher
+from ddk_cache.transfer.combine import combine
 from ddk_cache.transfer.copy import copy_cache
 from ddk_cache.verify import verify
 from tests.helpers import command, finish, grow, lines, quiet, tree
 from tests.s3 import Server
 from tests.web import Site
-
-Make = Callable[..., Cache]
 
 
 def test_a_copy_has_the_same_bytes(cache: Cache, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_chosen_domains_and_splits(cache: Cache, tmp_path: Path) -> None:
     assert not (tmp_path / "d.zarr").exists()
 
 
-def test_several_caches_become_one(cache: Cache, make_cache: Make, tmp_path: Path) -> None:
+def test_several_caches_become_one(cache: Cache, tmp_path: Path) -> None:
     one, two, both = (tmp_path / name for name in ("one.zarr", "two.zarr", "both.zarr"))
     copy_cache(cache.root, one, domains=["letters"])
     copy_cache(cache.root, two, domains=["digits", "notes"])
@@ -107,18 +108,16 @@ def test_several_caches_become_one(cache: Cache, make_cache: Make, tmp_path: Pat
         copy_cache(two, both, domains=["digits", "notes"])
 
 
-def test_caches_that_differ_are_refused_by_field(
-    cache: Cache, make_cache: Make, tmp_path: Path
-) -> None:
-    other = make_cache(tmp_path / "other.zarr", seq_len=8, teacher=random_teacher(1))
-    code, _, err = finish(command("ddk-cache", "copy", cache.root, other.root, tmp_path / "no"))
-    assert code == 2
-    for line in ("they differ in", "  seq_len: 16 and 8", "  teacher: {"):
-        assert line in err
-    assert "vocab_size" not in err
-    assert not (tmp_path / "no").exists()
-    with pytest.raises(MismatchError, match="seq_len: 8 and 16"):
-        copy_cache(cache.root, other.root)
+def test_caches_that_differ_are_refused_by_field(cache: Cache) -> None:
+    root = cache.manifest.root
+    spec = dataclasses.replace(root.spec, seed=7, teacher={"class": "another"})
+    changed = dataclasses.replace(root, spec=spec, tokenizer_files={})
+    other = Cache(LocalStorage(Path("other.zarr")), Manifest(changed, {}))
+    with pytest.raises(MismatchError, match="cannot be one cache, for they differ in") as caught:
+        combine([cache, other])
+    for line in ("  seed: 0 and 7", "  teacher: {", "  tokenizer_files: {"):
+        assert line in str(caught.value)
+    assert "vocab_size" not in str(caught.value)
 
 
 def test_what_is_damaged_is_not_copied(cache: Cache, tmp_path: Path) -> None:

@@ -12,14 +12,16 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from click.testing import CliRunner
 
 from ddk_cache import InputError, open_cache
 from ddk_cache.build.config import BuildConfig
+from ddk_cache.cli import main
 from ddk_cache.read.cache import Cache
 from ddk_cache.transfer.imported import import_cache
 from ddk_cache.types import Array
 from ddk_cache.verify import verify
-from tests.helpers import command, finish, quiet, tree
+from tests.helpers import quiet, tree
 
 V, K = 257, 6
 CONFIG = BuildConfig(seq_len=16, chunk_rows=2, shard_rows=4, holdout=0.3)
@@ -155,25 +157,27 @@ def test_prompt_logprobs(
     assert cache.manifest.root.provenance["label_logprob"].startswith("unknown at 0 of")
 
 
+def run(*words: object) -> None:
+    """Run `ddk-cache`."""
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+
+
 def test_the_command_resumes_and_its_caches_combine(
     documents: list[Document], teacher_dir: Path, tmp_path: Path
 ) -> None:
-    for name, part in (("one", documents[:6]), ("two", documents[6:])):
-        write(tmp_path / f"{name}.jsonl", as_prompts(part))
-        words = (tmp_path / f"{name}.jsonl", tmp_path / f"{name}.zarr", "--tokenizer", teacher_dir)
-        how = ("--seq-len", 16, "--vocab-size", 300)
-        code, _, err = finish(command("ddk-cache", "import", *words, *how))
-        assert code == 0, err
-    whole = tree(tmp_path / "one.zarr")
-    (tmp_path / "one.zarr/commits/one/train/0.json").unlink()
-    shutil.rmtree(tmp_path / "one.zarr/domains/one/train/target_ids/c")
-    words = (tmp_path / "one.jsonl", tmp_path / "one.zarr", "--tokenizer", teacher_dir)
-    assert finish(command("ddk-cache", "import", *words, *how))[0] == 0
-    assert tree(tmp_path / "one.zarr") == whole
-    both = (tmp_path / "one.zarr", tmp_path / "two.zarr", tmp_path / "both.zarr")
-    code, _, err = finish(command("ddk-cache", "copy", *both))
-    assert code == 0, err
-    assert open_cache(tmp_path / "both.zarr").domains == ["one", "two"]
+    one, two, both = (tmp_path / f"{name}.zarr" for name in ("one", "two", "both"))
+    how = ("--tokenizer", teacher_dir, "--seq-len", 16, "--vocab-size", 300)
+    for cache, part in ((one, documents[:6]), (two, documents[6:])):
+        source = write(cache.with_suffix(".jsonl"), as_prompts(part))
+        run("import", source, cache, *how)
+    whole = tree(one)
+    (one / "commits/one/train/0.json").unlink()
+    shutil.rmtree(one / "domains/one/train/target_ids/c")
+    run("import", tmp_path / "one.jsonl", one, *how)
+    assert tree(one) == whole
+    run("copy", one, two, both)
+    assert open_cache(both).domains == ["one", "two"]
 
 
 @pytest.mark.parametrize(
