@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from ddk_cache.read.cache import Cache, open_cache
     from ddk_cache.read.split import Domain, Split
     from ddk_cache.storage.shard_cache import parse_size
+    from ddk_cache.transfer.copy import copy_cache
+    from ddk_cache.transfer.imported import import_cache
+    from ddk_cache.transfer.push import push_cache
 
 __all__ = [
     "FORMAT_VERSION",
@@ -69,11 +72,14 @@ __all__ = [
     "UnfinishedCacheError",
     "UnknownNameError",
     "build_cache",
+    "copy_cache",
     "find_sources",
+    "import_cache",
     "load_teacher",
     "load_tokenizer",
     "open_cache",
     "parse_size",
+    "push_cache",
     "rows_at",
 ]
 
@@ -84,11 +90,14 @@ LAZY = {
     "Split": "ddk_cache.read.split",
     "Teacher": "ddk_cache.build.teacher",
     "build_cache": "ddk_cache.build.job",
+    "copy_cache": "ddk_cache.transfer.copy",
     "find_sources": "ddk_cache.corpus.sources",
+    "import_cache": "ddk_cache.transfer.imported",
     "load_teacher": "ddk_cache.models.load",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",
     "parse_size": "ddk_cache.storage.shard_cache",
+    "push_cache": "ddk_cache.transfer.push",
 }
 """Name → the module that is imported when the name is first used."""
 

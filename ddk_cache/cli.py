@@ -31,6 +31,7 @@ from ddk_cache.errors import InputError, UnfinishedCacheError
 from ddk_cache.format.spec import COMPRESSIONS, LEARN, PACKINGS, TOO_LONG
 from ddk_cache.models.config import CHOICES, TeacherConfig
 from ddk_cache.storage.open import open_storage
+from ddk_cache.transfer import commands as transfer
 from ddk_cache.types import SPLITS, TRAIN
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -84,6 +85,10 @@ def options(*groups: list[Any]) -> Callable[[Command], Command]:
 @click.version_option(package_name="ddk-distill")
 def main() -> None:
     """Pay for the teacher once: estimate, build and check caches of its next-token targets."""
+
+
+for command in (transfer.copy, transfer.push, transfer.pull, transfer.import_):
+    main.add_command(command)
 
 
 @main.command()

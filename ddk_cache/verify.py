@@ -116,7 +116,8 @@ def _tokenizer(cache: Cache) -> Iterator[Problem]:
     files = cache.manifest.root.tokenizer_files
     for file, entry in files.items():
         yield from _differs(cache, tokenizer_name(file), *entry)
-    for name in set(cache.storage.list_prefix(TOKENIZER)) - set(map(tokenizer_name, files)):
+    there = cache.storage.list_prefix(TOKENIZER) if cache.storage.lists else ()
+    for name in set(there) - set(map(tokenizer_name, files)):
         yield Problem(name, f"{cache.storage.uri(name)} is not part of the cache")
 
 

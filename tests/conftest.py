@@ -23,6 +23,7 @@ from ddk_cache.corpus.sources import find_sources
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_train import TrainConfig
 from tests.helpers import RUN, Configure
+from tests.hub import Hub
 from tests.s3 import Server
 
 settings.register_profile("ci", derandomize=True)
@@ -120,6 +121,30 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{made.port}")
     yield made
     made.close()
+
+
+@pytest.fixture
+def make_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., Hub]]:
+    """Make a stand-in for the Hugging Face Hub, and the environment that leads there."""
+    made: list[Hub] = []
+
+    def make_hub(**how: Any) -> Hub:
+        made.append(Hub(**how))
+        monkeypatch.setenv("HF_ENDPOINT", made[-1].url)
+        return made[-1]
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    yield make_hub
+    for hub in made:
+        hub.close()
+
+
+@pytest.fixture
+def hub(make_hub: Callable[..., Hub]) -> Hub:
+    return make_hub()
 
 
 @pytest.fixture(scope="session")

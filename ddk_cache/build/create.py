@@ -18,23 +18,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from ddk_cache import atomic
 from ddk_cache.build.audit import audit
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.scoring import Scorer, rows_that_fit
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.writer import ShardWriter
 from ddk_cache.corpus.sources import Source, documents
-from ddk_cache.errors import InputError, MismatchError, NotACacheError
+from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.format.layout import PLANS, ROOT, TOKENIZER, plan_name, tokenizer_name
 from ddk_cache.format.manifest import Root, create_root
+from ddk_cache.format.place import check_place, not_ours, read_root
 from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import CacheSpec
 from ddk_cache.hashing import digest
 from ddk_cache.hf import identify_tokenizer
 from ddk_cache.storage.base import Storage
 from ddk_cache.storage.lease import Leases
-from ddk_cache.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
 
@@ -95,25 +94,6 @@ def _holds_text(source: Source) -> bool:
         return True
 
 
-def check_place(storage: Storage) -> None:
-    """Raise InputError where the place holds something other than a cache."""
-    if isinstance(storage, LocalStorage) and storage.root.is_file():
-        raise _not_ours(storage)
-    names = storage.list_dir("")
-    if ROOT in names:
-        read_root(storage)
-    elif not all(map(atomic.maker, names)):
-        raise _not_ours(storage)
-
-
-def read_root(storage: Storage) -> Root:
-    """Read the root of a cache. Raises InputError where the place holds something else."""
-    try:
-        return Root.parse(storage.get(ROOT) or b"", storage)
-    except NotACacheError as error:
-        raise _not_ours(storage) from error
-
-
 def open_for_building(
     store: ShardWriter,
     leases: Leases,
@@ -144,7 +124,7 @@ def open_for_building(
         try:
             create_root(storage, root)
         except (FileExistsError, NotADirectoryError) as error:
-            raise _not_ours(storage) from error
+            raise not_ours(storage) from error
     was = read_root(storage)
     planned = _planned(storage, was)
     settings = was.spec.to_json() | {"batch_rows": was.batch_rows}
@@ -246,10 +226,6 @@ def try_teacher(teacher: Teacher, spec: CacheSpec, batch_rows: int | None) -> in
     labels = tokens[:, 1:]
     audit("a first batch", scores, scorer.codec.encode(scores, labels), labels, scorer.codec)
     return batch_rows or scorer.batch_rows
-
-
-def _not_ours(storage: Storage) -> InputError:
-    return InputError(f"{storage.uri()} exists and is not a cache. Give another path.")
 
 
 def tokenizer_files(tokenizer: Any) -> dict[str, bytes]:

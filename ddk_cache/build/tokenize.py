@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from ddk_cache.build.create import read_root
 from ddk_cache.build.share import Part, pause, share
 from ddk_cache.build.writer import ShardWriter
 from ddk_cache.console import Progress
@@ -26,6 +25,7 @@ from ddk_cache.corpus.sources import Source
 from ddk_cache.errors import CorruptCacheError, DDKError, MismatchError
 from ddk_cache.format.layout import plan_name
 from ddk_cache.format.manifest import read_plan, write_plan
+from ddk_cache.format.place import read_root
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
 from ddk_cache.storage.lease import Leases
 from ddk_cache.types import SPLITS, Array

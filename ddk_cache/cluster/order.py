@@ -82,9 +82,10 @@ class Order:
             DDKError: see `find_sources`, `find_teacher` and `build_cache`.
         """
         sources = find_sources(self.corpus)
-        from ddk_cache.build.create import check_place
+
         from ddk_cache.build.job import build_cache
         from ddk_cache.build.teachers import Teachers
+        from ddk_cache.format.place import check_place
 
         check_place(open_storage(self.cache))
         teachers = Teachers(self.load)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.audit_summary import sound
 from ddk_cache.format.documents import dump, parse, typed, understand
@@ -18,6 +20,7 @@ from ddk_cache.format.layout import record_name, records_name
 from ddk_cache.format.manifest import Manifest
 from ddk_cache.format.plan import ShardKey, shard_at
 from ddk_cache.storage.base import Storage
+from ddk_cache.types import Array
 
 
 @dataclass(frozen=True)
@@ -140,3 +143,25 @@ def committed(storage: Storage, domain: str, split: str) -> set[int]:
     names = storage.list_dir(records_name(domain, split))
     numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
     return {int(number) for number in numbers if number.isascii() and number.isdecimal()}
+
+
+def committed_of(storage: Storage, domain: str, split: str, planned: int) -> Array:
+    """Return which of the planned shards of a split are committed, (shards) bool.
+
+    Where names cannot be listed, each record is asked for.
+
+    Raises:
+        CorruptCacheError: there is a record of a shard that is not planned.
+    """
+    if not storage.lists:
+        names = [record_name(ShardKey(domain, split, number)) for number in range(planned)]
+        return np.fromiter(storage.exist_many(names), bool, planned)
+    found = committed(storage, domain, split)
+    if found and max(found) >= planned:
+        raise CorruptCacheError(
+            f"{storage.uri()}: there is a record of shard {domain}/{split}/{max(found)}, "
+            f"but {planned} shards are planned."
+        )
+    there = np.zeros(planned, bool)
+    there[list(found)] = True
+    return there

@@ -18,7 +18,7 @@ from typing import Any
 
 from ddk_cache.errors import CorruptCacheError, NotACacheError
 from ddk_cache.format.documents import dump, file_name, parse, read, typed, understand
-from ddk_cache.format.layout import PLANS, ROOT, is_document, plan_name, shards_name
+from ddk_cache.format.layout import ROOT, is_document, plan_name, shards_name
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
 from ddk_cache.format.spec import CacheSpec, check_name
 from ddk_cache.storage.base import Storage
@@ -28,6 +28,9 @@ MODEL_FILES = re.compile(
     r"(config|generation_config|adapter_config|ddk)\.json|.*\.(safetensors|bin|pt|pth|index\.json)"
 )
 """Files of a model, which no tokenizer has: copied next to a student they would replace its own."""
+
+MOST_UNLISTED = 2**20
+"""Planned shards of a split on a server that lists nothing, at most: each is asked for."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +143,9 @@ class Manifest:
             CorruptCacheError: a document is not what was written.
         """
         root = Root.parse(storage.get(ROOT) or b"", storage)
-        there = set(storage.list_dir(PLANS))
-        planned = [name for name in sorted(root.sources) if f"{name}.json" in there]
+        names = sorted(root.sources)
+        there = storage.exist_many(map(plan_name, names))
+        planned = [name for name, found in zip(names, there, strict=True) if found]
         return cls(root, {name: read_plan(storage, root.spec, name) for name in planned})
 
 
@@ -234,13 +238,21 @@ def check_shown(
     """Check that a plan does not claim many more shards than there are files.
 
     Token rows are written before their plan. A few may have been lost since, but a number without
-    files behind it must not decide how long a list becomes.
+    files behind it must not decide how long a list becomes. Where files cannot be listed, the
+    number itself is bounded.
 
     Raises:
         CorruptCacheError: it does.
     """
     planned = shard_count(plan, split, spec.shard_rows)
     if planned <= 1024:
+        return
+    if not storage.lists:
+        if planned > MOST_UNLISTED:
+            raise CorruptCacheError(
+                f"{storage.uri(plan_name(domain))} plans {planned:,} shards of {split} rows; a "
+                f"server that cannot list files may have {MOST_UNLISTED:,}. Copy the cache."
+            )
         return
     there = len(storage.list_dir(shards_name(domain, split, "tokens")))
     if planned > 4 * there + 1024:

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 
 from ddk_cache.errors import (
-    CorruptCacheError,
     InputError,
     RowRangeError,
     UnfinishedCacheError,
@@ -24,7 +23,7 @@ from ddk_cache.errors import (
     unknown,
 )
 from ddk_cache.format.codec import LogprobCodec, TargetCodec
-from ddk_cache.format.commit import Record, committed, read_record, read_records
+from ddk_cache.format.commit import Record, committed_of, read_record, read_records
 from ddk_cache.format.manifest import Manifest
 from ddk_cache.format.plan import DomainPlan, Extent, ShardKey, extents, rows_at, shard_count
 from ddk_cache.format.spec import CacheSpec
@@ -94,7 +93,9 @@ class Cache(Mapping[str, Domain]):
         self._storage: Storage | None = storage
         self._domains = {name: Domain(self, name) for name in sorted(manifest.plans)}
         self._extents = {pair: self.extents(*pair) for pair in self._pairs}
-        self._committed = {pair: self._find_committed(*pair) for pair in self._pairs}
+        self._committed = {
+            pair: committed_of(storage, *pair, self.shard_count(*pair)) for pair in self._pairs
+        }
         self._codecs: dict[str, TargetCodec] = {}
         self._reader: Chunks | None = None
         self._process = 0
@@ -214,18 +215,6 @@ class Cache(Mapping[str, Domain]):
     def shard_count(self, domain: str, split: str) -> int:
         """Return the number of planned shards of a split."""
         return shard_count(self.plan(domain), split, self.spec.shard_rows)
-
-    def _find_committed(self, domain: str, split: str) -> Array:
-        """Return which planned shards are committed, (shards) bool, by their records' names."""
-        found, planned = committed(self.storage, domain, split), self.shard_count(domain, split)
-        if found and max(found) >= planned:
-            raise CorruptCacheError(
-                f"{self.uri}: there is a record of shard {domain}/{split}/{max(found)}, "
-                f"but {planned} shards are planned."
-            )
-        there = np.zeros(planned, bool)
-        there[list(found)] = True
-        return there
 
     def committed(self, domain: str, split: str) -> list[int]:
         """Return the numbers of the committed shards of a split, ascending."""

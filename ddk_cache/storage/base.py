@@ -24,7 +24,10 @@ class ByteRange(NamedTuple):
 
 
 class Storage(Protocol):
-    """A directory or an object store. What goes wrong on the way to it is a named error."""
+    """A directory, an object store or a web server. What fails on the way is a named error."""
+
+    lists: bool
+    """Whether it can say which objects it has; a static web server cannot."""
 
     @property
     def scratch(self) -> Path:
@@ -44,6 +47,9 @@ class Storage(Protocol):
 
     def exists(self, name: str) -> bool:
         """Return whether there is such an object."""
+
+    def exist_many(self, names: Iterable[str]) -> Iterator[bool]:
+        """Yield what `exists` returns for each name, in order; requests may overlap."""
 
     def list_dir(self, folder: str) -> list[str]:
         """Return the names directly in a folder, in no order; an absent folder is empty."""

@@ -27,6 +27,8 @@ FOLDERS_KEPT = 4096
 class LocalStorage:
     """A directory of a local or mounted file system."""
 
+    lists = True
+
     def __init__(self, root: Path) -> None:
         self.root, self._prefix = root, f"{root}/"
         self._real = root.resolve()
@@ -68,6 +70,10 @@ class LocalStorage:
     def exists(self, name: str) -> bool:
         """Return whether a path leads to something."""
         return (self.root / name).exists()
+
+    def exist_many(self, names: Iterable[str]) -> Iterator[bool]:
+        """Look for one path after another."""
+        return map(self.exists, names)
 
     def list_dir(self, folder: str) -> list[str]:
         """Return the names of the files and folders in a folder."""

@@ -6,15 +6,27 @@ from pathlib import Path
 
 from ddk_cache.storage.base import Storage
 from ddk_cache.storage.local import LocalStorage
+from ddk_cache.storage.url import scheme_of
 
 
 def open_storage(place: str | Path) -> Storage:
     """Return the storage that a path or a URL names. InputError: the URL cannot be opened."""
-    if is_url(place):
-        from ddk_cache.storage.remote import RemoteStorage
+    if not is_url(place):
+        return LocalStorage(Path(place))
+    url = str(place)
+    match scheme_of(url):
+        case "http" | "https":
+            from ddk_cache.storage.http import HttpStorage
 
-        return RemoteStorage(str(place))
-    return LocalStorage(Path(place))
+            return HttpStorage(url)
+        case "hf":
+            from ddk_cache.storage.hub import HubStorage
+
+            return HubStorage(url)
+        case _:
+            from ddk_cache.storage.remote import RemoteStorage
+
+            return RemoteStorage(url)
 
 
 def is_url(place: str | Path) -> bool:

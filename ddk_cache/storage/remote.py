@@ -26,7 +26,7 @@ from ddk_cache.errors import CorruptCacheError, InputError, StorageError
 from ddk_cache.hashing import digest
 from ddk_cache.storage.base import ByteRange
 from ddk_cache.storage.pool import Pool
-from ddk_cache.storage.url import CREDENTIALS, check_url, scheme_of
+from ddk_cache.storage.url import CREDENTIALS, ON_THIS_MACHINE, check_url, scheme_of
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ RUNTIME: dict[str, int] = {}
 class RemoteStorage:
     """The objects below a URL."""
 
+    lists = True
+
     def __init__(self, url: str, patience: float | None = None) -> None:
         """Open a URL. `patience` is in seconds; its default is DDK_PATIENCE, or else `PATIENCE`.
 
@@ -70,7 +72,7 @@ class RemoteStorage:
         self._pool = Pool(IN_FLIGHT)
 
     def __reduce__(self) -> tuple[type[RemoteStorage], tuple[str, float]]:
-        return RemoteStorage, (self.url, self.patience)
+        return type(self), (self.url, self.patience)
 
     def _open(self, obstore: Any) -> Any:
         retry = {"max_retries": 10, "retry_timeout": timedelta(seconds=self.patience)}
@@ -78,20 +80,26 @@ class RemoteStorage:
             "timeout": timedelta(seconds=self.patience),
             "connect_timeout": "5 seconds",
         }
-        endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
-        client["allow_http"] = endpoint.startswith(
-            "http:"
-        )  # nobody sets such an endpoint by chance
-        remote = scheme_of(self.url) in CREDENTIALS
-        options: Any = {"retry_config": retry, "client_options": client} if remote else {}
+        remote = scheme_of(self.url) not in ON_THIS_MACHINE
+        options: Any = {"retry_config": retry, "client_options": client | self._client()}
         try:
-            return obstore.store.from_url(self.url, **options)
+            return obstore.store.from_url(self._address, **options if remote else {})
         except (obstore.exceptions.BaseError, ValueError, OSError) as error:
             names = CREDENTIALS.get(scheme_of(self.url), "none")
             raise InputError(
-                f"{self.url} cannot be opened: {_first_line(error)}. Settings come from the "
+                f"{self.url} cannot be opened: {first_line(error)}. Settings come from the "
                 f"environment: {names}."
             ) from error
+
+    @property
+    def _address(self) -> str:
+        """Return the URL that obstore is given."""
+        return self.url
+
+    def _client(self) -> dict[str, Any]:
+        """Return further options of obstore's client."""
+        endpoint = os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT") or ""
+        return {"allow_http": endpoint.startswith("http:")}  # nobody sets such a one by chance
 
     @cached_property
     def scratch(self) -> Path:
@@ -131,6 +139,10 @@ class RemoteStorage:
         except FileNotFoundError:
             return False
         return True
+
+    def exist_many(self, names: Iterable[str]) -> Iterator[bool]:
+        """Ask for the sizes of objects, up to `IN_FLIGHT` at the same time."""
+        return self._pool.map(self.exists, names)
 
     def list_dir(self, folder: str) -> list[str]:
         """List, page by page."""
@@ -276,7 +288,7 @@ class RemoteStorage:
 
     def _reason(self, error: BaseException) -> str:
         """Return what went wrong, and which variables to set where credentials may be missing."""
-        errors, text = self._obstore.exceptions, _first_line(error)
+        errors, text = self._obstore.exceptions, first_line(error)
         names = CREDENTIALS.get(scheme_of(self.url))
         if names and METADATA_SERVICE in text:
             return f"no credentials were found. Set {names}"
@@ -301,7 +313,7 @@ def default_patience() -> float:
     return seconds
 
 
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error of obstore; the others are its internals."""
+def first_line(error: BaseException) -> str:
+    """Return the first line of a library's error; the others are its internals."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].rstrip(".")

@@ -49,7 +49,8 @@ class ShardCache:
         self._lock = Lock()
         folder.mkdir(parents=True, exist_ok=True)
         # Everything except ranges is the storage's own.
-        self.uri, self.exists, self.hash = storage.uri, storage.exists, storage.hash
+        self.lists, self.uri, self.hash = storage.lists, storage.uri, storage.hash
+        self.exists, self.exist_many = storage.exists, storage.exist_many
         self.get, self.get_many = storage.get, storage.get_many
         self.get_with_age, self.check_size = storage.get_with_age, storage.check_size
         self.list_dir, self.list_prefix = storage.list_dir, storage.list_prefix

@@ -10,16 +10,20 @@ from urllib.parse import urlsplit
 
 from ddk_cache.errors import InputError
 
-SCHEMES = ("s3", "gs", "az", "file", "memory")
-"""obstore reads from others too, but it can neither list nor write them."""
+SCHEMES = ("s3", "gs", "az", "file", "memory", "https", "http", "hf")
+"""The last three are for reading: web servers, and the Hugging Face Hub."""
+
+ON_THIS_MACHINE = ("file", "memory")
+"""Schemes that need no network."""
 
 CREDENTIALS = {
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_REGION (AWS_ENDPOINT_URL for a store "
     "that is not Amazon's; AWS_SKIP_SIGNATURE=true for a public bucket)",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT",
     "az": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    "hf": "HF_TOKEN (or run 'hf auth login')",
 }
-"""Scheme → the environment variables from which obstore takes credentials."""
+"""Scheme → the environment variables from which credentials are taken."""
 
 
 def scheme_of(url: str) -> str:
@@ -45,8 +49,10 @@ def check_url(url: str) -> None:
 
 
 def redact(url: str) -> str:
-    """Return a URL without its user, password, query and fragment."""
-    scheme, _, rest = url.partition("://")
+    """Return a URL without its user, password, query and fragment; a path as it is."""
+    scheme, mark, rest = url.partition("://")
+    if not mark:
+        return url
     try:
         parts = urlsplit(f"//{rest}")
     except ValueError:

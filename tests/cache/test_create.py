@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ddk_cache import BuildConfig, CacheError, InputError, MismatchError, Teacher, build_cache
-from ddk_cache.build.create import check_place
+from ddk_cache.format.place import check_place
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.local import LocalStorage

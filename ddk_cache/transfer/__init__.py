@@ -1,0 +1,1 @@
+"""Finished caches to other places, and what others have written into caches."""
