@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ddk_cache.corpus.sources import Source, find_sources
     from ddk_cache.hf import load_tokenizer
     from ddk_cache.read.cache import Cache, open_cache
+    from ddk_cache.read.pairs import open_pairs
     from ddk_cache.read.split import Domain, Split
     from ddk_cache.storage.shard_cache import parse_size
 
@@ -70,6 +71,7 @@ __all__ = [
     "load_teacher",
     "load_tokenizer",
     "open_cache",
+    "open_pairs",
     "parse_size",
     "rows_at",
 ]
@@ -85,6 +87,7 @@ LAZY = {
     "load_teacher": "ddk_cache.build.teacher",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",
+    "open_pairs": "ddk_cache.read.pairs",
     "parse_size": "ddk_cache.storage.shard_cache",
 }
 """Name → the module that is imported when the name is first used."""

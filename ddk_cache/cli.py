@@ -1,4 +1,4 @@
-"""ddk-cache estimate | build | info | verify | head: options and printing.
+"""ddk-cache estimate | build | generate | pair | info | verify | head: options and printing.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
 reported at once.
@@ -20,6 +20,7 @@ from ddk_cache.build.share import check_rank
 from ddk_cache.console import Commands, Known, Progress, options_from, say, show_logs
 from ddk_cache.errors import InputError, UnfinishedCacheError
 from ddk_cache.format.spec import COMPRESSIONS
+from ddk_cache.sequences.config import SamplingConfig
 from ddk_cache.storage.open import open_storage
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -56,6 +57,16 @@ SERVED = [
                  "use hidden states instead of log-probabilities."),
 ]  # fmt: skip
 """How a teacher behind a serving engine is used."""
+
+
+PROCESSES = [
+    click.option("--rank", type=int,
+                 help="Number of this process among several, counted from 0.  "
+                 "[default: from RANK or SLURM]"),
+    click.option("--world", type=int,
+                 help="Number of processes.  [default: from WORLD_SIZE or SLURM]"),
+]  # fmt: skip
+"""Which process this is."""
 
 
 def options(*groups: list[Any]) -> Callable[[Command], Command]:
@@ -223,6 +234,113 @@ def _number(name: str) -> int:
 
 
 @main.command()
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--teacher", required=True, help="Model directory or hub id.")
+@click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]")
+@options([options_from(SamplingConfig)], HOW, PROCESSES)
+def generate(
+    prompts: Path,
+    out: Path,
+    teacher: str,
+    tokenizer: str | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    rank: int | None,
+    world: int | None,
+    **settings: Any,
+) -> None:
+    """Let the teacher answer PROMPTS; OUT becomes a corpus of the responses.
+
+    PROMPTS is a corpus whose files have a column 'prompt', or 'messages' that end with the user's
+    turn. A job that was stopped resumes when the same command is run again, and several processes
+    given the same command share the work.
+    """
+    from ddk_cache.corpus.sources import find_sources
+
+    config, sources = SamplingConfig(**settings), find_sources(prompts)
+    rank, world = which_process(rank, world)
+    show_logs(first=rank == 0)
+    from ddk_cache.hf import load_tokenizer
+    from ddk_cache.sequences.decode import load_responder
+    from ddk_cache.sequences.generate import generate as write
+
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    words = load_tokenizer(tokenizer or teacher, **how)
+    responder = load_responder(teacher, words, dtype=dtype, device=device, **how)
+    write(sources, out, responder, config, rank=rank, world=world)
+    if rank == 0:
+        words = shlex.join(["ddk-cache", "build", str(out), "CACHE", "--teacher", teacher])
+        say(f"{out} is finished. Cache the teacher's distributions on it:  {words}")
+
+
+@main.command()
+@click.argument("prompts", type=click.Path(path_type=Path))
+@click.argument("cache")
+@click.option("--teacher", required=True,
+              help="Model directory, hub id or http://host:port of a server: the teacher of CACHE.")  # fmt: skip
+@click.option("--student", required=True, help="Model directory or hub id of the initial student.")
+@click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]")
+@click.option("--answers", type=click.Path(path_type=Path),
+              help="Directory for the student's answers.  [default: CACHE.answers]")  # fmt: skip
+@options([options_from(SamplingConfig, skip={"samples"})], HOW, SERVED, PROCESSES)
+@click.option("--batch-rows", type=click.IntRange(1),
+              help="Rows in one call to the teacher.  [default: as many as fit in memory]")  # fmt: skip
+def pair(
+    prompts: Path,
+    cache: str,
+    teacher: str,
+    student: str,
+    tokenizer: str | None,
+    answers: Path | None,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    model: str | None,
+    head: str | None,
+    rank: int | None,
+    world: int | None,
+    batch_rows: int | None,
+    **settings: Any,
+) -> None:
+    """Add pairs of responses, the teacher's and the student's, to CACHE.
+
+    PROMPTS has the teacher's responses: the directory that 'generate' wrote, or a corpus with
+    'messages' that end with the assistant's turn. The student answers each prompt once, and the
+    teacher scores both responses.
+    """
+    from ddk_cache.corpus.sources import find_sources
+    from ddk_cache.storage.open import is_url
+
+    config, sources = SamplingConfig(**settings), find_sources(prompts)
+    if not answers and is_url(cache):
+        raise InputError(f"{cache} is a URL. Give --answers, a local directory.")
+    answers = answers or Path(f"{cache.rstrip('/')}.answers")
+    rank, world = which_process(rank, world)
+    place, how = {"rank": rank, "world": world}, {"dtype": dtype, "device": device}
+    show_logs(first=rank == 0)
+    from ddk_cache.hf import load_tokenizer
+    from ddk_cache.read.cache import open_cache
+    from ddk_cache.sequences.decode import load_responder
+    from ddk_cache.sequences.pair import answer_prompts, build_pairs
+    from ddk_cache.served.teacher import find_teacher
+
+    trust = {"trust_remote_code": trust_remote_code}
+    with open_cache(cache) as opened:
+        words = load_tokenizer(tokenizer or teacher, **trust)
+        writer = load_responder(student, words, **how, **trust)
+        answer_prompts(opened, sources, writer, answers, config, **place)
+        del writer  # the teacher may need its memory
+        served: dict[str, Any] = {"model": model, "head": head, **how, **trust}
+        loaded, words = find_teacher(teacher, tokenizer, "topk:1", **served)
+        build_pairs(opened, sources, answers, loaded, words, batch_rows=batch_rows, **place)
+    if rank == 0:
+        train = f"ddk-train run {shlex.quote(cache)} RUN --student {shlex.quote(student)}"
+        say(f"the pairs of {cache} are finished. Train from them:  {train} --pairs dpkd")
+
+
+@main.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
@@ -246,14 +364,17 @@ def head(model: str, out: Path, trust_remote_code: bool) -> None:
 def info(cache: str, as_json: bool) -> None:
     """Show what CACHE holds: domains, rows, statistics of the teacher, bytes per token."""
     from ddk_cache.describe import describe, show
-    from ddk_cache.read.cache import open_cache
+    from ddk_cache.read.pairs import open_parts
 
-    with open_cache(cache, unfinished=True) as opened:
-        facts = describe(opened)
+    with open_parts(cache) as parts:
+        facts, *pairs = map(describe, parts)
     if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        show(facts)
+        click.echo(json.dumps({**facts, **{"pairs": part for part in pairs}}, indent=1))
+        return
+    show(facts)
+    for part in pairs:
+        click.echo("\npairs of responses, two rows each:")
+        show(part)
 
 
 @main.command()
@@ -280,33 +401,45 @@ def verify(
     if drop_bad and teacher:
         raise InputError("--drop-bad and --teacher: use one at a time.")
     from ddk_cache import verify as verification
-    from ddk_cache.read.cache import open_cache
+    from ddk_cache.read.pairs import open_pairs, open_parts
 
-    with open_cache(cache, unfinished=True) as opened:
-        with Progress("verifying", verification.bytes_to_hash(opened), "bytes") as progress:
-            problems = verification.verify(opened, progress.advance)
+    with open_parts(cache) as parts:
+        opened, *pairs = parts
+        total = sum(map(verification.bytes_to_hash, parts))
+        with Progress("verifying", total, "bytes") as progress:
+            checked = [(part, verification.verify(part, progress.advance)) for part in parts]
+        problems = [problem for _, found in checked for problem in found]
         facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
-        found = None
+        replayed = None
         if drop_bad:
-            facts["removed"] = verification.drop_bad(opened, problems)
+            facts["removed"] = [
+                name for part, found in checked for name in verification.drop_bad(part, found)
+            ]
         elif teacher and not problems:
             from ddk_cache.served.teacher import find_teacher
 
             spec, words = opened.spec, str(opened.tokenizer_path)
             how["vocab_size"] = spec.vocab_size
             loaded, _ = find_teacher(teacher, words, str(spec.targets), **how)
-            found = verification.replay(opened, loaded, rows, seed)
-            facts["replay"] = vars(found)
+            replayed = verification.replay(opened, loaded, rows, seed)
+            facts["replay"] = vars(replayed)
         if as_json:
             click.echo(json.dumps(facts, indent=1))
         else:
             show_verified(facts)
         if drop_bad and problems:
-            say(f"Run the same 'ddk-cache build' again to repair {cache}.")
+            again = (
+                "'ddk-cache build' (for what is below pairs/, 'ddk-cache pair')"
+                if pairs
+                else ("'ddk-cache build'")
+            )
+            say(f"Run the same {again} again to repair {cache}.")
             return
-        verification.require_sound(opened, problems, found)
+        verification.require_sound(opened, problems, replayed)
         try:
             opened.require_finished()
+            for _ in pairs:
+                open_pairs(cache)
         except UnfinishedCacheError as error:
             say(str(error))
 

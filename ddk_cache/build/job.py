@@ -25,9 +25,10 @@ from ddk_cache.build.create import add_sources, make_spec, open_for_building, re
 from ddk_cache.build.scoring import Scored, Scorer
 from ddk_cache.build.share import check_rank, pause, share
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.build.tokenize import grow_domain, mend_tokens, plan_domain
+from ddk_cache.build.tokenize import ReadRows, grow_domain, mend_tokens, plan_domain
 from ddk_cache.build.writer import ShardWriter, Stored
 from ddk_cache.console import Progress
+from ddk_cache.corpus.rows import token_rows
 from ddk_cache.corpus.sources import Source, find_sources
 from ddk_cache.errors import CacheError, CorruptCacheError, DDKError, MismatchError, StorageError
 from ddk_cache.format.codec import TargetCodec
@@ -52,6 +53,7 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     write_behind: bool | None = None,
+    read: ReadRows = token_rows,
 ) -> None:
     """Build a cache at a path or a URL, or resume a build that was stopped.
 
@@ -67,6 +69,7 @@ def build_cache(
         world: The number of processes that were given the same call.
         write_behind: Whether a thread writes a shard while the teacher scores the next one. By
             default it does unless the teacher is on the CPU, where both need the same cores.
+        read: What makes rows of the documents of a source; with another one nothing can grow.
 
     Raises:
         InputError: a setting is out of range, or the place holds something else.
@@ -83,7 +86,7 @@ def build_cache(
     open_for_building(store, leases, sources, teacher, tokenizer, config.batch_rows, grow)
     place = rank, world
     try:
-        plan_domains(store, leases, sources, tokenizer, grow, place)
+        plan_domains(store, leases, sources, tokenizer, grow, place, read)
         score_shards(store, leases, teacher, write_behind, place)
     except KeyboardInterrupt:
         raise DDKError(stopped(storage)) from None
@@ -116,6 +119,7 @@ def plan_domains(
     tokenizer: Any,
     grow: bool,
     place: tuple[int, int],
+    read: ReadRows = token_rows,
 ) -> None:
     """Write the token rows of every domain; restore and grow those that were planned before.
 
@@ -123,7 +127,7 @@ def plan_domains(
     cannot be read leaves the cache as it was.
     """
     with Progress("planning", 0, "tokens") as progress:
-        job = Planning(store, leases, {s.name: s for s in sources}, tokenizer, progress)
+        job = Planning(store, leases, {s.name: s for s in sources}, tokenizer, progress, read)
         known, grown = read_root(store.storage).sources, {}
         for name in filter(job.done, job.sources):
             try:
@@ -150,6 +154,7 @@ class Planning:
     sources: Mapping[str, Source]
     tokenizer: Any
     progress: Progress
+    read: ReadRows = token_rows
 
     def todo(self) -> list[str]:
         """Return the domains without a plan."""
@@ -173,7 +178,8 @@ class Planning:
             )
         try:
             advance = partial(self.advance, item)
-            self.fix(item, plan_domain(self.store, self.sources[item], self.tokenizer, advance))
+            source = self.sources[item]
+            self.fix(item, plan_domain(self.store, source, self.tokenizer, advance, self.read))
         except DDKError:
             self.store.clear(item)
             raise
@@ -199,7 +205,7 @@ class Planning:
             plan = read_plan(store.storage, store.spec, name)
             advance = partial(self.advance, name)
             if store.missing_tokens(name, plan):
-                mend_tokens(store, source, self.tokenizer, advance, plan)
+                mend_tokens(store, source, self.tokenizer, advance, plan, self.read)
             grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
         finally:
             self.leases.release(self.lease(name))

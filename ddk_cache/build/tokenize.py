@@ -9,7 +9,7 @@ planning reads the whole corpus; a domain whose planning was interrupted is read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,17 @@ fewer bytes; numbering all ids saves a hundredth more."""
 Advance = Callable[[int], None]
 """Called with the number of tokens done since the last call."""
 
+ReadRows = Callable[..., Iterator[tuple[str, Array, Array]]]
+"""What turns the documents of a source into rows; `token_rows` describes it."""
 
-def plan_domain(store: ShardWriter, source: Source, tokenizer: Any, advance: Advance) -> DomainPlan:
+
+def plan_domain(
+    store: ShardWriter,
+    source: Source,
+    tokenizer: Any,
+    advance: Advance,
+    read: ReadRows = token_rows,
+) -> DomainPlan:
     """Write the token rows of a domain and return its plan.
 
     Raises:
@@ -37,7 +46,9 @@ def plan_domain(store: ShardWriter, source: Source, tokenizer: Any, advance: Adv
     """
     store.clear(source.name)
     counts = np.zeros(store.spec.vocab_size, np.int64)
-    portion = _write_portion(store, source, tokenizer, advance, None, Span(), counts=counts)
+    portion = _write_portion(
+        store, source, tokenizer, advance, None, Span(), read=read, counts=counts
+    )
     frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
     ids = tuple(frequent[counts[frequent] > 0].tolist())
     plan = DomainPlan((portion,), frequent_ids=ids)
@@ -62,7 +73,12 @@ def grow_domain(
 
 
 def mend_tokens(
-    store: ShardWriter, source: Source, tokenizer: Any, advance: Advance, plan: DomainPlan
+    store: ShardWriter,
+    source: Source,
+    tokenizer: Any,
+    advance: Advance,
+    plan: DomainPlan,
+    read: ReadRows = token_rows,
 ) -> None:
     """Write token rows of a planned domain again where they are missing.
 
@@ -75,7 +91,7 @@ def mend_tokens(
         last = before.portions[-1] if before else Portion(0, 0, "", {})
         span = Span(last.documents, portion.documents, last.content, last.tokens)
         cut = dataclasses.replace(source, tokens=portion.tokens)  # as it was, if it was cut
-        made = _write_portion(store, cut, tokenizer, advance, before, span, wanted)
+        made = _write_portion(store, cut, tokenizer, advance, before, span, wanted, read)
         if made != portion:
             raise MismatchError(
                 f"domain {source.name!r} ({source.place}): its documents differ from those that "
@@ -93,6 +109,7 @@ def _write_portion(
     before: DomainPlan | None,
     span: Span,
     wanted: set[ShardKey] | None = None,
+    read: ReadRows = token_rows,
     counts: Array | None = None,
 ) -> Portion:
     """Write the token rows of a span of documents after those of a plan; return their portion.
@@ -101,7 +118,7 @@ def _write_portion(
     """
     spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
     first = {s: shard_count(before, s, spec.shard_rows) if before else 0 for s in SPLITS}
-    blocks = token_rows(
+    blocks = read(
         source,
         tokenizer,
         seq_len=spec.seq_len,

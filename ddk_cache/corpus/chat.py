@@ -53,6 +53,30 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encode
         raise InputError(f"the chat template refuses it: {error}") from error
 
 
+def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant's next turn begins.
+
+    A control token inside a message is tokenized as text.
+
+    Raises:
+        InputError: there is no template, it refuses the messages, or one is not a message.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
+    for number, message in enumerate(messages, 1):
+        _check(number, message)
+    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    guarded = [_guard(message, control) for message in messages]
+    try:
+        text = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # jinja2 raises whatever the template asks for
+        raise InputError(f"the chat template refuses it: {error}") from error
+    ids: list[int] = []
+    for _, piece, literal in _pieces(text, control):
+        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
+    return ids
+
+
 def _check(number: int, message: Mapping[str, Any]) -> None:
     """Raise InputError where a message cannot be attributed, or says nothing."""
     role = message.get("role")

@@ -216,7 +216,7 @@ def documents(source: Source) -> Iterator[Document]:
     """
     found = False
     try:
-        for value in _values(source):
+        for value in values(source):
             document = _document(value, guessed=source.column is None)
             if document:
                 found = True
@@ -227,8 +227,13 @@ def documents(source: Source) -> Iterator[Document]:
         raise InputError(f"domain {source.name!r}: {source.place} holds no document.")
 
 
-def _values(source: Source) -> Iterator[Value]:
-    wanted = [source.column] if source.column else COLUMNS
+def values(source: Source, columns: Sequence[str] = COLUMNS) -> Iterator[Value]:
+    """Yield what one column of a source holds: its own, or the first of `columns` that is there.
+
+    Raises:
+        InputError: the source cannot be read, or has no such column.
+    """
+    wanted = [source.column] if source.column else columns
     if source.path is None:
         yield from select(_hub_records(source), wanted)
     paragraphs = source.loader == "text" and source.files == (source.path,)
