@@ -26,6 +26,7 @@ from ddk_cache.head import scale_and_cap
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
+from ddk_train.loss.sequence import token_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +60,21 @@ class Objective(torch.nn.Module):
         self.narrow = width(student) < teacher_width
 
     def forward(
-        self, tokens_BS1: torch.Tensor, mask_BS: torch.Tensor, targets: Targets | None
-    ) -> Sums:
+        self,
+        tokens_BS1: torch.Tensor,
+        mask_BS: torch.Tensor,
+        targets: Targets | None,
+        *,
+        apart: bool = False,
+    ) -> Sums | torch.Tensor:
         """Return the sums over the positions that `mask` counts.
 
-        `tokens` has one more column than `mask`: the last column is a label only.
+        `tokens` has one more column than `mask`: the last column is a label only. `apart` returns
+        the log-probability (P) of each counted token instead, in the order of the mask.
         """
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS)
+        if apart:
+            return token_logprobs(hidden_PH, head, tokens_BS1[:, 1:][mask_BS])
         targets = targets and self._counted(targets, mask_BS)
         return fused_loss(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets, self.terms)
 
