@@ -26,7 +26,7 @@ from ddk_train.evaluate import GapMeter
 from ddk_train.loss.divergences import check_targets, divergence
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
-from ddk_train.loss.pairs import PairTerms
+from ddk_train.loss.preference import PairTerms
 from ddk_train.optim import learning_rate, optimizer
 from ddk_train.pairs import PairLearner, pair_identity
 from ddk_train.provenance import identity, known_rows, provenance

@@ -21,7 +21,7 @@ from ddk_train.data.mixture import Floats, Ints
 from ddk_train.data.pairs import PairBatch, PairOrder, PairReader, halved
 from ddk_train.distributed import Processes
 from ddk_train.evaluate import sample
-from ddk_train.loss.pairs import PairLoss, PairTerms
+from ddk_train.loss.preference import PairLoss, PairTerms
 from ddk_train.loss.sequence import row_sums
 
 SUMS = ("pair_loss", "margin", "preferred", "reward_teacher", "reward_student")

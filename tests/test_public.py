@@ -25,15 +25,15 @@ CACHE = [
     "CacheError", "CorruptCacheError", "DDKError", "FormatVersionError", "InputError",
     "MismatchError", "NotACacheError", "RowRangeError", "StorageError", "UnfinishedCacheError",
     "UnknownNameError",
-    "build_cache", "find_sources", "load_teacher", "load_tokenizer", "open_cache", "parse_size",
-    "rows_at",
+    "build_cache", "find_sources", "load_teacher", "load_tokenizer", "open_cache", "open_pairs",
+    "parse_size", "rows_at",
 ]  # fmt: skip
 TRAIN = [
     "CacheDataset", "DistillationMixin", "DistillationTrainer", "DomainWeights", "GapCallback",
     "Gaps", "TrainConfig", "cut_student", "distillation_loss", "measure_gaps", "train",
 ]  # fmt: skip
 COMMANDS: dict[click.Group, list[str]] = {
-    cache_main: ["build", "estimate", "head", "info", "verify"],
+    cache_main: ["build", "estimate", "generate", "head", "info", "pair", "verify"],
     train_main: ["cut", "report", "run"],
 }
 HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "zarr"}

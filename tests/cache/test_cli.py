@@ -27,10 +27,15 @@ SETTINGS = (
     "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
     "--shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
 )
+SAMPLING = "--max-new-tokens --temperature --top-p --seed --batch"
 
 OPTIONS = {
     "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
+    "ddk-cache generate": f"--teacher --tokenizer --samples {SAMPLING} --dtype --device "
+    "--trust-remote-code --rank --world",
+    "ddk-cache pair": f"--teacher --student --tokenizer --answers {SAMPLING} --dtype --device "
+    "--trust-remote-code --model --head --rank --world --batch-rows",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
@@ -38,7 +43,8 @@ OPTIONS = {
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
     "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "
-    "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
+    "--gamma --loss --temperature --pairs --pair-rows --rows-weight --beta --margin --per-token "
+    "--steps --rows --micro-rows --lr --min-lr --warmup --schedule "
     "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
     "--precision --gradient-checkpointing --compile --checkpoint-every --keep --patience "
     "--new-rows --log-every --report-to",
