@@ -104,7 +104,7 @@ def pair(
     rank, world = which_process(rank, world)
     place = {"rank": rank, "world": world}
     how: dict[str, Any] = {"dtype": dtype, "device": device}
-    trust = {"trust_remote_code": trust_remote_code}
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     show_logs(first=rank == 0)
     from ddk_cache.hf import load_tokenizer
     from ddk_cache.read.cache import open_cache

@@ -176,12 +176,12 @@ def choose(
     """
     if temperature == 0:
         return logits_BV.argmax(-1)
-    p_BV = (logits_BV.double() / temperature).softmax(-1)
+    p_BV = (logits_BV / temperature).softmax(-1)
     ids_BV = None
     if top_p < 1:
         p_BV, ids_BV = p_BV.sort(stable=True, dim=-1, descending=True)
         p_BV = p_BV.where(p_BV.cumsum(-1) - p_BV < top_p, 0.0)
-    sums_BV = p_BV.cumsum(-1)
+    sums_BV = p_BV.cumsum(-1, dtype=torch.float64)
     wanted_B1 = (chance_B * sums_BV[:, -1])[:, None].minimum(
         sums_BV[:, -1:].nextafter(torch.zeros_like(sums_BV[:, -1:]))
     )
