@@ -1,4 +1,4 @@
-"""ddk-cache estimate | build | generate | pair | info | verify | head: options and printing.
+"""ddk-cache estimate | build | generate | pair | info | show | verify | head: the command line.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
 reported at once.
@@ -14,11 +14,12 @@ from typing import Any
 import click
 
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.console import Commands, Progress, say, show_logs
+from ddk_cache.console import Commands, Known, Progress, say, show_logs
 from ddk_cache.errors import InputError, UnfinishedCacheError
 from ddk_cache.options import HOW, PROCESSES, SERVED, SETTINGS, options, which_process
 from ddk_cache.sequences import cli as sequences
 from ddk_cache.storage.open import open_storage
+from ddk_cache.types import SPLITS, TRAIN
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -177,6 +178,33 @@ def info(cache: str, as_json: bool) -> None:
     for part in pairs:
         click.echo("\npairs of responses, two rows each:")
         show(part)
+
+
+@main.command("show")
+@click.argument("cache")
+@click.option("--domain", required=True, help="Domain of the row.")
+@click.option("--row", type=int, default=0, show_default=True,
+              help="Number of the row in its split, counted from 0.")  # fmt: skip
+@click.option("--split", type=Known("split", SPLITS), default=TRAIN, show_default=True,
+              help="Split of the row.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
+def show_row(cache: str, domain: str, row: int, split: str, as_json: bool) -> None:
+    """Print a row of CACHE as text, with what the loss counts marked.
+
+    A terminal shows what is learned in bold, and control tokens in another color. Elsewhere
+    « and » enclose what is learned.
+    """
+    from ddk_cache.hf import load_tokenizer
+    from ddk_cache.read.cache import open_cache
+    from ddk_cache.show import read_pieces, show
+
+    with open_cache(cache, unfinished=True) as opened:
+        pieces = read_pieces(opened, domain, split, row, load_tokenizer(opened.tokenizer_path))
+    if as_json:
+        place = {"domain": domain, "split": split, "row": row}
+        click.echo(json.dumps(place | {"pieces": [vars(piece) for piece in pieces]}, indent=1))
+    else:
+        show(pieces)
 
 
 @main.command()

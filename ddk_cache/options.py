@@ -12,7 +12,7 @@ from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.share import check_rank
 from ddk_cache.console import Known, options_from
 from ddk_cache.errors import InputError
-from ddk_cache.format.spec import COMPRESSIONS
+from ddk_cache.format.spec import COMPRESSIONS, LEARN
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -24,7 +24,7 @@ RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT
 
 SETTINGS = [
     click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]"),
-    options_from(BuildConfig, choices={"compression": COMPRESSIONS}),
+    options_from(BuildConfig, choices={"compression": COMPRESSIONS, "learn": LEARN}),
 ]
 """What a cache holds."""
 

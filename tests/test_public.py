@@ -33,7 +33,7 @@ TRAIN = [
     "Gaps", "TrainConfig", "cut_student", "distillation_loss", "measure_gaps", "train",
 ]  # fmt: skip
 COMMANDS: dict[click.Group, list[str]] = {
-    cache_main: ["build", "estimate", "generate", "head", "info", "pair", "verify"],
+    cache_main: ["build", "estimate", "generate", "head", "info", "pair", "show", "verify"],
     train_main: ["cut", "report", "run"],
 }
 HEAVY = {"accelerate", "datasets", "peft", "torch", "transformers", "zarr"}

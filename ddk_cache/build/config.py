@@ -54,6 +54,9 @@ class BuildConfig:
     """small (zstd) takes the fewest bytes, fast (lz4) the least time to read."""
     holdout: float = 0.05
     """Share of documents held out for measuring gaps."""
+    learn: str = "assistant"
+    """Tokens of a conversation that the loss counts: what the assistant says, its last message
+    only, or all."""
     chunk_rows: int | None = None
     """Rows in a chunk, the unit of reading.  [default: 4,096 tokens]"""
     shard_rows: int | None = None
@@ -70,7 +73,7 @@ class BuildConfig:
                 raise InputError(
                     f"{name}: got {value!r}, expected a whole number from {least} to {most:,}."
                 )
-        for name in ("targets", "compression"):
+        for name in ("targets", "compression", "learn"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}: got {getattr(self, name)!r}, expected text.")
         if not isinstance(self.temperatures, tuple | list) or not all(
@@ -110,4 +113,5 @@ class BuildConfig:
             temperatures=tuple(sorted({float(t) for t in self.temperatures} - {1.0})),
             seed=self.seed,
             compression=self.compression,
+            learn=self.learn,
         )

@@ -110,8 +110,8 @@ def open_for_building(
             raise _not_ours(storage) from error
     was = read_root(storage)
     planned = _planned(storage, was)
-    settings = was.spec.to_json() | {"batch_rows": was.batch_rows}
-    asked = store.spec.to_json() | {"batch_rows": batch_rows or was.batch_rows}
+    settings = was.spec.settings | {"batch_rows": was.batch_rows}
+    asked = store.spec.settings | {"batch_rows": batch_rows or was.batch_rows}
     if settings != asked and not planned and not leases.others():
         log.info("%s: nothing is planned yet; it takes the new settings", storage.uri())
         was = new_root(store.spec, described, teacher, tokenizer, files, batch_rows)

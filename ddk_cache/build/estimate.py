@@ -28,7 +28,7 @@ from ddk_cache.build.tokenize import FREQUENT
 from ddk_cache.build.writer import ShardWriter
 from ddk_cache.console import Progress
 from ddk_cache.corpus.rows import Tally, token_rows
-from ddk_cache.corpus.sources import Source
+from ddk_cache.corpus.sources import Source, held_by
 from ddk_cache.errors import InputError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
@@ -70,6 +70,7 @@ def estimate_cache(
             tokenizer,
             seq_len=spec.seq_len,
             holdout=spec.holdout,
+            learn=spec.learn,
             probe_rows=probe_rows,
             advance=progress.advance,
         )
@@ -82,7 +83,7 @@ class Counted:
     """What a corpus holds."""
 
     domains: dict[str, dict[str, Any]]
-    """Documents, tokens, and rows by split."""
+    """What documents they are, how many, tokens, and rows by split."""
     sample: tuple[Array, Array]
     """(N, S+1) tokens and (N, S) loss mask of a few rows of every domain."""
 
@@ -98,6 +99,7 @@ def count(
     *,
     seq_len: int,
     holdout: float,
+    learn: str,
     probe_rows: int,
     advance: Callable[[int, str], None],
 ) -> Counted:
@@ -112,12 +114,23 @@ def count(
         tally, rows = Tally(), dict.fromkeys(SPLITS, 0)
         kept: list[tuple[Array, Array]] = []
         for split, tokens, mask in token_rows(
-            source, tokenizer, seq_len=seq_len, holdout=holdout, block=256, tally=tally
+            source,
+            tokenizer,
+            seq_len=seq_len,
+            holdout=holdout,
+            block=256,
+            tally=tally,
+            learn=learn,
         ):
             rows[split] += len(tokens)
             kept = kept or [(tokens[:each], mask[:each])]
             advance(tokens[:, 1:].size, source.name)
-        domains[source.name] = {"documents": tally.documents, "tokens": tally.tokens, "rows": rows}
+        domains[source.name] = {
+            "holds": held_by(source),
+            "documents": tally.documents,
+            "tokens": tally.tokens,
+            "rows": rows,
+        }
         sample += kept
     tokens, mask = (np.concatenate(part)[:probe_rows] for part in zip(*sample, strict=True))
     return Counted(domains, (tokens, mask))
@@ -198,15 +211,17 @@ def show(facts: Mapping[str, Any]) -> None:
     """Print an estimate as a table."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console, spec = Console(), facts["spec"]
     table = Table("domain", box=None, pad_edge=False)
     for column in ("documents", "tokens", "train rows", "held-out rows"):
         table.add_column(column, justify="right")
+    table.add_column("holds")
     for name, domain in facts["domains"].items():
         rows = domain["rows"]
         numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
-        table.add_row(name, *(f"{number:,}" for number in numbers))
+        table.add_row(name, *(f"{number:,}" for number in numbers), Text(domain["holds"]))
     console.print(table)
     size, free = facts["bytes"] / 1e9, facts["free_bytes"]
     bound = "" if facts["measured"] else "at most "

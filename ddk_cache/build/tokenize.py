@@ -126,6 +126,7 @@ def _write_portion(
         block=spec.shard_rows,
         tally=tally,
         span=span,
+        learn=spec.learn,
     )
     for split, tokens, loss_mask in blocks:
         key = ShardKey(source.name, split, first[split] + rows[split] // spec.shard_rows)

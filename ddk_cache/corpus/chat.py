@@ -1,8 +1,10 @@
-"""A conversation → tokens, with the assistant's marked.
+"""A conversation, or a prompt and its response → tokens, with those marked that are learned.
 
-The mask follows from the text that the chat template makes of growing parts of the conversation,
-so any template works that only ever appends; the price is that a conversation of N answers is
-rendered 2 N + 1 times.
+What the assistant said follows from the text that the chat template makes of growing parts of the
+conversation. A template that only appends gives one sample for all of it. One that rewrites earlier
+turns (Qwen3's leaves out their reasoning) shows each turn as it was generated only while that turn
+is the last, so a turn whose text the later ones change is a sample of its own. The price is that a
+conversation of N answers is rendered 2 N + 1 times.
 """
 
 from __future__ import annotations
@@ -12,49 +14,61 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ddk_cache.corpus.document import Conversation, Message, PromptResponse
+from ddk_cache.corpus.spans import (
+    Encoded,
+    Sample,
+    Span,
+    control_tokens,
+    encode_sample,
+    guard,
+)
 from ddk_cache.errors import InputError
-
-Encoded = tuple[list[int], list[bool]]
-"""The tokens of a document, and for each whether it is a label that the loss counts."""
 
 ROLES = ("system", "user", "assistant", "tool")
 
-_MARKS = re.compile("\ue000([0-9]+)\ue001")
-"""What stands for a control token of a message while the template is applied."""
+THINK, END_OF_THINKING = "<think>", "</think>"
+
+_GENERATION = re.compile(r"{%-?\s*generation\s*-?%}")
+
+_TESTS_FOR_NONE = re.compile(r"content(['\"]\])? is (not )?none")
 
 
-def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
-    """Tokenize a conversation by the tokenizer's chat template and mark the assistant's tokens.
+def encode_chat(
+    tokenizer: Any, document: Conversation | PromptResponse, learn: str = "assistant"
+) -> list[Encoded]:
+    """Tokenize a conversation, or a prompt and its response, and mark what is learned.
 
-    A template with `{% generation %}` marks them itself. For any other, the assistant's part of
-    the text is what each of its messages adds to the conversation before it, up to the token that
-    ends the turn. A control token inside a message is tokenized as text, except where the template
-    marks the assistant itself.
+    A prompt and its response are a conversation where the tokenizer has a chat template; else they
+    are joined as text, and the response is learned. `learn` is one of `ddk_cache.format.spec.LEARN`
+    and says which tokens of a conversation are: those of the assistant's messages up to the token
+    that ends the turn, those of the last such message, or all. A control token inside a message is
+    tokenized as text.
+
+    Each turn of the assistant is learned in one of the samples that are returned, in order. There
+    are several where the template rewrites earlier turns. Each is closed by the end-of-text token,
+    which is learned where text is.
 
     Raises:
-        InputError: there is no template, a message has no role, an unknown one or no content, the
-            template refuses the messages, or it rewrites earlier turns, so that what the assistant
-            added is unknown.
+        InputError: there is no template, a message has no role, an unknown one or no content, or
+            the template refuses the messages, or changes them so that what the assistant added is
+            unknown.
     """
-    if not tokenizer.chat_template:
-        raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
-    for number, message in enumerate(messages, 1):
-        _check(number, message)
-    try:
-        if re.search(r"{%-?\s*generation\s*-?%}", tokenizer.chat_template):
-            out = tokenizer.apply_chat_template(
-                list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return list(out["input_ids"]), [bool(flag) for flag in out["assistant_masks"]]
-        return _encode_by_spans(tokenizer, messages)
-    except InputError:
-        raise
-    except Exception as error:  # jinja2 raises whatever the template asks for
-        raise InputError(f"the chat template refuses it: {error}") from error
+    control = control_tokens(tokenizer)
+    if isinstance(document, PromptResponse) and tokenizer.chat_template:
+        document = document.as_conversation()
+    if isinstance(document, PromptResponse):
+        samples, closing = [_joined(guard([document.prompt, document.response], control))], True
+        if learn == "all":
+            samples = [Sample(text, [(0, len(text))]) for text, _ in samples]
+    else:
+        samples, closing = _samples(tokenizer, document, learn, control), learn == "all"
+    encoded = (encode_sample(tokenizer, sample, control) for sample in samples)
+    return [([*ids, tokenizer.eos_token_id], [*learned, closing]) for ids, learned in encoded]
 
 
-def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the tokens of a conversation up to where the assistant's next turn begins.
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens of messages up to where the assistant's next turn begins.
 
     A control token inside a message is tokenized as text.
 
@@ -63,101 +77,202 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list
     """
     if not tokenizer.chat_template:
         raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
-    for number, message in enumerate(messages, 1):
-        _check(number, message)
-    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    guarded = [_guard(message, control) for message in messages]
+    control = control_tokens(tokenizer)
+    plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
     try:
-        text = tokenizer.apply_chat_template(guarded, tokenize=False, add_generation_prompt=True)
+        text = _Template(tokenizer, None).render(guard(plain, control), ask=True)
     except Exception as error:  # jinja2 raises whatever the template asks for
         raise InputError(f"the chat template refuses it: {error}") from error
-    ids: list[int] = []
-    for _, piece, literal in _pieces(text, control):
-        ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=literal)["input_ids"]
-    return ids
+    return encode_sample(tokenizer, Sample(text, ()), control)[0]
 
 
-def _check(number: int, message: Mapping[str, Any]) -> None:
-    """Raise InputError where a message cannot be attributed, or says nothing."""
+def _joined(texts: Sequence[str]) -> Sample:
+    """Join a prompt and a response, by a newline unless one of them has whitespace there."""
+    prompt, response = texts
+    if prompt and not prompt[-1].isspace() and not response[0].isspace():
+        prompt += "\n"
+    return Sample(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
+
+# --- messages -------------------------------------------------------------------------------------
+
+
+def _plain(number: int, message: Message) -> dict[str, Any]:
+    """Return a message as templates expect it: its content a text, and no empty fields.
+
+    Parquet gives every message the fields of all, empty where a message lacks them.
+
+    Raises:
+        InputError: the message cannot be attributed, or says nothing.
+    """
     role = message.get("role")
     if role not in ROLES:
         got = f"role {role!r}" if role is not None else f"no 'role' but {', '.join(message)}"
         raise InputError(f"message {number}: got {got}, expected a role of {', '.join(ROLES)}.")
-    if message.get("content") is None and not message.get("tool_calls"):
+    plain: dict[str, Any] = _without_none(message)
+    content = plain.get("content")
+    if isinstance(content, list):
+        plain["content"] = "".join(_text(part, f"message {number} ({role})") for part in content)
+    elif content is None and plain.get("reasoning_content"):
+        plain["content"] = ""
+    elif content is None and not plain.get("tool_calls"):
         raise InputError(f"message {number} ({role}) has no 'content'.")
+    return plain
 
 
-def _encode_by_spans(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
-    control = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    guarded = [_guard(message, control) for message in messages]
-    text, spans = _spans(tokenizer, guarded, tuple(control))
-    ids: list[int] = []
-    counted: list[bool] = []
-    for first, piece, literal in _pieces(text, control):
-        out = tokenizer(
-            piece,
-            add_special_tokens=False,
-            split_special_tokens=literal,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            verbose=False,
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_none(item) for item in value]
+    return value
+
+
+def _text(part: Any, where: str) -> str:
+    """Return the text of one part of a content. Raises InputError where it has none."""
+    text = part.get("text") if isinstance(part, dict) else part
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        raise InputError(f"{where}: a part of its content is of type {kind!r}, expected text.")
+    return text
+
+
+# --- samples --------------------------------------------------------------------------------------
+
+
+class _Template:
+    """A chat template, with the tools of one conversation."""
+
+    def __init__(self, tokenizer: Any, tools: Any) -> None:
+        self.jinja: str = tokenizer.get_chat_template(tools=tools)
+        self.tools, self.special_tokens = tools, tokenizer.special_tokens_map
+        self.marks = bool(_GENERATION.search(self.jinja))
+        """Whether it marks what the assistant says."""
+
+    def render(self, messages: Sequence[Message], ask: bool = False) -> str:
+        """Return the text of messages; with `ask`, also what makes the assistant answer."""
+        return self.marked(messages, ask)[0]
+
+    def marked(self, messages: Sequence[Message], ask: bool = False) -> tuple[str, Sequence[Span]]:
+        """Return the text of messages and the spans that the template marks.
+
+        The renderer of transformers is called below `apply_chat_template`, which leaves out
+        contents of None and gives no spans of text.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            [list(messages)],
+            tools=self.tools,
+            chat_template=self.jinja,
+            return_assistant_tokens_mask=self.marks,
+            add_generation_prompt=ask,
+            **self.special_tokens,
         )
-        ids += out["input_ids"]
-        for offset, _ in out["offset_mapping"]:
-            place = first if literal else first + offset
-            counted.append(any(begin <= place < end for begin, end in spans))
-    return ids, counted
+        return texts[0], spans[0] if self.marks else ()
 
 
-def _guard(message: Mapping[str, Any], control: Sequence[str]) -> dict[str, Any]:
-    """Return a message in whose content each control token is replaced by a mark."""
-    content = message.get("content")
-    if not isinstance(content, str):
-        return dict(message)
-    for number, token in enumerate(control):
-        content = content.replace(token, f"\ue000{number}\ue001")
-    return {**message, "content": content}
+def _samples(
+    tokenizer: Any, conversation: Conversation, learn: str, control: tuple[str, ...]
+) -> list[Sample]:
+    """Render a conversation as few samples as show each turn that is learned as it was generated.
 
-
-def _pieces(text: str, control: Sequence[str]) -> list[tuple[int, str, bool]]:
-    """Split a text at its marks: (place in the text, piece, whether it was a mark)."""
-    pieces, place = [], 0
-    for mark in _MARKS.finditer(text):
-        pieces.append((place, text[place : mark.start()], False))
-        pieces.append((mark.start(), control[int(mark[1])], True))
-        place = mark.end()
-    pieces.append((place, text[place:], False))
-    return [piece for piece in pieces if piece[1]]
-
-
-def _spans(
-    tokenizer: Any, messages: Sequence[Mapping[str, Any]], control: tuple[str, ...]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation; return its text and where in it the assistant speaks."""
-
-    def render(messages: Sequence[Mapping[str, Any]], ask: bool = False) -> str:
-        return str(
-            tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-        )
-
-    text, spans = render(messages), []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        upto = render(messages[: index + 1])
-        if index:
-            before = render(messages[:index], ask=True)
-        else:  # a header, and perhaps a default system prompt, that no message before it shows
-            letter = "y" if str(message.get("content")).lstrip().startswith("x") else "x"
-            before = _common_start(upto, render([{**message, "content": letter}]))
-        if not (upto.startswith(before) and text.startswith(upto)):
+    Raises:
+        InputError: as `encode_chat`.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
+    messages = [_plain(number, message) for number, message in enumerate(conversation.messages, 1)]
+    turns = [
+        place
+        for place, message in enumerate(messages)
+        if message["role"] == "assistant" and place >= conversation.given
+    ]
+    tools = _without_none(list(conversation.tools)) if conversation.tools else None
+    try:
+        template = _Template(tokenizer, guard(tools, control))
+        if tools and "tools" not in template.jinja:
             raise InputError(
-                "the chat template rewrites earlier turns, so the assistant's part is unknown. "
-                "Give the template {% generation %} marks."
+                "it comes with 'tools', which the chat template leaves out. Give a tokenizer whose "
+                "template has them, or leave the column out."
             )
-        turn = upto.rstrip()  # a template may put a newline after the token that ends the turn
-        spans.append((len(before), len(turn if turn.endswith(control) else upto)))
-    return text, spans
+        if _TESTS_FOR_NONE.search(template.jinja):
+            messages = [{"content": None, **message} for message in messages]
+        messages = guard(messages, control)
+        if learn == "all":
+            text = template.render(messages)
+            return [Sample(text, [(0, len(text))])]
+        return _by_turn(template, messages, turns[-1:] if learn == "last" else turns, control)
+    except InputError:
+        raise
+    except Exception as error:  # jinja2 raises whatever the template asks for
+        raise InputError(f"the chat template refuses it: {error}") from error
+
+
+def _by_turn(
+    template: _Template, messages: list[Message], turns: list[int], control: tuple[str, ...]
+) -> list[Sample]:
+    """Return samples of some turns, in order; a turn is in the sample of a later one whose text
+    begins with its own.
+    """  # noqa: D205
+    text, spans = template.render(messages), list[Span]()
+    samples = []
+    for place in reversed(turns):
+        turn = _turn(template, messages[:place], messages[place], control)
+        if not text.startswith(turn.text):
+            if spans:
+                samples.append(Sample(text, spans))
+            text, spans = turn.text, []
+        spans = [*turn.spans, *spans]
+    return [Sample(text, spans), *reversed(samples)]
+
+
+def _turn(
+    template: _Template, history: list[Message], message: Message, control: tuple[str, ...]
+) -> Sample:
+    """Render a message of the assistant after what came before it; the message is learned.
+
+    Raises:
+        InputError: the template changes the history, so that where the message begins is unknown.
+    """
+    text, marked = template.marked([*history, message])
+    before = template.render(history) if history else ""
+    if template.marks:
+        begin = len(_common_start(text, before))
+        return Sample(text, [span for span in marked if span[0] >= begin])
+    prompt = template.render(history, ask=True) if history else ""
+    if history and text.startswith(prompt):
+        return Sample(text, [(len(prompt), _end(text, control))])
+    # A header, and perhaps a default system prompt, that what came before does not show.
+    content = str(message.get("content"))
+    other = {"role": "assistant", "content": "y" if content.lstrip().startswith("x") else "x"}
+    header = _common_start(text, template.render([*history, other]))
+    if not header.startswith(before):
+        raise InputError(
+            "the chat template rewrites earlier turns, so the assistant's part is unknown. "
+            "Give the template {% generation %} marks."
+        )
+    if prompt.removeprefix(header).strip() == THINK and END_OF_THINKING in content:
+        text = prompt + _thought(content, text.removeprefix(header))
+        header = prompt
+    return Sample(text, [(len(header), _end(text, control))])
+
+
+def _thought(content: str, shown: str) -> str:
+    """Return a message as it was generated where the template leaves out all reasoning.
+
+    DeepSeek-R1's and QwQ's do, and put `<think>` into their prompt for an answer. `shown` is what
+    the template makes of the message: the answer and the end of the turn.
+    """
+    answer = content.rpartition(END_OF_THINKING)[2].strip()
+    end = shown.rpartition(answer)[2] if answer else shown.lstrip()
+    return content.strip().removeprefix(THINK).lstrip("\n") + end
+
+
+def _end(text: str, control: tuple[str, ...]) -> int:
+    """Return where a turn ends: a template may put a newline after the token that ends it."""
+    turn = text.rstrip()
+    return len(turn) if turn.endswith(control) else len(text)
 
 
 def _common_start(one: str, other: str) -> str:

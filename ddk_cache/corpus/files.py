@@ -1,6 +1,6 @@
-"""The values of one column of a local file: text, JSON, CSV or Parquet, plain or compressed.
+"""Some columns of a local file: text, JSON, CSV or Parquet, plain or compressed.
 
-Files are opened by their literal name and read as a stream; only the column that is asked for is
+Files are opened by their literal name and read as a stream; only the columns that are asked for are
 looked at, and a message names the line. `datasets`, which reads the hub, takes local names for
 glob patterns, casts every column, and reads a compressed file that was cut short as a whole one.
 The price is one short reader per format.
@@ -16,7 +16,7 @@ import itertools
 import json
 import lzma
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -55,13 +55,28 @@ PARQUET_ROWS = 32
 """Rows of a Parquet file decoded at once."""
 
 
-class Value(NamedTuple):
-    """What a column holds at one place."""
+class Layout(NamedTuple):
+    """Columns that make up a document together."""
+
+    needed: tuple[str, ...]
+    """A file has this layout if it has all of these."""
+    optional: tuple[str, ...] = ()
+    """Read too where they are there."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Return all of them."""
+        return (*self.needed, *self.optional)
+
+
+class Fields(NamedTuple):
+    """What the columns of a layout hold at one place."""
 
     where: str
     """For messages: "web/a.jsonl: line 3"."""
-    column: str
-    value: Any
+    layout: Layout
+    values: Mapping[str, Any]
+    """By column; a column that has none there may be missing."""
 
 
 def kind_of(path: Path) -> str | None:
@@ -70,22 +85,22 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(path.with_suffix("").suffix.lower() if last in COMPRESSED else last)
 
 
-def read(path: Path, kind: str, wanted: Sequence[str]) -> Iterator[Value]:
-    """Yield the values of the first of the columns `wanted` that a file has, in order.
+def read(path: Path, kind: str, wanted: Sequence[Layout]) -> Iterator[Fields]:
+    """Yield what a file holds in the columns of the first of the layouts `wanted` that it has.
 
-    `kind` is one of READERS. A file of kind `text` is one value of a column `text`, of kind
+    `kind` is one of READERS. A file of kind `text` has one value in a column `text`, of kind
     `paragraphs` one per block between blank lines. A JSON file holds an object per line, an array
     of objects or texts, or one object of equally long lists.
 
     Raises:
         InputError: the file is unreadable, truncated, malformed or not UTF-8, has none of the
-            columns, or has a line longer than LIMIT.
+            layouts, or has a line longer than LIMIT.
     """
     opened = COMPRESSED.get(path.suffix.lower(), _open)
     try:
         with opened(path) as file:
-            for value in READERS[kind](file, wanted):
-                yield value._replace(where=f"{path}: {value.where}")
+            for fields in READERS[kind](file, wanted):
+                yield fields._replace(where=f"{path}: {fields.where}")
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except EOFError as error:
@@ -99,15 +114,15 @@ def read(path: Path, kind: str, wanted: Sequence[str]) -> Iterator[Value]:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def select(records: Iterable[tuple[str, Any]], wanted: Sequence[str]) -> Iterator[Value]:
-    """Yield the values of one column of records: the first of `wanted` that any record has.
+def select(records: Iterable[tuple[str, Any]], wanted: Sequence[Layout]) -> Iterator[Fields]:
+    """Yield the fields of records: those of the first of `wanted` that any record has.
 
-    A record is a mapping or a plain text; one without the column gives None.
+    A record is a mapping or a plain text; one without a column gives None.
 
     Raises:
-        InputError: a record is neither, or none has a wanted column.
+        InputError: a record is neither, or none has a wanted layout.
     """
-    column: str | None = None
+    layout: Layout | None = None
     columns: list[str] = []
     for where, record in records:
         if isinstance(record, str):
@@ -115,45 +130,53 @@ def select(records: Iterable[tuple[str, Any]], wanted: Sequence[str]) -> Iterato
         if not isinstance(record, Mapping):
             raise InputError(f"{where}: got {type(record).__name__}, expected an object.")
         columns = columns or list(record)
-        column = column or next((name for name in wanted if name in record), None)
-        if column:
-            yield Value(where, column, record.get(column))
-    if columns and not column:
+        layout = layout or _first(record, wanted)
+        if layout:
+            yield Fields(where, layout, {name: record.get(name) for name in layout.columns})
+    if columns and not layout:
         pick(columns, wanted)
 
 
-def pick(columns: Sequence[str], wanted: Sequence[str]) -> str:
-    """Return the first wanted column that is there. Raises InputError where none is."""
-    for name in wanted:
-        if name in columns:
-            return name
+def pick(columns: Sequence[str], wanted: Sequence[Layout]) -> Layout:
+    """Return the first wanted layout that some columns have, less what is not there of the
+    optional ones. Raises InputError where they have none.
+    """  # noqa: D205
+    layout = _first(columns, wanted)
+    if layout:
+        return layout._replace(optional=tuple(n for n in layout.optional if n in columns))
+    known = " or ".join(" with ".join(map(repr, layout.needed)) for layout in wanted)
     raise InputError(
-        f"no column {' or '.join(map(repr, wanted))}. Its columns: {', '.join(columns)}. Name one "
-        "with 'column:' in a mix file."
+        f"no column {known}. Its columns: {', '.join(columns)}. Name one with 'column:' in a mix "
+        "file."
     )
+
+
+def _first(columns: Container[str], wanted: Sequence[Layout]) -> Layout | None:
+    fits = (layout for layout in wanted if all(name in columns for name in layout.needed))
+    return next(fits, None)
 
 
 # --- one reader per format ------------------------------------------------------------------------
 
 
-def _text(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Value]:
-    text = _whole(io.TextIOWrapper(file, "utf-8-sig"))
-    yield Value("the whole file", pick(["text"], wanted), text)
+def _text(file: IO[bytes], wanted: Sequence[Layout]) -> Iterator[Fields]:
+    layout, text = pick(["text"], wanted), _whole(io.TextIOWrapper(file, "utf-8-sig"))
+    yield Fields("the whole file", layout, {"text": text})
 
 
-def _paragraphs(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Value]:
-    column, numbers, text = pick(["text"], wanted), itertools.count(1), ""
+def _paragraphs(file: IO[bytes], wanted: Sequence[Layout]) -> Iterator[Fields]:
+    layout, numbers, text = pick(["text"], wanted), itertools.count(1), ""
     stream = io.TextIOWrapper(file, "utf-8-sig")
     while more := stream.read(max(CHUNK, len(text))):  # doubled: time linear in a long block
         *blocks, text = (text + more).split("\n\n")
         for block in blocks:
-            yield Value(f"paragraph {next(numbers)}", column, block)
+            yield Fields(f"paragraph {next(numbers)}", layout, {"text": block})
         if len(text) > LIMIT:
             raise InputError(f"paragraph {next(numbers)}: longer than {LIMIT:,} characters.")
-    yield Value(f"paragraph {next(numbers)}", column, text)
+    yield Fields(f"paragraph {next(numbers)}", layout, {"text": text})
 
 
-def _json(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Value]:
+def _json(file: IO[bytes], wanted: Sequence[Layout]) -> Iterator[Fields]:
     return select(_json_records(file), wanted)
 
 
@@ -198,23 +221,23 @@ def _table(value: Any) -> list[Any]:
     return [value]
 
 
-def _csv(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Value]:
+def _csv(file: IO[bytes], wanted: Sequence[Layout]) -> Iterator[Fields]:
     csv.field_size_limit(LIMIT)  # its default of 128 kB is less than a document
     reader = csv.reader((line for _, line in _lines(file)), strict=True)
     rows = _csv_rows(reader)
     header = next(rows, [])
     if not header:
         return
-    column = pick(header, wanted)
-    index = header.index(column)
+    layout = pick(header, wanted)
+    places = {name: header.index(name) for name in layout.columns}
     for row in rows:
         if len(row) > len(header):
             raise InputError(
                 f"line {reader.line_num}: got {len(row)} fields, expected {len(header)}. Put "
                 "quotes around a field that holds a comma."
             )
-        value = row[index] if index < len(row) else None
-        yield Value(f"line {reader.line_num}", column, value)
+        values = {name: row[place] for name, place in places.items() if place < len(row)}
+        yield Fields(f"line {reader.line_num}", layout, values)
 
 
 def _csv_rows(reader: Any) -> Iterator[list[str]]:
@@ -225,19 +248,19 @@ def _csv_rows(reader: Any) -> Iterator[list[str]]:
         raise InputError(f"line {reader.line_num}: {error}.") from error
 
 
-def _parquet(file: IO[bytes], wanted: Sequence[str]) -> Iterator[Value]:
+def _parquet(file: IO[bytes], wanted: Sequence[Layout]) -> Iterator[Fields]:
     import pyarrow.parquet as pq
 
     plain = isinstance(file, io.BufferedReader)
     table = pq.ParquetFile(file if plain else io.BytesIO(_whole(file)))
-    column = pick(table.schema_arrow.names, wanted)
+    layout = pick(table.schema_arrow.names, wanted)
     numbers = itertools.count(1)
-    for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
-        for value in batch.column(0).to_pylist():
-            yield Value(f"row {next(numbers)}", column, value)
+    for batch in table.iter_batches(PARQUET_ROWS, columns=list(layout.columns)):
+        for values in batch.to_pylist():
+            yield Fields(f"row {next(numbers)}", layout, values)
 
 
-READERS: dict[str, Callable[[IO[bytes], Sequence[str]], Iterator[Value]]] = {
+READERS: dict[str, Callable[[IO[bytes], Sequence[Layout]], Iterator[Fields]]] = {
     "text": _text,
     "paragraphs": _paragraphs,
     "json": _json,

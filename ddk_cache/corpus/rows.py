@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ddk_cache.corpus.chat import Encoded, encode_chat
-from ddk_cache.corpus.sources import Document, Source, documents
+from ddk_cache.corpus.chat import encode_chat
+from ddk_cache.corpus.document import Document
+from ddk_cache.corpus.sources import Source, documents
+from ddk_cache.corpus.spans import Encoded
 from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.hashing import canonical
 from ddk_cache.types import SPLITS, Array
@@ -39,7 +41,7 @@ def content(document: Document) -> bytes:
     """Return the bytes that identify a document."""
     if isinstance(document, str):
         return document.encode("utf-8", "surrogatepass")
-    return canonical(document)
+    return canonical(document.identity)
 
 
 def split_of(data: bytes, holdout: float) -> str:
@@ -51,11 +53,14 @@ def split_of(data: bytes, holdout: float) -> str:
 # --- tokens ---------------------------------------------------------------------------------------
 
 
-def encode(tokenizer: Any, batch: Sequence[Document], first: int = 1) -> list[Encoded]:
-    """Tokenize documents, each closed by the end-of-text token.
+def encode(
+    tokenizer: Any, batch: Sequence[Document], first: int = 1, learn: str = "assistant"
+) -> list[list[Encoded]]:
+    """Tokenize documents, each as one or several samples closed by the end-of-text token.
 
-    A control token that stands in a document is tokenized as the text that it is there. In a
-    conversation only what the assistant says is counted. `first` is the number of the first
+    A text is one sample, of which all is counted, and a control token that stands in it is
+    tokenized as the text that it is there. Of the others `learn` says what is counted, and a
+    conversation may be several samples; see `encode_chat`. `first` is the number of the first
     document, for messages.
 
     Raises:
@@ -64,17 +69,16 @@ def encode(tokenizer: Any, batch: Sequence[Document], first: int = 1) -> list[En
     texts = [document for document in batch if isinstance(document, str)]
     ids = iter(_encode_texts(tokenizer, texts) if texts else [])
     eos = tokenizer.eos_token_id
-    encoded: list[Encoded] = []
+    encoded: list[list[Encoded]] = []
     for number, document in enumerate(batch, first):
         if isinstance(document, str):
             tokens = [*next(ids), eos]
-            encoded.append((tokens, [True] * len(tokens)))
+            encoded.append([(tokens, [True] * len(tokens))])
             continue
         try:
-            tokens, counted = encode_chat(tokenizer, document)
+            encoded.append(encode_chat(tokenizer, document, learn))
         except InputError as error:
             raise InputError(f"conversation {number:,}: {error}") from error
-        encoded.append(([*tokens, eos], [*counted, False]))
     return encoded
 
 
@@ -162,6 +166,7 @@ def token_rows(
     block: int,
     tally: Tally,
     span: Span = Span(),
+    learn: str = "assistant",
 ) -> Iterator[tuple[str, Array, Array]]:
     """Yield (split, tokens (n, S+1), loss mask (n, S)): n = `block`, less in a split's last.
 
@@ -174,7 +179,7 @@ def token_rows(
         MismatchError: the documents before the span differ from those it was planned with.
     """
     rows, counted = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    stream = _encoded(source, tokenizer, holdout, tally, span)
+    stream = _encoded(source, tokenizer, holdout, tally, span, learn)
     for split, tokens, loss_mask in _blocks(stream, seq_len, block):
         rows[split] += len(tokens)
         counted[split] += int(loss_mask.sum())
@@ -220,7 +225,7 @@ def _blocks(
 
 
 def _encoded(
-    source: Source, tokenizer: Any, holdout: float, tally: Tally, span: Span
+    source: Source, tokenizer: Any, holdout: float, tally: Tally, span: Span, learn: str
 ) -> Iterator[tuple[str, Encoded]]:
     reading: Iterator[Identified]
     reading = ((document, content(document)) for document in documents(source))
@@ -237,16 +242,19 @@ def _encoded(
     if span.stop is not None:
         reading = itertools.islice(reading, span.stop - span.skip)
     for batch in _batches(reading):
+        numbered = [document for document, _ in batch], tally.documents + 1
         try:
-            encoded = encode(tokenizer, [document for document, _ in batch], tally.documents + 1)
+            encoded = encode(tokenizer, *numbered, learn)
         except InputError as error:
             raise InputError(f"domain {source.name!r} ({source.place}): {error}") from error
-        for (_, data), (tokens, counted) in zip(batch, encoded, strict=True):
-            room = source.tokens - tally.tokens if source.tokens else len(tokens)
-            tally.add(data, min(len(tokens), room))
-            yield split_of(data, holdout), (tokens[:room], counted[:room])
-            if source.tokens and tally.tokens >= source.tokens:
-                return
+        for (_, data), samples in zip(batch, encoded, strict=True):
+            tally.add(data, 0)
+            for tokens, counted in samples:
+                room = source.tokens - tally.tokens if source.tokens else len(tokens)
+                tally.tokens += min(len(tokens), room)
+                yield split_of(data, holdout), (tokens[:room], counted[:room])
+                if source.tokens and tally.tokens >= source.tokens:
+                    return
 
 
 def _batches(items: Iterable[Identified]) -> Iterator[list[Identified]]:

@@ -16,17 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from ddk_cache.atomic import PARTIAL
-from ddk_cache.corpus.files import COMPRESSED, KINDS, Value, kind_of, read, select
+from ddk_cache.corpus.document import LAYOUTS, Document, describe, document_of, layouts_of
+from ddk_cache.corpus.files import COMPRESSED, KINDS, Fields, Layout, kind_of, read, select
 from ddk_cache.corpus.mix import Entry, read_mix
 from ddk_cache.errors import InputError
 from ddk_cache.format.layout import ROOT
 from ddk_cache.format.spec import check_name
-
-Document = str | list[dict[str, Any]]
-"""A text, or the messages of a conversation."""
-
-COLUMNS = ("messages", "text")
-"""Where documents are looked for when no column is named."""
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +40,7 @@ class Source:
     config: str | None = None
     split: str = "train"
     column: str | None = None
-    """The column that holds the documents; by default `messages` or `text`."""
+    """The column that holds the documents; by default they are looked for, see `layouts_of`."""
     tokens: int | None = None
     """Stop at this many tokens; the document that reaches them is cut."""
 
@@ -216,9 +211,11 @@ def documents(source: Source) -> Iterator[Document]:
     """
     found = False
     try:
-        for value in values(source):
-            document = _document(value, guessed=source.column is None)
+        for fields in read_fields(source):
+            document = document_of(fields)
             if document:
+                if not found and not isinstance(document, str):
+                    log.info("domain %r holds %s", source.name, describe(fields))
                 found = True
                 yield document
     except InputError as error:
@@ -227,33 +224,28 @@ def documents(source: Source) -> Iterator[Document]:
         raise InputError(f"domain {source.name!r}: {source.place} holds no document.")
 
 
-def values(source: Source, columns: Sequence[str] = COLUMNS) -> Iterator[Value]:
-    """Yield what one column of a source holds: its own, or the first of `columns` that is there.
+def held_by(source: Source) -> str:
+    """Return what the first document of a source is, and in which columns it was found.
 
     Raises:
-        InputError: the source cannot be read, or has no such column.
+        InputError: the source cannot be read up to there.
     """
-    wanted = [source.column] if source.column else columns
+    described = (describe(fields) for fields in read_fields(source) if document_of(fields))
+    return next(described, "no document")
+
+
+def read_fields(source: Source, layouts: Sequence[Layout] = LAYOUTS) -> Iterator[Fields]:
+    """Yield what a source holds in its own column, or in the first of the layouts that it has.
+
+    Raises:
+        InputError: the source cannot be read, or has none of the layouts.
+    """
+    wanted = layouts_of(source.column) if source.column else layouts
     if source.path is None:
         yield from select(_hub_records(source), wanted)
     paragraphs = source.loader == "text" and source.files == (source.path,)
     for file in source.files:
         yield from read(Path(file), "paragraphs" if paragraphs else source.loader, wanted)
-
-
-def _document(value: Value, guessed: bool) -> Document | None:
-    """Return the document in a column; None where there is none. Raises InputError."""
-    where, column, content = value
-    if not content or (isinstance(content, str) and content.isspace()):
-        return None
-    messages = isinstance(content, list)
-    if messages and all(isinstance(message, dict) for message in content):
-        return list(content)
-    if isinstance(content, str) and not (guessed and column == "messages"):
-        return content
-    held = f"list of {type(content[0]).__name__}" if messages else type(content).__name__
-    expected = "a list of messages" if column == "messages" else "text or a list of messages"
-    raise InputError(f"{where}: column {column!r} holds {held}, expected {expected}.")
 
 
 def _hub_records(source: Source) -> Iterator[tuple[str, Any]]:

@@ -114,6 +114,17 @@ MOST_TEMPERATURES = 16
 COMPRESSIONS = ("small", "fast")
 """zstd for fewer bytes, lz4 for less work at every reading."""
 
+LEARN = ("assistant", "last", "all")
+"""Tokens of a conversation that the loss counts: all that the assistant says, its last message, or
+every token."""
+
+WORDS = {"compression": COMPRESSIONS, "learn": LEARN}
+"""Settings that are one of a few words."""
+
+ADDED = ("learn",)
+"""Settings that the first caches of this format do not have. They are written only where they are
+not the default, so that a cache without them keeps its fingerprint."""
+
 TOKEN_ARRAYS = ("tokens", "loss_mask")
 """Written when the rows are planned, before the teacher runs."""
 
@@ -158,6 +169,8 @@ class CacheSpec:
     """Seed for drawing sampled targets."""
     compression: str = "small"
     """One of `COMPRESSIONS`."""
+    learn: str = "assistant"
+    """One of `LEARN`."""
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -197,8 +210,9 @@ class CacheSpec:
             raise InputError(f"prob_levels: got {self.prob_levels}, expected 16 to 255.")
         if type(self.seed) is not int or not 0 <= self.seed < 2**63:
             raise InputError(f"seed: got {self.seed}, expected a whole number from 0 to 2^63 - 1.")
-        if self.compression not in COMPRESSIONS:
-            raise InputError(unknown("compression", str(self.compression), COMPRESSIONS))
+        for name, words in WORDS.items():
+            if getattr(self, name) not in words:
+                raise InputError(unknown(name, str(getattr(self, name)), words))
         declared = self.temperatures
         if (
             type(declared) is not tuple
@@ -264,13 +278,23 @@ class CacheSpec:
         """Return how many bytes an id needs."""
         return max(1, -(-(self.vocab_size - 1).bit_length() // 8))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values; `from_json` reads them back."""
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting as plain JSON values."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "targets": str(self.targets),
             "teacher": dict(self.teacher),
             "tokenizer": dict(self.tokenizer),
             "temperatures": list(self.temperatures),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values, as they are stored; `from_json` reads them back."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in self.settings.items()
+            if name not in ADDED or value != defaults[name]
         }
 
     @classmethod

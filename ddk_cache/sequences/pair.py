@@ -25,7 +25,7 @@ from ddk_cache.build.config import CHUNK_TOKENS, SHARD_TOKENS, BuildConfig
 from ddk_cache.build.create import compare
 from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
-from ddk_cache.corpus.rows import Span, Tally, content, split_of
+from ddk_cache.corpus.rows import Span, Tally, split_of
 from ddk_cache.corpus.sources import Source
 from ddk_cache.errors import InputError
 from ddk_cache.format.layout import pairs_of
@@ -94,8 +94,12 @@ class PairRows:
         block: int,
         tally: Tally,
         span: Span,
+        **_: object,
     ) -> Iterator[tuple[str, Array, Array]]:
-        """Yield (split, tokens (n, S+1), loss mask (n, S)), two rows for each pair."""
+        """Yield (split, tokens (n, S+1), loss mask (n, S)), two rows for each pair.
+
+        Other settings are about rows of documents.
+        """
         fill = tokenizer.eos_token_id
         waiting: dict[str, list[tuple[Array, Array]]] = {split: [] for split in SPLITS}
         for pair in self.pairs[source.name]:
@@ -247,7 +251,7 @@ def read_pairs(source: Source, answers: Path, tokenizer: Any, most: int) -> list
                 f"{answers}: there is no answer to prompt {number + 1:,} of {source.name!r}. Run "
                 "'ddk-cache pair' again, with another --answers if the prompts have changed."
             )
-        pair = Pair(asked, (theirs, said[number]), document(prompts[number], tokenizer))
+        pair = Pair(asked, (theirs, said[number]), prompts[number].content)
         if theirs == said[number]:
             equal += 1
         elif pair.longest > most + 1:
@@ -262,14 +266,6 @@ def read_pairs(source: Source, answers: Path, tokenizer: Any, most: int) -> list
         )
     log.info(f"{source.name}: {len(found):,} pairs; left out: {counts}")
     return found
-
-
-def document(prompt: Prompt, tokenizer: Any) -> bytes:
-    """Return the bytes of the document that a cache of these responses has for a prompt."""
-    spoken = [*prompt.messages, {"role": "assistant", "content": prompt.response}]
-    if isinstance(prompt.asked, str) and not tokenizer.chat_template:
-        return content(prompt.asked)
-    return content([{"role": m["role"], "content": m["content"]} for m in spoken])
 
 
 def read_answers(folder: Path) -> tuple[dict[str, Any], dict[int, tuple[int, ...]]]:

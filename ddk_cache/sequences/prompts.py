@@ -1,9 +1,9 @@
 """Prompts, and prompts with a response, from the documents of a corpus.
 
-A prompt is a text (column `prompt`) or the messages of a conversation (column `messages`) that end
-where the assistant is to speak. With a chat template a text becomes the message of a user, so that
-both kinds reach a model in the form that it was trained on; the price is that a text for a model
-that has a template cannot be given without one.
+A prompt is a text (column `prompt`) or messages (column `messages` or `prompt`) that end where the
+assistant is to speak. With a chat template a text becomes the message of a user, so that both kinds
+reach a model in the form that it was trained on; the price is that a text for a model that has a
+template cannot be given without one.
 
 What `generate` wrote is known by its metadata and read with its token ids: text → ids → text is
 not always the way back to the tokens that a model chose.
@@ -11,10 +11,8 @@ not always the way back to the tokens that a model chose.
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +21,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ddk_cache.corpus.chat import encode_prompt
-from ddk_cache.corpus.files import Value
-from ddk_cache.corpus.sources import Source, values
+from ddk_cache.corpus.document import LAYOUTS, Conversation, Document, PromptResponse, document_of
+from ddk_cache.corpus.files import Layout
+from ddk_cache.corpus.rows import content
+from ddk_cache.corpus.sources import Source, read_fields
 from ddk_cache.errors import InputError
 from ddk_cache.hashing import canonical, digest
 
 Messages = list[dict[str, Any]]
 
-COLUMNS = ("messages", "prompt")
-"""Where prompts are looked for when no column is named."""
+PROMPTS = (Layout(("messages",)), Layout(("prompt",)))
+"""Where prompts are looked for when no column is named: the first that a file has."""
 
 METADATA = b"ddk"
 """Key of the metadata of a Parquet file of responses."""
@@ -45,6 +45,8 @@ class Prompt:
     where: str
     """For messages: "web/a.jsonl: line 3"."""
     response: str = ""
+    content: bytes = b""
+    """What identifies the document of prompt and response."""
     response_ids: tuple[int, ...] = ()
     """The tokens of the response, where they are known."""
 
@@ -61,14 +63,19 @@ class Prompt:
         return self.asked
 
     def encode(self, tokenizer: Any) -> list[int]:
-        """Return the tokens of what is asked. Raises InputError, as `encode_prompt`, or for none.
+        """Return the tokens of what is asked, up to where the response begins.
 
-        Without a chat template the tokens of a text are those of the text alone.
+        Without a chat template they are those of the text, which a newline ends, as in a cache of
+        prompts with responses.
+
+        Raises:
+            InputError: as `encode_prompt`, or there is no token.
         """
-        if isinstance(self.asked, str) and not tokenizer.chat_template:
-            ids = plain_ids(tokenizer, self.asked)
-        else:
+        if not isinstance(self.asked, str) or tokenizer.chat_template:
             ids = encode_prompt(tokenizer, self.messages)
+        else:
+            ends = not self.asked or self.asked[-1].isspace()
+            ids = plain_ids(tokenizer, self.asked if ends else f"{self.asked}\n")
         if not ids:
             raise InputError("the prompt has no token.")
         return ids
@@ -87,31 +94,21 @@ def read_prompts(source: Source) -> Iterator[Prompt]:
         InputError: the source cannot be read, has no prompt or no such column, or a conversation
             ends with the assistant.
     """
-
-    def unanswered(value: Value) -> Prompt:
-        prompt = _prompt(value)
-        if prompt.response:
-            raise InputError(
-                f"{value.where}: the conversation ends with the assistant, expected a turn of the "
-                "user. Remove the last message."
-            )
-        return prompt
-
-    return _found(source, map(unanswered, filter(_is_there, values(source, COLUMNS))))
+    return _found(source, map(_unanswered, _documents(source, PROMPTS)))
 
 
 def read_answered(source: Source) -> Iterator[Prompt]:
     """Yield the prompts of a source with their responses, in order.
 
     The source was written by `generate`, or has conversations that end with the assistant, or
-    columns `prompt` and `response`.
+    prompts and responses as `ddk-cache build` takes them.
 
     Raises:
         InputError: the source cannot be read, or a prompt has no response.
     """
-    generated = any(written_with(Path(file)) for file in source.files[:1])
-    read = _read_generated if generated else _read_columns
-    return _found(source, map(_answered, read(source)))
+    if any(written_with(Path(file)) for file in source.files[:1]):
+        return _found(source, _generated(source))
+    return _found(source, map(_answered, _documents(source)))
 
 
 def written_with(file: Path) -> dict[str, Any]:
@@ -124,28 +121,27 @@ def written_with(file: Path) -> dict[str, Any]:
     return dict(json.loads(found)) if found else {}
 
 
-def _read_generated(source: Source) -> Iterator[Prompt]:
+def _documents(
+    source: Source, layouts: Sequence[Layout] = LAYOUTS
+) -> Iterator[tuple[str, Document]]:
+    """Yield where each document of a source is, and the document."""
+    for fields in read_fields(source, layouts):
+        document = document_of(fields)
+        if document:
+            yield fields.where, document
+
+
+def _generated(source: Source) -> Iterator[Prompt]:
     for file in source.files:
         with Path(file).open("rb") as opened:
             table = pq.read_table(opened)
         for number, row in enumerate(table.to_pylist(), 1):
-            asked = row["messages"][:-1] if "messages" in row else row["prompt"]
+            said: Document = PromptResponse(row["prompt"], row["response"])
+            if "messages" in row:
+                said = Conversation(row["messages"])
             where, ids = f"{file}: row {number}", tuple(row["response_ids"])
-            yield Prompt(asked, where, row["response"], ids)
-
-
-def _read_columns(source: Source) -> Iterator[Prompt]:
-    asked = values(source, COLUMNS)
-    first = next(asked, None)
-    if first is None:
-        return
-    stream = itertools.chain([first], asked)
-    if first.column == "messages":
-        yield from map(_prompt, filter(_is_there, stream))
-        return
-    responses = values(dataclasses.replace(source, column="response"))
-    for value, response in zip(stream, responses, strict=True):
-        yield dataclasses.replace(_prompt(value), response=response.value)
+            asked = row["messages"][:-1] if "messages" in row else row["prompt"]
+            yield Prompt(asked, where, row["response"], content(said), ids)
 
 
 def _found(source: Source, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
@@ -161,33 +157,35 @@ def _found(source: Source, prompts: Iterable[Prompt]) -> Iterator[Prompt]:
         raise InputError(f"domain {source.name!r}: {source.place} holds no prompt.")
 
 
-def _is_there(value: Value) -> bool:
-    return bool(value.value.strip() if isinstance(value.value, str) else value.value)
-
-
-def _prompt(value: Value) -> Prompt:
-    """Return what a column holds as a prompt, with the assistant's last turn as its response."""
-    where, column, content = value
-    if isinstance(content, str) and column != "messages":
-        return Prompt(content, where)
-    if not isinstance(content, list) or not all(isinstance(m, Mapping) for m in content):
-        expected = "a list of messages" if column == "messages" else "text or a list of messages"
+def _unanswered(found: tuple[str, Document]) -> Prompt:
+    """Return a document as a prompt. Raises InputError where it ends with a response."""
+    where, document = found
+    if isinstance(document, str):
+        return Prompt(document, where)
+    assert isinstance(document, Conversation)  # what `PROMPTS` hold
+    messages = [dict(message) for message in document.messages]
+    if messages[-1].get("role") == "assistant":
         raise InputError(
-            f"{where}: column {column!r} holds {type(content).__name__}, expected {expected}."
+            f"{where}: the conversation ends with the assistant, expected a turn of the user. "
+            "Remove the last message."
         )
-    messages = [dict(message) for message in content]
-    if messages[-1].get("role") != "assistant":
-        return Prompt(messages, where)
-    return Prompt(messages[:-1], where, str(messages[-1].get("content") or ""))
+    return Prompt(messages, where)
 
 
-def _answered(prompt: Prompt) -> Prompt:
-    if not isinstance(prompt.response, str) or not (prompt.response or prompt.response_ids):
-        raise InputError(
-            f"{prompt.where}: the prompt has no response. Give a data set with responses, or the "
-            "directory that 'ddk-cache generate' wrote."
-        )
-    return prompt
+def _answered(found: tuple[str, Document]) -> Prompt:
+    """Return a document as a prompt with its response. Raises InputError where it has none."""
+    where, document = found
+    if isinstance(document, PromptResponse):
+        return Prompt(document.prompt, where, document.response, content(document))
+    if isinstance(document, Conversation):
+        *asked, last = (dict(message) for message in document.messages)
+        response = last.get("content")
+        if asked and last.get("role") == "assistant" and isinstance(response, str) and response:
+            return Prompt(asked, where, response, content(document))
+    raise InputError(
+        f"{where}: the prompt has no response. Give a data set with responses, or the directory "
+        "that 'ddk-cache generate' wrote."
+    )
 
 
 def encoded(

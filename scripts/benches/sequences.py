@@ -32,7 +32,7 @@ from ddk_cache.corpus.rows import split_of
 from ddk_cache.sequences.config import SamplingConfig
 from ddk_cache.sequences.decode import load_responder, respond
 from ddk_cache.sequences.generate import generate
-from ddk_cache.sequences.pair import answer_prompts, build_pairs, document
+from ddk_cache.sequences.pair import answer_prompts, build_pairs
 from ddk_cache.sequences.prompts import Prompt, read_answered
 from ddk_cache.types import VALIDATION
 from ddk_train import TrainConfig, cut_student, train
@@ -162,7 +162,7 @@ class Bench:
             prompt
             for source in find_sources(self.work / "said")
             for prompt in read_answered(source)
-            if split_of(document(prompt, self.tokenizer), self.options["holdout"]) == VALIDATION
+            if split_of(prompt.content, self.options["holdout"]) == VALIDATION
         ]
 
     @torch.no_grad()

@@ -24,8 +24,8 @@ from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 
 SETTINGS = (
-    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --chunk-rows "
-    "--shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
+    "--tokenizer --seq-len --targets --temperature --seed --compression --holdout --learn "
+    "--chunk-rows --shard-rows --batch-rows --dtype --device --trust-remote-code --model --head"
 )
 SAMPLING = "--max-new-tokens --temperature --top-p --seed --batch"
 
@@ -38,6 +38,7 @@ OPTIONS = {
     "--trust-remote-code --model --head --rank --world --batch-rows",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",
+    "ddk-cache show": "--domain --row --split --json",
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --model --head --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "

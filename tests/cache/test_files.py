@@ -16,7 +16,7 @@ import pytest
 from backports import zstd
 
 from ddk_cache.corpus import files
-from ddk_cache.corpus.files import kind_of, read
+from ddk_cache.corpus.files import Layout, kind_of, read
 from ddk_cache.errors import InputError
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -39,8 +39,8 @@ AS_FILE = {
 def values(path: Path, column: str = "text") -> list[object]:
     kind = kind_of(path)
     assert kind
-    found = read(path, "paragraphs" if kind == "text" else kind, [column])
-    return [value.value for value in found]
+    found = read(path, "paragraphs" if kind == "text" else kind, [Layout((column,))])
+    return [fields.values.get(column) for fields in found]
 
 
 @pytest.mark.parametrize("compression", COMPRESS)

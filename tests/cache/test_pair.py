@@ -24,7 +24,7 @@ from ddk_cache import (
 from ddk_cache.cli import main as cache_main
 from ddk_cache.corpus.rows import split_of
 from ddk_cache.sequences.config import SamplingConfig
-from ddk_cache.sequences.pair import answer_prompts, build_pairs, document, padded, read_pairs
+from ddk_cache.sequences.pair import answer_prompts, build_pairs, padded, read_pairs
 from ddk_cache.sequences.prompts import read_answered
 from ddk_cache.types import SPLITS
 from tests.helpers import tree
@@ -58,7 +58,7 @@ def test_a_pair_is_two_rows_with_the_teachers_log_probabilities(material: Materi
     for number, (row, prompt) in enumerate(
         zip(theirs, read_answered(find_sources(material.out)[0]), strict=True)
     ):
-        split = split_of(document(prompt, material.tokenizer), holdout)
+        split = split_of(prompt.content, holdout)
         for ids in (row["response_ids"], answers[number]["response_ids"]):
             rows, place = found[split], places[split]
             places[split] += 1
@@ -157,8 +157,8 @@ def refused(material: Material, corpus: Path, said: str, **sampling: Any) -> Non
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
-        ("sums", {"prompt": "x"}, "no column 'response'"),
-        ("sums", {"prompt": "x", "response": ""}, "line 1: the prompt has no response"),
+        ("sums", {"prompt": "x"}, "no column 'messages' or 'prompt' with 'response'"),
+        ("sums", {"prompt": "x", "response": ""}, "holds no prompt"),
         ("sums", {"messages": [{"role": "user", "content": "x"}]}, "the prompt has no response"),
         ("other", {"prompt": "x", "response": "y"}, "no such domain; it has sums, words"),
         ("sums", {"prompt": "x" * 30, "response": "y" * 30}, "1 longer than 49 tokens"),

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ddk_cache.corpus import rows as rows_module
+from ddk_cache.corpus.document import Conversation
 from ddk_cache.corpus.rows import Packer, Tally, encode, token_rows
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
@@ -92,7 +93,7 @@ def test_a_document_is_closed_by_an_end_of_text_that_counts_only_in_plain_text()
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    (plain, chat) = encode(tokenizer, ["one", talk])
+    [plain], [chat] = encode(tokenizer, ["one", Conversation(talk)])
     assert tokenizer.decode(plain[0]) == f"one{END}"
     assert plain[1] == [True] * 4
     assert tokenizer.decode(chat[0]) == f"[user]hi;[assistant]ho;{END}"
@@ -100,7 +101,7 @@ def test_a_document_is_closed_by_an_end_of_text_that_counts_only_in_plain_text()
 
 
 def test_a_control_token_in_a_document_is_text(tokenizer: Any) -> None:
-    ((ids, _),) = encode(tokenizer, [f"before{END}after"])
+    (((ids, _),),) = encode(tokenizer, [f"before{END}after"])
     assert ids.count(tokenizer.eos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids) == f"before{END}after{END}"
@@ -123,9 +124,9 @@ def test_batches_are_bounded_by_bytes_and_change_no_row(
     whole = read(tmp_path / "c", tokenizer)
     sizes: list[int] = []
 
-    def counting(tokenizer: Any, batch: Any, first: int) -> Any:
+    def counting(tokenizer: Any, batch: Any, first: int, learn: str) -> Any:
         sizes.append(sum(map(len, batch)))
-        return encode(tokenizer, batch, first)
+        return encode(tokenizer, batch, first, learn)
 
     monkeypatch.setattr(rows_module, "BATCH_BYTES", 500)
     monkeypatch.setattr(rows_module, "encode", counting)

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from ddk_cache.corpus.document import Conversation
 from ddk_cache.corpus.sources import documents, find_sources
 from ddk_cache.errors import InputError
 
@@ -133,7 +134,7 @@ def test_messages_come_before_text_and_a_named_column_before_both(tmp_path: Path
     talk = [{"role": "user", "content": "hi"}]
     line = json.dumps({"text": "text", "messages": talk, "body": "body"})
     write(tmp_path / "a.jsonl", line + "\n" + jsonl("without messages"))
-    assert read(tmp_path) == {"a": [talk]}
+    assert read(tmp_path) == {"a": [Conversation(talk)]}
     (tmp_path / "mix.yaml").write_text("domains: {a: {path: a.jsonl, column: body}}")
     assert read(tmp_path / "mix.yaml") == {"a": ["body"]}
 
