@@ -20,7 +20,8 @@ import torch
 
 from ddk_cache import InputError, MismatchError, find_sources
 from ddk_cache.cli import main as cache_main
-from ddk_cache.corpus.document import Conversation
+from ddk_cache.corpus.chat import encode_chat
+from ddk_cache.corpus.document import Conversation, PromptResponse
 from ddk_cache.corpus.sources import documents
 from ddk_cache.rng import key_of
 from ddk_cache.sequences.config import SamplingConfig
@@ -147,10 +148,11 @@ def test_the_output_is_a_corpus_of_the_same_domains(material: Material) -> None:
     assert [source.name for source in sources] == ["sums", "words"]
     found = list(documents(sources[0]))
     assert len(found) == 40
-    assert all(isinstance(d, Conversation) and d.messages[-1]["role"] == "assistant" for d in found)
-    with material.open() as cache:
-        taken = cache["sums"].train[:]
-    assert 0 < taken.loss_mask.mean() < 0.5
+    for row, document in zip(rows(material.out / "sums"), found, strict=True):
+        assert isinstance(document, Conversation)
+        ((ids, learned),) = encode_chat(material.tokenizer, document)
+        assert ids[: len(row["prompt_ids"])] == row["prompt_ids"]
+        assert learned.index(True) == len(row["prompt_ids"])
     metadata = json.loads(pq.read_schema(sources[0].files[0]).metadata[b"ddk"])
     assert metadata["model"] == dict(material.responder().identity)
     assert (metadata["samples"], metadata["temperature"], metadata["top_p"]) == (2, 1.0, 1.0)
@@ -265,6 +267,14 @@ def test_messages_need_a_template_and_texts_do_not(material: Material, tmp_path:
     assert "messages" not in first
     assert second["prompt"] == "sums 1 sums 1"
     assert responder.tokenizer.decode(second["prompt_ids"]) == "sums 1 sums 1\n"
+    said = list(documents(find_sources(tmp_path / "out")[0]))
+    assert said == [PromptResponse(row["prompt"], row["response"]) for row in (first, second)]
+    for row, document in zip((first, second), said, strict=True):
+        assert isinstance(document, PromptResponse)
+        ((ids, learned),) = encode_chat(responder.tokenizer, document)
+        if not document.response[0].isspace():  # else it is joined to the prompt as it is
+            assert ids[: len(row["prompt_ids"])] == row["prompt_ids"]
+            assert learned.index(True) == len(row["prompt_ids"])
 
 
 def test_a_place_that_holds_something_else_is_left_alone(
