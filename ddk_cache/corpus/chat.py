@@ -78,7 +78,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     if not tokenizer.chat_template:
         raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
     control = control_tokens(tokenizer)
-    plain = [_plain(number, message) for number, message in enumerate(messages, 1)]
+    plain = [plain_message(number, message) for number, message in enumerate(messages, 1)]
     try:
         text = _Template(tokenizer, None).render(guard(plain, control), ask=True)
     except Exception as error:  # jinja2 raises whatever the template asks for
@@ -97,7 +97,7 @@ def _joined(texts: Sequence[str]) -> Sample:
 # --- messages -------------------------------------------------------------------------------------
 
 
-def _plain(number: int, message: Message) -> dict[str, Any]:
+def plain_message(number: int, message: Message) -> dict[str, Any]:
     """Return a message as templates expect it: its content a text, and no empty fields.
 
     Parquet gives every message the fields of all, empty where a message lacks them.
@@ -182,7 +182,9 @@ def _samples(
     """
     if not tokenizer.chat_template:
         raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
-    messages = [_plain(number, message) for number, message in enumerate(conversation.messages, 1)]
+    messages = [
+        plain_message(number, message) for number, message in enumerate(conversation.messages, 1)
+    ]
     turns = [
         place
         for place, message in enumerate(messages)

@@ -65,7 +65,6 @@ def generate(
 @click.option("--teacher", required=True,
               help="Model directory, hub id or http://host:port of a server.")  # fmt: skip
 @click.option("--student", required=True, help="Model directory or hub id of the initial student.")
-@click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]")
 @click.option("--answers", type=click.Path(path_type=Path),
               help="Directory for the student's answers.  [default: CACHE.answers]")  # fmt: skip
 @options([options_from(SamplingConfig, skip={"samples"})], HOW, SERVED, PROCESSES)
@@ -76,7 +75,6 @@ def pair(
     cache: str,
     teacher: str,
     student: str,
-    tokenizer: str | None,
     answers: Path | None,
     dtype: str,
     device: str,
@@ -113,12 +111,14 @@ def pair(
     from ddk_cache.served.teacher import find_teacher
 
     with open_cache(cache) as opened:
-        words = load_tokenizer(tokenizer or teacher, **trust)
+        own = str(opened.tokenizer_path)
+        words = load_tokenizer(own, **trust)
         writer = load_responder(student, words, **how, **trust)
         answer_prompts(opened, sources, writer, answers, config, **place)
         del writer  # the teacher may need its memory
         served: dict[str, Any] = {"model": model, "head": head, **how, **trust}
-        loaded, words = find_teacher(teacher, tokenizer, "topk:1", **served)
+        served["vocab_size"] = opened.spec.vocab_size
+        loaded, _ = find_teacher(teacher, own, "topk:1", **served)
         build_pairs(opened, sources, answers, loaded, words, batch_rows=batch_rows, **place)
     if rank == 0:
         train = f"ddk-train run {shlex.quote(cache)} RUN --student {shlex.quote(student)}"

@@ -27,11 +27,10 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ddk_cache import atomic
-from ddk_cache.build.create import compare
 from ddk_cache.build.share import check_rank, share
 from ddk_cache.console import Progress
 from ddk_cache.corpus.sources import Source, find_sources
-from ddk_cache.errors import DDKError, InputError
+from ddk_cache.errors import DDKError, InputError, MismatchError
 from ddk_cache.format.documents import dump, parse
 from ddk_cache.hf import identify_tokenizer
 from ddk_cache.rng import key_of
@@ -151,7 +150,18 @@ def begin(out: Path, storage: LocalStorage, asked: Mapping[str, Any]) -> None:
         raise InputError(f"{out} exists and is not a directory of responses. Give another path.")
     storage.put_if_absent(PLAN, dump({"settings": asked}))
     was = parse(storage.get(PLAN) or b"", storage.uri(PLAN))["settings"]
-    compare(str(out), was, json.loads(json.dumps(asked)))
+    now = json.loads(json.dumps(asked))
+    differences = [
+        f"  {name}: it has {was.get(name)}, this call asks for {now.get(name)}"
+        for name in sorted({*was, *now})
+        if was.get(name) != now.get(name)
+    ]
+    if differences:
+        raise MismatchError(
+            f"{out} was begun with other settings or prompts:\n"
+            + "\n".join(differences)
+            + "\nUse another directory, or the original values."
+        )
 
 
 def _foreign(out: Path) -> bool:
@@ -297,7 +307,7 @@ class Generating:
         row = {
             "number": number,
             "sample": sample,
-            "prompt": str(prompt.messages[-1].get("content") or ""),
+            "prompt": prompt.messages[-1]["content"],
             "response": text,
             "prompt_ids": prompt_ids,
             "response_ids": found.ids,
@@ -306,8 +316,7 @@ class Generating:
             "ended": found.ended,
         }
         if self.responder.tokenizer.chat_template:
-            spoken = [*prompt.messages, {"role": "assistant", "content": text}]
-            row["messages"] = [{"role": m["role"], "content": m["content"]} for m in spoken]
+            row["messages"] = [*prompt.messages, {"role": "assistant", "content": text}]
         return row
 
     def table(self, rows: Sequence[Mapping[str, Any]]) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ddk_cache.corpus.chat import encode_prompt
+from ddk_cache.corpus.chat import encode_prompt, plain_message
 from ddk_cache.corpus.document import LAYOUTS, Conversation, Document, PromptResponse, document_of
 from ddk_cache.corpus.files import Layout
 from ddk_cache.corpus.rows import content
@@ -163,8 +163,8 @@ def _unanswered(found: tuple[str, Document]) -> Prompt:
     if isinstance(document, str):
         return Prompt(document, where)
     assert isinstance(document, Conversation)  # what `PROMPTS` hold
-    messages = [dict(message) for message in document.messages]
-    if messages[-1].get("role") == "assistant":
+    messages = _messages(where, document)
+    if messages[-1]["role"] == "assistant":
         raise InputError(
             f"{where}: the conversation ends with the assistant, expected a turn of the user. "
             "Remove the last message."
@@ -178,14 +178,31 @@ def _answered(found: tuple[str, Document]) -> Prompt:
     if isinstance(document, PromptResponse):
         return Prompt(document.prompt, where, document.response, content(document))
     if isinstance(document, Conversation):
-        *asked, last = (dict(message) for message in document.messages)
-        response = last.get("content")
-        if asked and last.get("role") == "assistant" and isinstance(response, str) and response:
-            return Prompt(asked, where, response, content(document))
+        *asked, last = _messages(where, document)
+        if asked and last["role"] == "assistant" and last["content"]:
+            return Prompt(asked, where, last["content"], content(document))
     raise InputError(
         f"{where}: the prompt has no response. Give a data set with responses, or the directory "
         "that 'ddk-cache generate' wrote."
     )
+
+
+def _messages(where: str, document: Conversation) -> Messages:
+    """Return the messages of a conversation, each a role and a text.
+
+    Raises:
+        InputError: one is not a message, or calls tools, which a response cannot follow here.
+    """
+    found = []
+    for number, message in enumerate(document.messages, 1):
+        try:
+            known = plain_message(number, message)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if known.get("tool_calls"):
+            raise InputError(f"{where}: message {number} calls tools, expected text alone.")
+        found.append({"role": known["role"], "content": known["content"]})
+    return found
 
 
 def encoded(

@@ -34,7 +34,7 @@ OPTIONS = {
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world",
     "ddk-cache generate": f"--teacher --tokenizer --samples {SAMPLING} --dtype --device "
     "--trust-remote-code --rank --world",
-    "ddk-cache pair": f"--teacher --student --tokenizer --answers {SAMPLING} --dtype --device "
+    "ddk-cache pair": f"--teacher --student --answers {SAMPLING} --dtype --device "
     "--trust-remote-code --model --head --rank --world --batch-rows",
     "ddk-cache head": "--trust-remote-code",
     "ddk-cache info": "--json",

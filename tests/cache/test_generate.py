@@ -162,7 +162,7 @@ def test_a_second_call_writes_nothing_and_other_settings_are_refused(material: M
     before, responder = tree(material.out), material.responder()
     generate(material.prompts, material.out, responder, SamplingConfig(samples=2, **SAMPLING))
     other = SamplingConfig(samples=2, seed=1, **SAMPLING)
-    with pytest.raises(MismatchError, match="  seed: the cache has 0, this build asks for 1"):
+    with pytest.raises(MismatchError, match="  seed: it has 0, this call asks for 1"):
         generate(material.prompts, material.out, responder, other)
     assert tree(material.out) == before
 
@@ -238,6 +238,8 @@ def test_ten_kills_change_nothing(material: Material, tmp_path: Path) -> None:
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
          "the conversation ends with the assistant"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "got role 'boss'"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"type": "function"}]},
+                       {"role": "tool", "content": "y"}]}, "message 1 calls tools"),
         ({"messages": "x"}, "column 'messages' holds str, expected a list of messages"),
         ({"prompt": " "}, "holds no prompt"),
     ],
@@ -275,6 +277,18 @@ def test_messages_need_a_template_and_texts_do_not(material: Material, tmp_path:
         if not document.response[0].isspace():  # else it is joined to the prompt as it is
             assert ids[: len(row["prompt_ids"])] == row["prompt_ids"]
             assert learned.index(True) == len(row["prompt_ids"])
+
+
+def test_a_content_of_several_parts_is_joined(material: Material, tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    parts = [{"type": "text", "text": "how "}, {"type": "text", "text": "so"}]
+    line = json.dumps({"messages": [{"role": "user", "content": parts, "name": "Ann"}]})
+    (tmp_path / "prompts" / "some.jsonl").write_text(line)
+    config = SamplingConfig(**SAMPLING)
+    generate(tmp_path / "prompts", tmp_path / "out", material.responder(), config)
+    (row,) = rows(tmp_path / "out" / "some")
+    assert row["messages"][0] == {"role": "user", "content": "how so"}
+    assert material.tokenizer.decode(row["prompt_ids"]) == "<u>how so<a>"
 
 
 def test_a_place_that_holds_something_else_is_left_alone(
