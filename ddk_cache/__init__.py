@@ -26,6 +26,7 @@ from ddk_cache.errors import (
 )
 from ddk_cache.format.plan import DomainPlan, Extent, rows_at
 from ddk_cache.format.spec import FORMAT_VERSION, CacheSpec, TargetSpec
+from ddk_cache.sequences.config import SamplingConfig
 from ddk_cache.types import SPLITS, TRAIN, VALIDATION, Rows, SparseTargets
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from ddk_cache.read.cache import Cache, open_cache
     from ddk_cache.read.pairs import open_pairs
     from ddk_cache.read.split import Domain, Split
+    from ddk_cache.sequences.decode import Responder, load_responder
+    from ddk_cache.sequences.generate import generate
+    from ddk_cache.sequences.pair import answer_prompts, build_pairs
     from ddk_cache.storage.shard_cache import parse_size
 
 __all__ = [
@@ -56,8 +60,10 @@ __all__ = [
     "InputError",
     "MismatchError",
     "NotACacheError",
+    "Responder",
     "RowRangeError",
     "Rows",
+    "SamplingConfig",
     "Source",
     "SparseTargets",
     "Split",
@@ -66,8 +72,12 @@ __all__ = [
     "Teacher",
     "UnfinishedCacheError",
     "UnknownNameError",
+    "answer_prompts",
     "build_cache",
+    "build_pairs",
     "find_sources",
+    "generate",
+    "load_responder",
     "load_teacher",
     "load_tokenizer",
     "open_cache",
@@ -79,11 +89,16 @@ __all__ = [
 LAZY = {
     "Cache": "ddk_cache.read.cache",
     "Domain": "ddk_cache.read.split",
+    "Responder": "ddk_cache.sequences.decode",
     "Source": "ddk_cache.corpus.sources",
     "Split": "ddk_cache.read.split",
     "Teacher": "ddk_cache.build.teacher",
+    "answer_prompts": "ddk_cache.sequences.pair",
     "build_cache": "ddk_cache.build.job",
+    "build_pairs": "ddk_cache.sequences.pair",
     "find_sources": "ddk_cache.corpus.sources",
+    "generate": "ddk_cache.sequences.generate",
+    "load_responder": "ddk_cache.sequences.decode",
     "load_teacher": "ddk_cache.build.teacher",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",

@@ -20,12 +20,14 @@ from ddk_train.cli import main as train_main
 
 CACHE = [
     "FORMAT_VERSION", "SPLITS", "TRAIN", "VALIDATION",
-    "BuildConfig", "Cache", "CacheSpec", "Domain", "DomainPlan", "Extent", "Rows", "Source",
+    "BuildConfig", "Cache", "CacheSpec", "Domain", "DomainPlan", "Extent", "Responder", "Rows",
+    "SamplingConfig", "Source",
     "SparseTargets", "Split", "TargetSpec", "Teacher",
     "CacheError", "CorruptCacheError", "DDKError", "FormatVersionError", "InputError",
     "MismatchError", "NotACacheError", "RowRangeError", "StorageError", "UnfinishedCacheError",
     "UnknownNameError",
-    "build_cache", "find_sources", "load_teacher", "load_tokenizer", "open_cache", "open_pairs",
+    "answer_prompts", "build_cache", "build_pairs", "find_sources", "generate", "load_responder",
+    "load_teacher", "load_tokenizer", "open_cache", "open_pairs",
     "parse_size", "rows_at",
 ]  # fmt: skip
 TRAIN = [
