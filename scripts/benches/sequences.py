@@ -215,14 +215,14 @@ def write_prompts(folder: Path, count: int) -> None:
 @click.option("--teacher", type=click.Path(path_type=Path),
               help="A model with a chat template.  [default: DDK_REAL_TEACHER]")  # fmt: skip
 @click.option("--layers", default=10, show_default=True, help="Layers of the student.")
-@click.option("--prompts", default=160, show_default=True, help="Prompts per domain.")
+@click.option("--prompts", default=120, show_default=True, help="Prompts per domain.")
 @click.option("--max-new-tokens", default=48, show_default=True)
 @click.option("--temperature", default=0.7, show_default=True)
 @click.option("--batch", default=32, show_default=True, help="Responses written together.")
 @click.option("--seq-len", default=128, show_default=True)
 @click.option("--holdout", default=0.2, show_default=True)
 @click.option("--seeds", default=2, show_default=True, help="Orders of the data.")
-@click.option("--steps", default=30, show_default=True)
+@click.option("--steps", default=24, show_default=True)
 @click.option("--rows", default=8, show_default=True, help="Rows per step.")
 @click.option("--pair-rows", default=8, show_default=True, help="Rows of pairs per step.")
 @click.option("--lr", default=1e-4, show_default=True)
