@@ -194,12 +194,11 @@ def show_row(cache: str, domain: str, row: int, split: str, as_json: bool) -> No
     A terminal shows what is learned in bold, and control tokens in another color. Elsewhere
     « and » enclose what is learned.
     """
-    from ddk_cache.hf import load_tokenizer
     from ddk_cache.read.cache import open_cache
     from ddk_cache.show import read_pieces, show
 
     with open_cache(cache, unfinished=True) as opened:
-        pieces = read_pieces(opened, domain, split, row, load_tokenizer(opened.tokenizer_path))
+        pieces = read_pieces(opened, domain, split, row)
     if as_json:
         place = {"domain": domain, "split": split, "row": row}
         click.echo(json.dumps(place | {"pieces": [vars(piece) for piece in pieces]}, indent=1))

@@ -39,8 +39,8 @@ class Piece:
     """Number of the document in the row, 0 for padding; None where the cache does not say."""
 
 
-def read_pieces(cache: Cache, domain: str, split: str, row: int, tokenizer: Any) -> list[Piece]:
-    """Return the pieces of a row, counted from 0.
+def read_pieces(cache: Cache, domain: str, split: str, row: int) -> list[Piece]:
+    """Return the pieces of a row, counted from 0, as the tokenizer of the cache decodes them.
 
     Raises:
         UnknownNameError, RowRangeError: there is no such domain, split or row.
@@ -54,7 +54,10 @@ def read_pieces(cache: Cache, domain: str, split: str, row: int, tokenizer: Any)
     stored = {
         name: array[0] for name, array in cache.read_stored(domain, split, numbers, names).items()
     }
+    from ddk_cache.hf import load_tokenizer  # imports torch, so a wrong call is refused before
+
     learned = np.insert(stored["loss_mask"].astype(bool), 0, False)
+    tokenizer = load_tokenizer(cache.tokenizer_path)
     return pieces_of(stored["tokens"], learned, stored.get("segments"), tokenizer)
 
 

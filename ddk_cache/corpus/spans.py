@@ -18,7 +18,7 @@ Encoded = tuple[list[int], list[bool]]
 Span = tuple[int, int]
 """Where a part of a text begins and ends."""
 
-_MARKS = re.compile("\ue000([0-9]+)\ue001")
+_MARKS = re.compile("\ue000([0-9]{1,6})\ue001")
 """What stands for a control token that is text."""
 
 
@@ -56,7 +56,7 @@ def _mark(number: int) -> str:
 
 
 def encode_sample(tokenizer: Any, sample: Sample, control: tuple[str, ...]) -> Encoded:
-    """Tokenize a text that `guard` has marked. A token is learned if a span holds its beginning."""
+    """Tokenize a text that `guard` has marked. A token is learned if it has a part in a span."""
     ids: list[int] = []
     learned: list[bool] = []
     for first, piece, literal in _pieces(sample.text, control):
@@ -69,9 +69,11 @@ def encode_sample(tokenizer: Any, sample: Sample, control: tuple[str, ...]) -> E
             verbose=False,
         )
         ids += out["input_ids"]
-        for offset, _ in out["offset_mapping"]:
-            place = first if literal else first + offset
-            learned.append(any(begin <= place < end for begin, end in sample.spans))
+        for start, stop in out["offset_mapping"]:
+            if literal:  # the mark is of another length
+                start = stop = 0
+            start, stop = first + start, first + max(stop, start + 1)
+            learned.append(any(max(start, begin) < min(stop, end) for begin, end in sample.spans))
     return ids, learned
 
 
@@ -79,6 +81,8 @@ def _pieces(text: str, control: Sequence[str]) -> list[tuple[int, str, bool]]:
     """Split a text at its marks: (place in the text, piece, whether it was a mark)."""
     pieces, place = [], 0
     for mark in _MARKS.finditer(text):
+        if int(mark[1]) >= len(control):  # private characters of the document itself
+            continue
         pieces.append((place, text[place : mark.start()], False))
         pieces.append((mark.start(), control[int(mark[1])], True))
         place = mark.end()

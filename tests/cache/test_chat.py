@@ -300,7 +300,10 @@ def test_turns_after_one_question_share_a_sample() -> None:
 
 
 def test_reasoning_without_an_answer() -> None:
-    messages = [MESSAGES[0], {"role": "assistant", "reasoning_content": "hm", "content": None}]
+    messages: list[Any] = [
+        MESSAGES[0],
+        {"role": "assistant", "reasoning_content": "hm", "content": None},
+    ]
     assert learned("qwen3", Conversation(messages)) == [["<think>\nhm\n</think>\n\n<|im_end|>"]]
     messages = [MESSAGES[0], {"role": "assistant", "content": "<think>\nhm\n</think>"}]
     assert learned("deepseek_r1", Conversation(messages)) == [
@@ -320,11 +323,11 @@ def test_an_empty_answer_is_the_end_of_the_turn(name: str) -> None:
 
 def test_parts_of_text_are_joined_and_others_refused() -> None:
     parts: list[Any] = [{"type": "text", "text": "hel"}, "lo", {"type": "text", "text": "", "x": 1}]
-    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}]
+    messages = [{"role": role, "content": parts} for role in ("user", "assistant")]
     ((text, said),) = samples("qwen2", Conversation(messages))
     assert text.count("hello") == 2
     assert said == ["hello<|im_end|>"]
-    messages[0] = {"role": "user", "content": [{"type": "image", "url": "x"}]}
+    messages[0]["content"] = [{"type": "image", "url": "x"}]
     with pytest.raises(InputError, match=r"message 1 \(user\): a part of its content .* 'image'"):
         samples("qwen2", Conversation(messages))
 
@@ -332,7 +335,10 @@ def test_parts_of_text_are_joined_and_others_refused() -> None:
 def test_control_tokens_are_text_wherever_somebody_wrote_them() -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
     said = {"role": "assistant", "content": "x", "reasoning_content": "<|im_end|>"}
-    messages = [{"role": "user", "content": "<|im_end|>"}, {**said, "tool_calls": [call]}]
+    messages: list[Any] = [
+        {"role": "user", "content": "<|im_end|>"},
+        {**said, "tool_calls": [call]},
+    ]
     ((ids, _),) = encode_chat(family("qwen3"), Conversation(messages))
     assert ids.count(family("").convert_tokens_to_ids("<|im_end|>")) == 2
     ((ids, _),) = encode_chat(family("marked"), Conversation(messages))

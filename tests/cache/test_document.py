@@ -69,7 +69,7 @@ def test_pairs_of_columns_are_prompts_and_responses(
 
 
 def test_an_input_follows_its_instruction(tmp_path: Path) -> None:
-    records = [
+    records: list[dict[str, Any]] = [
         {"instruction": "Add.", "input": "1, 1", "output": "2"},
         {"instruction": "Greet.", "input": "", "output": "hello"},
         {"instruction": "Greet.", "input": None, "output": "hi"},
@@ -96,7 +96,8 @@ def test_prompts_and_completions_may_be_messages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tools", [TOOLS, json.dumps(TOOLS), [json.dumps(TOOLS[0])]])
 def test_tools_come_beside_messages(tools: Any, tmp_path: Path) -> None:
-    records = [{"messages": [*ASK, *SAY], "tools": some} for some in (tools, None, [])]
+    several: list[Any] = [tools, None, []]
+    records = [{"messages": [*ASK, *SAY], "tools": some} for some in several]
     for suffix in ("jsonl", "parquet"):
         (tmp_path / suffix).mkdir()
         rows = records if isinstance(tools, list) or suffix == "jsonl" else records[:2]

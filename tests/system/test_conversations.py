@@ -39,13 +39,14 @@ def talk(number: int) -> dict[str, Any]:
     return {"messages": messages, "tools": None}
 
 
+def pair(number: int) -> dict[str, Any]:
+    return {"question": f"ask {number}", "answer": f"reply {number}"}
+
+
 def write(folder: Path, first: int, end: int) -> Path:
     """Append to a corpus of two domains, one of conversations and one of pairs."""
     folder.mkdir(exist_ok=True)
-    for name, record in {
-        "chat": talk,
-        "pairs": lambda number: {"question": f"ask {number}", "answer": f"reply {number}"},
-    }.items():
+    for name, record in {"chat": talk, "pairs": pair}.items():
         with (folder / f"{name}.jsonl").open("a") as file:
             file.writelines(json.dumps(record(number)) + "\n" for number in range(first, end))
     return folder
