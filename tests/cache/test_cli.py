@@ -18,8 +18,8 @@ from click.testing import CliRunner, Result
 
 from ddk_cache import InputError
 from ddk_cache.cli import main as cache_main
-from ddk_cache.cli import which_process
 from ddk_cache.console import Progress
+from ddk_cache.options import which_process
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 
