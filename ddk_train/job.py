@@ -72,14 +72,16 @@ def assemble(
     Raises:
         InputError, MismatchError: as `train`; nothing was written.
     """
-    cache = open_cache(
-        config.cache, shard_cache=config.shard_cache, shard_cache_size=config.shard_cache_size
-    )
+    kept: dict[str, Any] = {
+        "shard_cache": config.shard_cache,
+        "shard_cache_size": config.shard_cache_size,
+    }
+    cache = open_cache(config.cache, **kept)
     check_targets(config.loss, config.temperature, cache.spec)
     loaded = load_student(
         config.student, cache, config.seed, trust_remote_code=config.trust_remote_code
     )
-    pairs = open_pairs(config.cache) if config.pairs != "none" else None
+    pairs = open_pairs(config.cache, **kept) if config.pairs != "none" else None
     found = provenance(cache, loaded.model, loaded.hash)
     if pairs is not None:
         found["pairs"] = pair_identity(pairs)

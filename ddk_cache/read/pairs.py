@@ -16,8 +16,14 @@ from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.open import open_storage
 
 
-def open_pairs(cache: str | Path, *, unfinished: bool = False) -> Cache:
-    """Open the pairs of the cache at a path or URL.
+def open_pairs(
+    cache: str | Path,
+    *,
+    unfinished: bool = False,
+    shard_cache: str | Path = "",
+    shard_cache_size: str = "50G",
+) -> Cache:
+    """Open the pairs of the cache at a path or URL; the options are those of `open_cache`.
 
     Raises:
         InputError: the cache has no pairs.
@@ -28,7 +34,12 @@ def open_pairs(cache: str | Path, *, unfinished: bool = False) -> Cache:
     if not has_pairs(cache):
         raise InputError(f"{cache} has no pairs of responses. Make them with 'ddk-cache pair'.")
     try:
-        return open_cache(place, unfinished=unfinished)
+        return open_cache(
+            place,
+            unfinished=unfinished,
+            shard_cache=shard_cache,
+            shard_cache_size=shard_cache_size,
+        )
     except UnfinishedCacheError:
         raise UnfinishedCacheError(
             f"{place} is not finished. Run the same 'ddk-cache pair' again to resume where it "

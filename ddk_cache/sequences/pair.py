@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from ddk_cache.build.config import CHUNK_TOKENS, SHARD_TOKENS, BuildConfig
-from ddk_cache.build.create import compare
+from ddk_cache.build.create import GROW, compare
 from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.rows import Span, Tally, split_of
 from ddk_cache.corpus.sources import Source
-from ddk_cache.errors import InputError
+from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.format.layout import pairs_of
 from ddk_cache.hashing import canonical, digest
 from ddk_cache.hf import identify_tokenizer
@@ -206,10 +206,14 @@ def build_pairs(
         shard_rows=chunk_rows * max(1, SHARD_TOKENS // seq_len // chunk_rows),
         batch_rows=batch_rows,
     )
-    build_cache(
-        pairs_of(cache.uri), known, teacher, tokenizer, config, rank=rank, world=world,
-        read=PairRows(pairs),
-    )  # fmt: skip
+    place = pairs_of(cache.uri)
+    try:
+        build_cache(
+            place, known, teacher, tokenizer, config, rank=rank, world=world, read=PairRows(pairs)
+        )
+    except MismatchError as error:
+        text = str(error).removesuffix(GROW)
+        raise MismatchError(f"{text} Or remove {place} to make the pairs anew.") from error
 
 
 def check_tokenizer(cache: Cache, tokenizer: Any) -> None:
