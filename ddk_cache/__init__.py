@@ -27,6 +27,7 @@ from ddk_cache.errors import (
 from ddk_cache.format.plan import DomainPlan, Extent, rows_at
 from ddk_cache.format.spec import FORMAT_VERSION, CacheSpec, TargetSpec
 from ddk_cache.models.config import TeacherConfig
+from ddk_cache.sequences.config import SamplingConfig
 from ddk_cache.types import SPLITS, TRAIN, VALIDATION, Rows, SparseTargets
 
 if TYPE_CHECKING:
@@ -36,7 +37,11 @@ if TYPE_CHECKING:
     from ddk_cache.hf import load_tokenizer
     from ddk_cache.models.load import load_teacher
     from ddk_cache.read.cache import Cache, open_cache
+    from ddk_cache.read.pairs import open_pairs
     from ddk_cache.read.split import Domain, Split
+    from ddk_cache.sequences.decode import Responder, load_responder
+    from ddk_cache.sequences.generate import generate
+    from ddk_cache.sequences.pair import answer_prompts, build_pairs
     from ddk_cache.storage.shard_cache import parse_size
     from ddk_cache.transfer.copy import copy_cache
     from ddk_cache.transfer.imported import import_cache
@@ -60,8 +65,10 @@ __all__ = [
     "InputError",
     "MismatchError",
     "NotACacheError",
+    "Responder",
     "RowRangeError",
     "Rows",
+    "SamplingConfig",
     "Source",
     "SparseTargets",
     "Split",
@@ -71,13 +78,18 @@ __all__ = [
     "TeacherConfig",
     "UnfinishedCacheError",
     "UnknownNameError",
+    "answer_prompts",
     "build_cache",
+    "build_pairs",
     "copy_cache",
     "find_sources",
+    "generate",
     "import_cache",
+    "load_responder",
     "load_teacher",
     "load_tokenizer",
     "open_cache",
+    "open_pairs",
     "parse_size",
     "push_cache",
     "rows_at",
@@ -86,16 +98,22 @@ __all__ = [
 LAZY = {
     "Cache": "ddk_cache.read.cache",
     "Domain": "ddk_cache.read.split",
+    "Responder": "ddk_cache.sequences.decode",
     "Source": "ddk_cache.corpus.sources",
     "Split": "ddk_cache.read.split",
     "Teacher": "ddk_cache.build.teacher",
+    "answer_prompts": "ddk_cache.sequences.pair",
     "build_cache": "ddk_cache.build.job",
+    "build_pairs": "ddk_cache.sequences.pair",
     "copy_cache": "ddk_cache.transfer.copy",
     "find_sources": "ddk_cache.corpus.sources",
+    "generate": "ddk_cache.sequences.generate",
     "import_cache": "ddk_cache.transfer.imported",
+    "load_responder": "ddk_cache.sequences.decode",
     "load_teacher": "ddk_cache.models.load",
     "load_tokenizer": "ddk_cache.hf",
     "open_cache": "ddk_cache.read.cache",
+    "open_pairs": "ddk_cache.read.pairs",
     "parse_size": "ddk_cache.storage.shard_cache",
     "push_cache": "ddk_cache.transfer.push",
 }

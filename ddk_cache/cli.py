@@ -1,4 +1,4 @@
-"""ddk-cache estimate | build | info | show | verify | head: options and printing.
+"""ddk-cache estimate | build | generate | pair | info | show | verify | head: the command line.
 
 Options are checked, and files looked for, before anything heavy is imported, so that a mistake is
 reported at once.
@@ -7,78 +7,22 @@ reported at once.
 from __future__ import annotations
 
 import json
-import os
 import shlex
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.share import check_rank
-from ddk_cache.console import (
-    Commands,
-    Known,
-    Progress,
-    config_from,
-    options_from,
-    say,
-    show_logs,
-)
+from ddk_cache.console import Commands, Known, Progress, config_from, say, show_logs
 from ddk_cache.errors import InputError, UnfinishedCacheError
-from ddk_cache.format.spec import COMPRESSIONS, LEARN, PACKINGS, TOO_LONG
-from ddk_cache.models.config import CHOICES, TeacherConfig
+from ddk_cache.models.config import TeacherConfig
+from ddk_cache.options import HOW, PROCESSES, SERVED, SETTINGS, options, which_process
+from ddk_cache.sequences import cli as sequences
 from ddk_cache.storage.open import open_storage
 from ddk_cache.transfer import commands as transfer
 from ddk_cache.types import SPLITS, TRAIN
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-ARRAY = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT")
-
-RANKS = (("RANK", "WORLD_SIZE"), ARRAY, ("SLURM_PROCID", "SLURM_NTASKS"))
-"""Where torchrun and SLURM say which process this is, of how many."""
-
-SETTINGS = [
-    click.option("--tokenizer", help="Directory or hub id.  [default: the teacher's]"),
-    options_from(
-        BuildConfig,
-        choices={
-            "compression": COMPRESSIONS,
-            "packing": ("auto", *PACKINGS),
-            "too_long": TOO_LONG,
-            "learn": LEARN,
-        },
-    ),
-]
-"""What a cache holds."""
-
-HOW = [options_from(TeacherConfig, choices=CHOICES)]
-"""How the teacher is run."""
-
-
-SERVED = [
-    click.option("--model",
-                 help="Name of the model on the server that --teacher is the address of.  "
-                 "[default: its only one]"),
-    click.option("--head",
-                 help="Head file (from 'ddk-cache head') or checkpoint of the model on the server: "
-                 "use hidden states instead of log-probabilities."),
-]  # fmt: skip
-"""How a teacher behind a serving engine is used."""
-
-
-def options(*groups: list[Any]) -> Callable[[Command], Command]:
-    """Return a decorator that gives a command the options of several groups, in order."""
-
-    def give(command: Command) -> Command:
-        for option in reversed([option for group in groups for option in group]):
-            command = option(command)
-        return command
-
-    return give
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -161,12 +105,7 @@ def estimate(
 @options(SETTINGS, HOW, SERVED)
 @click.option("--grow", is_flag=True,
               help="Add new domains, and documents at the end of old ones.")  # fmt: skip
-@click.option("--rank", type=int,
-              help="Number of this process among several on one cache, counted from 0.  "
-              "[default: from RANK or SLURM]")  # fmt: skip
-@click.option("--world", type=int,
-              help="Number of processes on one cache.  "
-              "[default: from WORLD_SIZE or SLURM]")  # fmt: skip
+@options(PROCESSES)
 @click.option("--ray", metavar="ADDRESS",
               help="Ray cluster whose workers build: local (this machine alone), auto (the one "
               "that this machine is part of) or an address.")  # fmt: skip
@@ -232,38 +171,6 @@ def build(
         say(f"{cache} is finished. Train from it:  {train}")
 
 
-def which_process(
-    rank: int | None, world: int | None, *, together: bool = False
-) -> tuple[int, int]:
-    """Return rank and world: as given, or as torchrun or SLURM say.
-
-    Processes that run one teacher `together` are one process here, so only the number in an array
-    of jobs counts.
-
-    Raises:
-        InputError: they are not numbers, or `rank` is not below `world`.
-    """
-    for rank_name, world_name in (ARRAY,) if together else RANKS:
-        if rank is None and rank_name in os.environ and world_name in os.environ:
-            rank, world = _number(rank_name), _number(world_name)
-            # A SLURM array may be numbered from 1, or with gaps.
-            rank %= max(world, 1)
-    rank, world = rank or 0, 1 if world is None else world
-    check_rank(rank, world)
-    return rank, world
-
-
-def _number(name: str) -> int:
-    """Return the number in an environment variable."""
-    try:
-        return int(os.environ[name])
-    except ValueError:
-        raise InputError(
-            f"{name}: got {os.environ[name]!r}, expected a whole number. Unset the variable, or "
-            "give --rank and --world."
-        ) from None
-
-
 @main.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -289,14 +196,17 @@ def head(model: str, out: Path, trust_remote_code: bool, revision: str | None) -
 def info(cache: str, as_json: bool) -> None:
     """Show what CACHE holds: domains, rows, statistics of the teacher, bytes per token."""
     from ddk_cache.describe import describe, show
-    from ddk_cache.read.cache import open_cache
+    from ddk_cache.read.pairs import open_parts
 
-    with open_cache(cache, unfinished=True) as opened:
-        facts = describe(opened)
+    with open_parts(cache) as parts:
+        facts, *pairs = map(describe, parts)
     if as_json:
-        click.echo(json.dumps(facts, indent=1))
-    else:
-        show(facts)
+        click.echo(json.dumps({**facts, "pairs": pairs[0]} if pairs else facts, indent=1))
+        return
+    show(facts)
+    for part in pairs:
+        click.echo("\npairs of responses, two rows each:")
+        show(part)
 
 
 @main.command("show")
@@ -355,17 +265,23 @@ def verify(
         raise InputError("--drop-bad and --teacher: use one at a time.")
     how = config_from(TeacherConfig, options)
     from ddk_cache import verify as verification
-    from ddk_cache.read.cache import open_cache
+    from ddk_cache.read.pairs import open_pairs, open_parts
 
     some = verification.Part.parse(part)
-    with open_cache(cache, unfinished=True) as opened:
-        total = verification.bytes_to_hash(opened, some)
+    with open_parts(cache) as stores:
+        opened, *pairs = stores
+        total = sum(verification.bytes_to_hash(store, some) for store in stores)
         with Progress("verifying", total, "bytes") as progress:
-            problems = verification.verify(opened, progress.advance, some)
+            checked = [
+                (store, verification.verify(store, progress.advance, some)) for store in stores
+            ]
+        problems = [problem for _, found in checked for problem in found]
         facts: dict[str, Any] = {"problems": [problem.text for problem in problems]}
-        found = None
+        replayed = None
         if drop_bad:
-            facts["removed"] = verification.drop_bad(opened, problems)
+            facts["removed"] = [
+                name for store, found in checked for name in verification.drop_bad(store, found)
+            ]
         elif teacher and not problems:
             from ddk_cache.served.teacher import find_teacher
 
@@ -375,18 +291,25 @@ def verify(
             with loaded.in_step() as first:
                 if not first:
                     return
-                found = verification.replay(opened, loaded, rows, seed)
-            facts["replay"] = vars(found)
+                replayed = verification.replay(opened, loaded, rows, seed)
+            facts["replay"] = vars(replayed)
         if as_json:
             click.echo(json.dumps(facts, indent=1))
         else:
             show_verified(facts)
         if drop_bad and problems:
-            say(f"Run the same 'ddk-cache build' again to repair {cache}.")
+            again = (
+                "'ddk-cache build' (for what is below pairs/, 'ddk-cache pair')"
+                if pairs
+                else ("'ddk-cache build'")
+            )
+            say(f"Run the same {again} again to repair {cache}.")
             return
-        verification.require_sound(opened, problems, found)
+        verification.require_sound(opened, problems, replayed)
         try:
             opened.require_finished()
+            for _ in pairs:
+                open_pairs(cache)
         except UnfinishedCacheError as error:
             say(str(error))
 
@@ -410,3 +333,7 @@ def show_verified(facts: dict[str, Any]) -> None:
             click.echo(f"BAD  {name}")
     if not facts["problems"]:
         click.echo("OK: all hashes match.")
+
+
+for command in (sequences.generate, sequences.pair):
+    main.add_command(command)

@@ -28,6 +28,7 @@ CHOICES = {
     "precision": ("auto", "bf16", "fp32"),
     "schedule": ("cosine", "wsd"),
     "optimizer": ("adamw", "adamw_8bit"),
+    "pairs": ("none", "dpkd", "plad"),
 }
 """The words that a setting takes, where they are a short list."""
 
@@ -75,10 +76,24 @@ class TrainConfig:
     gamma: float = 0.2
     """Weight of the divergence from the teacher, added to the cross-entropy; the paper's best."""
     loss: str = "forward_kl"
-    """Divergence from the teacher: forward_kl, reverse_kl, jsd:BETA or skew_kl:ALPHA."""
+    """Divergence from the teacher: forward_kl, reverse_kl, jsd:BETA, skew_kl:ALPHA or dpkd:BETA."""
     temperature: float = 1.0
     """Temperature of teacher and student in the divergence, which is scaled by its square. A value
     other than 1 must be one that the cache was built for."""
+
+    pairs: str = "none"
+    """Loss on pairs of responses ('ddk-cache pair'): dpkd compares the student with the teacher on
+    both responses, plad ranks them by the student's likelihood."""
+    pair_rows: int = 16
+    """Rows of pairs per step, over all processes; a pair is two rows."""
+    rows_weight: float = 1.0
+    """Weight of the loss on rows, added to that on pairs; 0 reads no rows."""
+    beta: float = 0.1
+    """Scale of the implicit reward of `pairs` dpkd."""
+    margin: float = 1.0
+    """Margin of `pairs` plad (nats per token)."""
+    per_token: bool = True
+    """Divide the log-probability of a response by its length in the loss on pairs."""
 
     steps: int = 30_000
     """Optimizer steps."""
@@ -154,7 +169,10 @@ class TrainConfig:
             *("lora_rank", "patience", "forgetting"),
         ):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
-        for name in ("lr", "clip", "temperature"):
+        for name in ("rows_weight", "margin"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
+        self._check("pair_rows", self.pair_rows >= 2 and self.pair_rows % 2 == 0, "even, 2 or more")
+        for name in ("lr", "clip", "temperature", "beta"):
             self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("alpha", "min_lr"):
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
@@ -194,6 +212,11 @@ class TrainConfig:
     def micro(self) -> int:
         """Return the rows of one forward pass."""
         return min(self.micro_rows or self.rows, self.rows)
+
+    @property
+    def own_rows(self) -> int:
+        """Return the rows of a step besides those of pairs."""
+        return 0 if self.pairs != "none" and not self.rows_weight else self.rows
 
     @property
     def warmup_steps(self) -> int:

@@ -8,7 +8,7 @@ setting of a large student is found only after it was loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ddk_cache import SPLITS, Cache, InputError, MismatchError, open_cache
+from ddk_cache import SPLITS, Cache, InputError, MismatchError, open_cache, open_pairs
 from ddk_cache.console import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.data.loader import Loader
@@ -26,7 +26,9 @@ from ddk_train.evaluate import GapMeter
 from ddk_train.loss.divergences import check_targets, divergence
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective, require_isolation
+from ddk_train.loss.preference import PairTerms
 from ddk_train.optim import learning_rate, optimizer
+from ddk_train.pairs import PairLearner, pair_identity
 from ddk_train.provenance import identity, known_rows, provenance
 from ddk_train.run.directory import Run
 from ddk_train.signals import stop_requests
@@ -71,16 +73,21 @@ def assemble(
         InputError, MismatchError: as `train`, also where the cache keeps documents apart and the
             student does not; nothing was written.
     """
-    cache = open_cache(
-        config.cache, shard_cache=config.shard_cache, shard_cache_size=config.shard_cache_size
-    )
+    kept: dict[str, Any] = {
+        "shard_cache": config.shard_cache,
+        "shard_cache_size": config.shard_cache_size,
+    }
+    cache = open_cache(config.cache, **kept)
     check_targets(config.loss, config.temperature, cache.spec)
     loaded = load_student(
         config.student, cache, config.seed, trust_remote_code=config.trust_remote_code
     )
     if cache.spec.packing == "documents":
         require_isolation(loaded.model)
+    pairs = open_pairs(config.cache, **kept) if config.pairs != "none" else None
     found = provenance(cache, loaded.model, loaded.hash)
+    if pairs is not None:
+        found["pairs"] = pair_identity(pairs)
     known = run.compare(config, found)["known_rows"]
     check_steps(run, config)
     rows = known_rows(cache, known)
@@ -112,6 +119,7 @@ def assemble(
         weights=weights,
         identity=identity(cache, config.student),
         live=live,
+        pairs=None if pairs is None else make_pairs(config, pairs, weights.domains, processes),
     )
     if processes.main:
         run.open(config, found)
@@ -190,7 +198,7 @@ def make_loader(
     mixture = Mixture(
         {name: rows[name][SPLITS[0]] for name in sorted(rows)},
         chunk_rows=cache.spec.chunk_rows,
-        rows=config.rows,
+        rows=config.own_rows,
         seed=config.seed,
     )
     return Loader(
@@ -199,4 +207,20 @@ def make_loader(
         processes.device,
         share=processes.share,
         temperature=config.temperature,
+    )
+
+
+def make_pairs(
+    config: TrainConfig, pairs: Cache, domains: Sequence[str], processes: Processes
+) -> PairLearner:
+    """Return what learns from the pairs of a cache."""
+    return PairLearner(
+        pairs,
+        domains,
+        processes,
+        PairTerms(config.pairs, config.beta, config.margin, config.per_token),
+        count=config.pair_rows // 2,
+        held_out=config.eval_rows,
+        micro=max(1, config.micro // 2),
+        seed=config.seed,
     )

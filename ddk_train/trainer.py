@@ -32,6 +32,7 @@ from ddk_train.distributed import Processes
 from ddk_train.evaluate import GapMeter, Measured
 from ddk_train.loss.objective import Objective, places
 from ddk_train.optim import learning_rate
+from ddk_train.pairs import MeasuredPairs, PairLearner
 from ddk_train.run import checkpoint
 from ddk_train.run.checkpoint import State, Trained, get_random
 from ddk_train.run.directory import Run
@@ -71,6 +72,8 @@ class Trainer:
     """What the student is made from; see `ddk_train.provenance`."""
     live: LiveTargets | None = None
     """A teacher in the loop that replaces the cached targets, for comparison."""
+    pairs: PairLearner | None = None
+    """Pairs of responses, whose gradient is added to that of the rows."""
 
     state: State = field(init=False)
     saved: tuple[int, int] = field(init=False, default=(0, -1))
@@ -78,7 +81,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.domains = self.weights.domains
-        self.state = State(self.domains, self.loader.mixture.state_dict())
+        drawn = self.pairs.order.state_dict() if self.pairs else {}
+        self.state = State(self.domains, self.loader.mixture.state_dict(), drawn)
+        self.rows_weight = self.config.rows_weight if self.pairs else 1.0
         self.checkpoint_every = self.config.checkpoint_every or self.config.interval
         self.model = self.processes.accelerator.prepare_model(self.objective)
 
@@ -115,14 +120,23 @@ class Trainer:
         tokens = self._tokens(batch)
         positions = max(1, sum(tokens))
         means = self.backward(batch, positions) / positions
+        learned = self.pairs and self.pairs.backward(self.model, self.weights.weights)
         clipped = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
         ce, kl, norm = torch.stack([*means, clipped]).tolist()  # the one wait for the device
-        loss = ce + self.config.gamma * kl
+        loss, parts = ce + self.config.gamma * kl, {"ce": ce, "kl": kl}
+        if learned:
+            loss = learned.metrics["pair_loss"] + self.rows_weight * loss
+            parts = learned.metrics | (parts if self.rows_weight else {})
+            tokens = list(map(sum, zip(tokens, learned.tokens, strict=True)))
         if not math.isfinite(loss + norm):
             raise DDKError(self._not_finite(batch))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return self._count(batch, began, tokens, loss=loss, ce=ce, kl=kl, lr=rate, grad_norm=norm)
+        if self.pairs and learned:
+            self.state.pairs = self.pairs.order.state_dict()
+            for name, rows in zip(self.domains, learned.rows, strict=True):
+                self.state.seen[name] += rows
+        return self._count(batch, began, tokens, loss=loss, **parts, lr=rate, grad_norm=norm)
 
     def _tokens(self, batch: Batch) -> list[int]:
         """Return (D) the counted positions of a step by domain, over all processes."""
@@ -150,7 +164,8 @@ class Trainer:
                 targets = self.live(piece.tokens, *own) if self.live else piece.targets
                 counted = places(piece.loss_mask, int(piece.counted.sum()))
                 out = self.model(piece.tokens, counted, targets, *own)
-                (out.loss * (self.processes.world / positions)).backward()
+                scale = self.rows_weight * self.processes.world / positions
+                (out.loss * scale).backward()
             sums += torch.stack([out.ce, out.divergence])
         return self.processes.total(sums)
 
@@ -234,6 +249,7 @@ class Trainer:
             return
         self.student.eval()
         found = self.meter.measure(self.objective.measure)
+        pairs = self.pairs.measure(self.objective) if self.pairs else {}
         self.student.train()
         drawn = np.full(len(self.domains), np.nan) if first else weights.weights
         weights.update(found.gaps)
@@ -241,7 +257,7 @@ class Trainer:
         state.eval_seconds += found.seconds.sum()
         self._note_best(found.gaps.student_loss)
         if self.processes.main:
-            self._record(found, drawn)
+            self._record(found, drawn, pairs)
 
     def _note_best(self, losses: Floats) -> None:
         """Note the best step so far, by mean loss over domains, and warn of a loss that rises."""
@@ -259,7 +275,7 @@ class Trainer:
                     "--lr, may help in a new run."
                 )
 
-    def _record(self, found: Measured, drawn: Floats) -> None:
+    def _record(self, found: Measured, drawn: Floats, pairs: MeasuredPairs) -> None:
         """Add a measurement to the history; `drawn` are the (D) weights before it, or NaN."""
         state, gaps, epochs = self.state, found.gaps, self.loader.epochs()
         weights, log_factor = self.weights.weights, self.weights.log_factor
@@ -281,6 +297,7 @@ class Trainer:
                 "weight_before": none_if_nan(drawn[n]),
                 "weight": float(weights[n]),
                 "eval_seconds": float(found.seconds[n]),
+                **pairs.get(name, {}),
             }
             for n, name in enumerate(self.domains)
         )
@@ -327,6 +344,8 @@ class Trainer:
             step, measured = self.saved = (state.step, state.measured)
             self.state = state.over(self.domains)
             self.loader.mixture.load_state_dict(state.mixture)
+            if self.pairs:
+                self.pairs.order.load_state_dict(state.pairs)
             if self.processes.main:
                 log.info(f"resuming after step {step} of {self.config.steps}")
         if self.processes.main:

@@ -25,6 +25,7 @@ from ddk_train import TrainConfig
 from tests.helpers import RUN, Configure
 from tests.hub import Hub
 from tests.s3 import Server
+from tests.sequences import Material, make_material
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI") == "true":
@@ -106,6 +107,12 @@ def teacher_dir(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Pat
     LlamaForCausalLM(LlamaConfig(**testing.student_config(hidden_size=32))).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """Prompts, responses, and a finished cache with pairs; nobody may change it."""
+    return make_material(tmp_path_factory.mktemp("sequences"))
 
 
 @pytest.fixture

@@ -20,13 +20,15 @@ from ddk_train.cli import main as train_main
 
 CACHE = [
     "FORMAT_VERSION", "SPLITS", "TRAIN", "VALIDATION",
-    "BuildConfig", "Cache", "CacheSpec", "Domain", "DomainPlan", "Extent", "Rows", "Source",
+    "BuildConfig", "Cache", "CacheSpec", "Domain", "DomainPlan", "Extent", "Responder", "Rows",
+    "SamplingConfig", "Source",
     "SparseTargets", "Split", "TargetSpec", "Teacher", "TeacherConfig",
     "CacheError", "CorruptCacheError", "DDKError", "FormatVersionError", "InputError",
     "MismatchError", "NotACacheError", "RowRangeError", "StorageError", "UnfinishedCacheError",
     "UnknownNameError",
-    "build_cache", "copy_cache", "find_sources", "import_cache", "load_teacher", "load_tokenizer",
-    "open_cache", "parse_size", "push_cache", "rows_at",
+    "answer_prompts", "build_cache", "build_pairs", "copy_cache", "find_sources", "generate",
+    "import_cache", "load_responder", "load_teacher", "load_tokenizer",
+    "open_cache", "open_pairs", "parse_size", "push_cache", "rows_at",
 ]  # fmt: skip
 TRAIN = [
     "CacheDataset", "DistillationMixin", "DistillationTrainer", "DomainWeights", "GapCallback",
@@ -37,9 +39,11 @@ COMMANDS: dict[click.Group, list[str]] = {
         "build",
         "copy",
         "estimate",
+        "generate",
         "head",
         "import",
         "info",
+        "pair",
         "pull",
         "push",
         "show",

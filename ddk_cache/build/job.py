@@ -27,9 +27,10 @@ from ddk_cache.build.scoring import Scored, Scorer, labels_inside
 from ddk_cache.build.share import Part, check_rank, share
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.teachers import Teachers, describe, meet
-from ddk_cache.build.tokenize import plan_domains
+from ddk_cache.build.tokenize import ReadRows, plan_domains
 from ddk_cache.build.writer import ShardWriter, Stored
 from ddk_cache.console import Progress
+from ddk_cache.corpus.rows import token_rows
 from ddk_cache.corpus.sources import OWN, Source, find_sources
 from ddk_cache.errors import CacheError, CorruptCacheError, DDKError, MismatchError, StorageError
 from ddk_cache.format.codec import TargetCodec
@@ -56,6 +57,7 @@ def build_cache(
     world: int = 1,
     write_behind: bool | None = None,
     stop: Event | None = None,
+    read: ReadRows = token_rows,
 ) -> None:
     """Build a cache at a path or a URL, or resume a build that was stopped.
 
@@ -74,6 +76,7 @@ def build_cache(
             default it does unless the teacher is on the CPU, where both need the same cores.
         stop: Once another thread sets it, the build finishes the shard in hand and ends as by
             Ctrl-C, with a DDKError.
+        read: What makes rows of the documents of a source; with another one nothing can grow.
 
     Raises:
         InputError: a setting is out of range, or the place holds something else.
@@ -95,7 +98,7 @@ def build_cache(
     del own
     part = Part(rank, world, stop or Event())
     try:
-        plan_domains(store, leases, sources, tokenizer, grow, part)
+        plan_domains(store, leases, sources, tokenizer, grow, part, read)
         if grow:
             add_sources(storage, described)
         specs = {name: other.spec for name, other in others.items()} | {OWN: spec}

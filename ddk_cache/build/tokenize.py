@@ -9,7 +9,7 @@ planning reads the whole corpus; a domain whose planning was interrupted is read
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from threading import Event
@@ -37,8 +37,17 @@ fewer bytes; numbering all ids saves a hundredth more."""
 Advance = Callable[[int], None]
 """Called with the number of tokens done since the last call."""
 
+ReadRows = Callable[..., Iterator[tuple[str, dict[str, Array]]]]
+"""What turns the documents of a source into rows; `token_rows` describes it."""
 
-def plan_domain(store: ShardWriter, source: Source, tokenizer: Any, advance: Advance) -> DomainPlan:
+
+def plan_domain(
+    store: ShardWriter,
+    source: Source,
+    tokenizer: Any,
+    advance: Advance,
+    read: ReadRows = token_rows,
+) -> DomainPlan:
     """Write the token rows of a domain and return its plan.
 
     Raises:
@@ -46,7 +55,9 @@ def plan_domain(store: ShardWriter, source: Source, tokenizer: Any, advance: Adv
     """
     store.clear(source.name)
     counts = np.zeros(store.spec.vocab_size, np.int64)
-    portion = _write_portion(store, source, tokenizer, advance, None, Span(), counts=counts)
+    portion = _write_portion(
+        store, source, tokenizer, advance, None, Span(), read=read, counts=counts
+    )
     frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
     ids = tuple(frequent[counts[frequent] > 0].tolist())
     plan = DomainPlan((portion,), frequent_ids=ids)
@@ -71,7 +82,12 @@ def grow_domain(
 
 
 def mend_tokens(
-    store: ShardWriter, source: Source, tokenizer: Any, advance: Advance, plan: DomainPlan
+    store: ShardWriter,
+    source: Source,
+    tokenizer: Any,
+    advance: Advance,
+    plan: DomainPlan,
+    read: ReadRows = token_rows,
 ) -> None:
     """Write token rows of a planned domain again where they are missing.
 
@@ -84,7 +100,7 @@ def mend_tokens(
         last = before.portions[-1] if before else Portion(0, 0, "", {})
         span = Span(last.documents, portion.documents, last.content, last.tokens)
         cut = dataclasses.replace(source, tokens=portion.tokens)  # as it was, if it was cut
-        made = _write_portion(store, cut, tokenizer, advance, before, span, wanted)
+        made = _write_portion(store, cut, tokenizer, advance, before, span, wanted, read)
         if made != portion:
             raise MismatchError(
                 f"domain {source.name!r} ({source.place}): its documents differ from those that "
@@ -102,6 +118,7 @@ def _write_portion(
     before: DomainPlan | None,
     span: Span,
     wanted: set[ShardKey] | None = None,
+    read: ReadRows = token_rows,
     counts: Array | None = None,
 ) -> Portion:
     """Write the token rows of a span of documents after those of a plan; return their portion.
@@ -110,7 +127,7 @@ def _write_portion(
     """
     spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
     first = {s: shard_count(before, s, spec.shard_rows) if before else 0 for s in SPLITS}
-    blocks = token_rows(
+    blocks = read(
         source,
         tokenizer,
         spec,
@@ -145,6 +162,7 @@ def plan_domains(
     tokenizer: Any,
     grow: bool,
     part: Part,
+    read: ReadRows = token_rows,
 ) -> None:
     """Write the token rows of every domain; restore and grow those that were planned before.
 
@@ -153,7 +171,7 @@ def plan_domains(
     """
     with Progress("planning", 0, "tokens") as progress:
         by_name = {source.name: source for source in sources}
-        job = Planning(store, leases, by_name, tokenizer, progress, part.stop)
+        job = Planning(store, leases, by_name, tokenizer, progress, part.stop, read)
         known, grown = read_root(store.storage).sources, {}
         for name in filter(job.done, job.sources):
             try:
@@ -180,6 +198,7 @@ class Planning:
     progress: Progress
     stop: Event
     """Set once the rows of a domain shall be left unfinished: they are made again."""
+    read: ReadRows = token_rows
 
     def todo(self) -> list[str]:
         """Return the domains without a plan."""
@@ -202,8 +221,8 @@ class Planning:
                 "Use another path."
             )
         try:
-            advance = partial(self.advance, item)
-            self.fix(item, plan_domain(self.store, self.sources[item], self.tokenizer, advance))
+            advance, source = partial(self.advance, item), self.sources[item]
+            self.fix(item, plan_domain(self.store, source, self.tokenizer, advance, self.read))
         except DDKError:
             self.store.clear(item)
             raise
@@ -229,7 +248,7 @@ class Planning:
             plan = read_plan(store.storage, store.spec, name)
             advance = partial(self.advance, name)
             if store.missing_tokens(name, plan):
-                mend_tokens(store, source, self.tokenizer, advance, plan)
+                mend_tokens(store, source, self.tokenizer, advance, plan, self.read)
             grown = grow_domain(store, source, self.tokenizer, advance, plan) if grow else plan
         finally:
             self.leases.release(self.lease(name))

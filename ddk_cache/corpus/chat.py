@@ -60,6 +60,25 @@ def encode_chat(
     return [([*ids, tokenizer.eos_token_id], [*learned, closing]) for ids, learned in encoded]
 
 
+def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+    """Return the tokens of messages up to where the assistant's next turn begins.
+
+    A control token inside a message is tokenized as text.
+
+    Raises:
+        InputError: there is no template, it refuses the messages, or one is not a message.
+    """
+    if not tokenizer.chat_template:
+        raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
+    control = control_tokens(tokenizer)
+    plain = [plain_message(number, message) for number, message in enumerate(messages, 1)]
+    try:
+        text = _Template(tokenizer, None).render(guard(plain, control), ask=True)
+    except Exception as error:  # jinja2 raises whatever the template asks for
+        raise InputError(f"the chat template refuses it: {error}") from error
+    return encode_sample(tokenizer, Sample(text, ()), control)[0]
+
+
 def _joined(texts: Sequence[str]) -> Sample:
     """Join a prompt and a response, by a newline unless one of them has whitespace there."""
     prompt, response = texts
@@ -71,7 +90,7 @@ def _joined(texts: Sequence[str]) -> Sample:
 # --- messages -------------------------------------------------------------------------------------
 
 
-def _plain(number: int, message: Message) -> dict[str, Any]:
+def plain_message(number: int, message: Message) -> dict[str, Any]:
     """Return a message as templates expect it: its content a text, and no empty fields.
 
     Parquet gives every message the fields of all, empty where a message lacks them.
@@ -156,7 +175,9 @@ def _samples(
     """
     if not tokenizer.chat_template:
         raise InputError("the corpus holds 'messages', but the tokenizer has no chat template.")
-    messages = [_plain(number, message) for number, message in enumerate(conversation.messages, 1)]
+    messages = [
+        plain_message(number, message) for number, message in enumerate(conversation.messages, 1)
+    ]
     turns = [
         place
         for place, message in enumerate(messages)

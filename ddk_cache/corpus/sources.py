@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ddk_cache.atomic import PARTIAL
-from ddk_cache.corpus.document import Document, describe, document_of, layouts_of
-from ddk_cache.corpus.files import COMPRESSED, KINDS, Fields, kind_of, read, select
+from ddk_cache.corpus.document import LAYOUTS, Document, describe, document_of, layouts_of
+from ddk_cache.corpus.files import COMPRESSED, KINDS, Fields, Layout, kind_of, read, select
 from ddk_cache.corpus.mix import Entry, read_mix
 from ddk_cache.errors import InputError
 from ddk_cache.format.layout import ROOT
@@ -220,7 +220,7 @@ def documents(source: Source) -> Iterator[Document]:
     """
     found = False
     try:
-        for fields in _fields(source):
+        for fields in read_fields(source):
             document = document_of(fields)
             if document:
                 if not found and not isinstance(document, str):
@@ -239,12 +239,17 @@ def held_by(source: Source) -> str:
     Raises:
         InputError: the source cannot be read up to there.
     """
-    described = (describe(fields) for fields in _fields(source) if document_of(fields))
+    described = (describe(fields) for fields in read_fields(source) if document_of(fields))
     return next(described, "no document")
 
 
-def _fields(source: Source) -> Iterator[Fields]:
-    wanted = layouts_of(source.column)
+def read_fields(source: Source, layouts: Sequence[Layout] = LAYOUTS) -> Iterator[Fields]:
+    """Yield what a source holds in its own column, or in the first of the layouts that it has.
+
+    Raises:
+        InputError: the source cannot be read, or has none of the layouts.
+    """
+    wanted = layouts_of(source.column) if source.column else layouts
     if source.path is None:
         yield from select(_hub_records(source), wanted)
     paragraphs = source.loader == "text" and source.files == (source.path,)

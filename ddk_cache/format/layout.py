@@ -6,6 +6,7 @@
     domains/DOMAIN/SPLIT/ARRAY/zarr.json            Zarr's document of an array
     domains/DOMAIN/SPLIT/ARRAY/c/N/0…               shard N of an array, by Zarr's key
     tokenizer/                                      the tokenizer's own files
+    pairs/                                          a cache of the pairs of responses, if any
     claims/, tmp/                                   leases and scratch, only while a build runs
 
 Names are relative to the root and use slashes. The last two belong to `ddk_cache.storage.base`.
@@ -21,6 +22,12 @@ PLANS = "plans"
 COMMITS = "commits"
 TOKENIZER = "tokenizer"
 DOMAINS = "domains"
+PAIRS = "pairs"
+
+
+def pairs_of(cache: str) -> str:
+    """Return the path or URL of the pairs of a cache."""
+    return f"{cache.rstrip('/')}/{PAIRS}"
 
 
 def plan_name(domain: str) -> str:

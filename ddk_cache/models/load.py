@@ -47,6 +47,18 @@ def load_teacher(
             not fit the model or this machine, or the model looks ahead.
     """
     config = TeacherConfig(**vars(config) | changes)
+    model, device, quantization = load_placed(name, config)
+    teacher = teacher_of(model, str(name), device, quantization)
+    check_causal(teacher)
+    return in_parallel(teacher) if config.tensor_parallel > 1 else teacher
+
+
+def load_placed(name: str | Path, config: TeacherConfig) -> tuple[Any, torch.device, str | None]:
+    """Return a model where the options place it, the device of its tokens, and its quantization.
+
+    Raises:
+        InputError: as `load_teacher`.
+    """
     target = pick_device(config.device)
     options = model_options(name, config, target)
     check_checkpoint(name, config, options)
@@ -57,10 +69,11 @@ def load_teacher(
         target = input_device(model)
     else:
         model.to(target)
-    quantization = config.quantization or ("own" if "quantization_config" in options else None)
-    teacher = teacher_of(model, str(name), target, quantization)
-    check_causal(teacher)
-    return in_parallel(teacher) if config.tensor_parallel > 1 else teacher
+    return (
+        model,
+        target,
+        config.quantization or ("own" if "quantization_config" in options else None),
+    )
 
 
 def model_options(name: str | Path, config: TeacherConfig, device: torch.device) -> dict[str, Any]:

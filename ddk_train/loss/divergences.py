@@ -68,6 +68,29 @@ def skew_kl(
     return value_P, (-t_PB * rest_PB / m_PB).where(some_PB, 0.0)
 
 
+def dpkd(
+    t_PB: torch.Tensor, logq_PB: torch.Tensor, *, beta: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """−log σ(β (log q(y_t)/q(y_s) − log t(y_t)/t(y_s))): DPKD for each token (arXiv 2406.19774).
+
+    y_t is the teacher's and y_s the student's likeliest id, which must be among the kept ids; the
+    rest is not an id. Where both agree the loss is log 2, without a gradient.
+    """
+    y_t, y_s = t_PB[:, :-1].argmax(-1, keepdim=True), logq_PB[:, :-1].argmax(-1, keepdim=True)
+    logt_PB = t_PB.log().clamp_min(LEAST)
+    of_q_P1 = logq_PB.gather(-1, y_t) - logq_PB.gather(-1, y_s)
+    z_P1 = beta * (of_q_P1 - logt_PB.gather(-1, y_t) + logt_PB.gather(-1, y_s))
+    slope_P1 = -beta * torch.sigmoid(-z_P1)
+    slope_PB = torch.zeros_like(logq_PB).scatter_add_(-1, y_t, slope_P1)
+    slope_PB.scatter_add_(-1, y_s, -slope_P1)
+    return torch.nn.functional.softplus(-z_P1)[:, 0], slope_PB
+
+
+def needs_students_likeliest(loss: Divergence) -> bool:
+    """Return whether a divergence needs the student's likeliest id among the kept ids."""
+    return getattr(loss, "func", loss) is dpkd
+
+
 def divergence(name: str) -> Divergence:
     """Return the divergence of a name such as `forward_kl` or `jsd:0.5`.
 
@@ -108,10 +131,15 @@ def check_targets(name: str, temperature: float, spec: CacheSpec) -> None:
         spec.temperature_place(temperature)
 
 
-PLAIN: dict[str, Divergence] = {"forward_kl": forward_kl, "reverse_kl": reverse_kl}
+PLAIN: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "dpkd": dpkd,
+}
 WITH_PARAMETER: dict[str, tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]], str]] = {
     "jsd": (jsd, "beta"),
     "skew_kl": (skew_kl, "alpha"),
+    "dpkd": (dpkd, "beta"),
 }
 LOSSES = (*PLAIN, *(f"{name}:{p.upper()}" for name, (_, p) in WITH_PARAMETER.items()))
 """The names that `--loss` accepts."""

@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import linear
 
 from ddk_cache import SparseTargets
-from ddk_train.loss.divergences import Divergence, forward_kl
+from ddk_train.loss.divergences import Divergence, forward_kl, needs_students_likeliest
 
 Targets = SparseTargets[torch.Tensor]
 
@@ -265,6 +265,8 @@ def gradient_(
     At T = 1 cross-entropy and divergence share one pass; at another they need one each.
     """
     T = terms.temperature
+    if targets and needs_students_likeliest(terms.divergence):
+        targets = with_likeliest(logits_PV, targets)
     label_P1 = logits_PV.gather(-1, labels_P[:, None])
     divergence_P = torch.zeros_like(label_P1[:, 0])
     if targets is None:
@@ -279,6 +281,22 @@ def gradient_(
         logits_PV += soft_PV
     logits_PV.scatter_add_(-1, labels_P[:, None], torch.full_like(label_P1, -1.0))
     return (norm_P1 - label_P1)[:, 0], divergence_P
+
+
+def with_likeliest(logits_PV: torch.Tensor, targets: Targets) -> Targets:
+    """Return targets that have the student's likeliest id too, with an even share of the tail.
+
+    That share is the tail divided by the number of ids that were not kept; the tail loses it.
+    """
+    likeliest_P1 = logits_PV.argmax(-1, keepdim=True)
+    known_P1 = (targets.ids == likeliest_P1).any(-1, keepdim=True)
+    others_P1 = logits_PV.shape[-1] - (targets.ids >= 0).sum(-1, keepdim=True)
+    share_P1 = (targets.tail[:, None] / others_P1.clamp_min(1)).masked_fill(known_P1, 0.0)
+    return SparseTargets(
+        torch.cat([targets.ids, likeliest_P1.masked_fill(known_P1, -1)], -1),
+        torch.cat([targets.probs, share_P1], -1),
+        targets.tail - share_P1[:, 0],
+    )
 
 
 @cache

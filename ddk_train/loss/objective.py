@@ -27,6 +27,7 @@ from ddk_cache.isolation import check_isolation
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
 from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
+from ddk_train.loss.sequence import token_logprobs
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +70,19 @@ class Objective(torch.nn.Module):
         mask_BS: Mask,
         targets: Targets | None,
         positions_BS1: torch.Tensor | None = None,
-    ) -> Sums:
+        *,
+        apart: bool = False,
+    ) -> Sums | torch.Tensor:
         """Return the sums over the positions that `mask` counts.
 
         `tokens` has one more column than `mask`: the last column is a label only. In place of the
         mask, the `places` that it counts may be given. With `positions`, the documents of a row
-        are kept apart.
+        are kept apart. `apart` returns the log-probability (P) of each counted token instead, in
+        the order of the mask.
         """
         hidden_PH, head = self._hidden(tokens_BS1, mask_BS, positions_BS1)
+        if apart:
+            return token_logprobs(hidden_PH, head, tokens_BS1[:, 1:][mask_BS])
         targets = targets and self._counted(targets, mask_BS)
         return fused_loss(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets, self.terms)
 

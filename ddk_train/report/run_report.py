@@ -144,6 +144,15 @@ class RunReport:
         return spent / (spent + seconds) if spent and seconds else None
 
     @property
+    def preferred(self) -> float | None:
+        """Return the share of held-out pairs in which the teacher's response has the larger reward,
+        at the last measurement: the mean over domains. None for a run without pairs.
+        """  # noqa: D205
+        last = [finite(r.get("preferred")) for r in self.history if r["step"] == self.measured[-1]]
+        known = [share for share in last if share is not None]
+        return fmean(known) if known else None
+
+    @property
     def cache(self) -> list[tuple[str, str]]:
         """Return what the run recorded about its cache, as labels and text."""
         known = self.provenance
@@ -222,6 +231,7 @@ def to_json(reports: Sequence[RunReport]) -> list[dict[str, Any]]:
             "measured": report.measured,
             "mean_loss": report.mean.last_loss,
             "worst": report.worst and report.worst.name,
+            "preferred": report.preferred,
             "domains": {
                 domain.name: asdict(domain) | {"ratio": perplexity(domain.gap)}
                 for domain in report.domains

@@ -40,6 +40,8 @@ def _show_run(report: RunReport, console: Any) -> None:
     facts = f"{report.steps:,} steps, {speed} tokens/s, mean held-out loss {loss}"
     if report.eval_share is not None:
         facts += f", {report.eval_share:.1%} of the time spent measuring"
+    if report.preferred is not None:
+        facts += f", {report.preferred:.1%} of held-out pairs preferred"
     if worst := report.worst:
         facts += f", worst domain {worst.name}"
     console.print(Text(report.name, "bold"))

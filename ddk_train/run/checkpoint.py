@@ -41,6 +41,8 @@ class State:
 
     domains: list[str]
     mixture: dict[str, Any]
+    pairs: dict[str, Any] = field(default_factory=dict)
+    """State of the order of the pairs, where there are any."""
     seen: dict[str, int] = field(default_factory=dict)
     """Rows drawn so far, by domain."""
     tokens: dict[str, int] = field(default_factory=dict)

@@ -50,6 +50,11 @@ HISTORY = pa.schema(
         ("weight_before", pa.float64()),
         ("weight", pa.float64()),
         ("eval_seconds", pa.float64()),
+        ("pair_loss", pa.float64()),
+        ("margin", pa.float64()),
+        ("preferred", pa.float64()),
+        ("reward_teacher", pa.float64()),
+        ("reward_student", pa.float64()),
     ]
 )
 """One row per domain and measurement, taken after `step` steps.
@@ -60,6 +65,9 @@ are nats per position on the held-out rows, null where a domain has none. `log_f
 logarithm of the rule's state (r of Eq. 1 and 2); `weight` is the share of rows drawn after the
 measurement, and `weight_before` the share before it, null at first. Losses and `train_rows`, step
 by step, reproduce factors and weights bit for bit (`ddk_train.weights.update`).
+
+The last five columns are means over held-out pairs of responses (`ddk_train.pairs.SUMS`), null in a
+run without pairs.
 """
 
 MAY_CHANGE = {

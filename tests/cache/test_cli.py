@@ -18,24 +18,28 @@ from click.testing import CliRunner, Result
 
 from ddk_cache import InputError
 from ddk_cache.cli import main as cache_main
-from ddk_cache.cli import which_process
 from ddk_cache.console import Progress
+from ddk_cache.options import which_process
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
 
-HOW = (
+MODEL = (
     "--dtype --device --trust-remote-code --revision --attention --device-map --offload-folder "
-    "--tensor-parallel --quantization --model-kwargs --model --head"
+    "--tensor-parallel --quantization --model-kwargs"
 )
+HOW = f"{MODEL} --model --head"
 SETTINGS = (
     "--tokenizer --seq-len --packing --too-long --targets --temperature --seed --compression "
     f"--holdout --learn --chunk-rows --shard-rows --batch-rows {HOW}"
 )
+SAMPLING = "--max-new-tokens --temperature --top-p --seed --batch"
 
 OPTIONS = {
     "ddk-cache estimate": f"--teacher {SETTINGS} --probe-rows --student-speed --json",
     "ddk-cache build": f"--teacher {SETTINGS} --grow --rank --world "
     "--ray --workers --gpus-per-worker",
+    "ddk-cache generate": f"--teacher --tokenizer --samples {SAMPLING} {MODEL} --rank --world",
+    "ddk-cache pair": f"--teacher --student --answers {SAMPLING} {HOW} --rank --world --batch-rows",
     "ddk-cache head": "--trust-remote-code --revision",
     "ddk-cache info": "--json",
     "ddk-cache show": "--domain --row --split --json",
@@ -43,7 +47,8 @@ OPTIONS = {
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
     "--weighting --alpha --weights "
     "--interval --eval-rows --forgetting "
-    "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
+    "--gamma --loss --temperature --pairs --pair-rows --rows-weight --beta --margin --per-token "
+    "--steps --rows --micro-rows --lr --min-lr --warmup --schedule "
     "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
     "--precision --gradient-checkpointing --compile --checkpoint-every --keep --patience "
     "--new-rows --log-every --report-to",

@@ -19,6 +19,7 @@ from ddk_train import train
 from ddk_train.distributed import Processes
 from ddk_train.run.directory import Run
 from tests.helpers import RUN, Configure, command, finish
+from tests.sequences import Material
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,6 +69,33 @@ def test_two_processes_give_the_update_of_one(
     code, err = launch(2, *words)
     assert code == 0, err
     assert err.count("resuming after step 5 of 5") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows_weight", [0.0, 0.5])
+def test_two_processes_learn_from_pairs_as_one(
+    rows_weight: float, material: Material, tmp_path: Path
+) -> None:
+    settings = RUN | {"steps": 4, "interval": 2, "micro_rows": 2, "rows": 4}
+    settings |= {"pairs": "dpkd", "pair_rows": 8, "rows_weight": rows_weight}
+    options = [word for key, value in settings.items()
+               for word in ("--" + key.replace("_", "-"), value)]  # fmt: skip
+    words = {
+        name: ["run", material.cache, tmp_path / name, "--student", material.folder / "student",
+               *options, "--device", "cpu"]
+        for name in ("one", "two")
+    }  # fmt: skip
+    code, _, err = finish(command("ddk-train", *words["one"]))
+    assert code == 0, err
+    code, err = launch(2, *words["two"])
+    assert code == 0, err
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    for name in ("loss", "pair_loss", "margin", "preferred", "grad_norm", "tokens"):
+        mine, theirs = ([line[name] for line in run.metrics()] for run in (one, two))
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5)
+    for a, b in zip(one.history(), two.history(), strict=True):
+        assert a["rows_seen"] == b["rows_seen"]
+        assert abs(a["margin"] - b["margin"]) < 1e-4
 
 
 def test_rows_that_cannot_be_shared_are_refused(

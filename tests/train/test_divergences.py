@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,6 +43,19 @@ def test_agreement_is_zero_and_nothing_is_not_a_number(name: str) -> None:
     far, slope = divergence(name)(t, t.roll(1, -1).clamp_min(1e-30).log())
     assert torch.isfinite(far).all()
     assert torch.isfinite(slope).all()
+
+
+def test_dpkd_by_hand() -> None:
+    # Teacher: id 0. Student: id 1. log q: −2 and −1, log t: log 0.6 and log 0.3; the rest is no id.
+    t, logq = torch.tensor([[0.6, 0.3, 0.1]]), torch.tensor([[-2.0, -1.0, -0.1]])
+    loss, slope = divergence("dpkd:0.5")(t, logq)
+    z = 0.5 * ((-2 + 1) - math.log(0.6 / 0.3))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-z)))
+    down = -0.5 / (1 + math.exp(z))
+    torch.testing.assert_close(slope, torch.tensor([[down, -down, 0.0]]))
+    loss, slope = divergence("dpkd")(t, torch.tensor([[-0.5, -3.0, -0.1]]))
+    assert loss.item() == pytest.approx(math.log(2))  # both prefer id 0
+    assert not slope.any()
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,38 @@ def test_loss_and_gradients_agree_with_the_reference(
     agree(got, reference(c, head, name, 0.7, T), 3e-4 if name == "reverse_kl" else 5e-5)
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    P=st.integers(1, 6),
+    V=st.integers(2, 12),
+    k=st.integers(1, 12),
+    seed=st.integers(0, 99),
+    T=st.sampled_from([1.0, 2.0]),
+)
+def test_dpkd_finds_the_students_likeliest_token_outside_of_the_kept(
+    P: int, V: int, k: int, seed: int, T: float
+) -> None:
+    c, beta, gamma = padded(case(P, V, min(k, V), seed), seed), 0.3, 0.7
+    got = fused(c, Head(), f"dpkd:{beta}", gamma, T)
+    hidden, weight = (t.double().requires_grad_() for t in (c.hidden, c.weight))
+    z = hidden @ weight.T
+    logq, losses = (z / T).log_softmax(-1), []
+    for n in range(P):
+        t = {int(i): float(p) for i, p in zip(c.targets.ids[n], c.targets.probs[n], strict=True)}
+        t.pop(-1, None)
+        y_t, y_s = max(t, key=lambda i: t[i]), int(z[n].argmax())
+        share = float(c.targets.tail[n]) / (V - len(t)) if len(t) < V else 0.0
+        ratio = max(t[y_t], 1.2e-38) / max(t.get(y_s, share), 1.2e-38)
+        u = beta * (logq[n, y_t] - logq[n, y_s] - torch.tensor(ratio, dtype=torch.float64).log())
+        losses.append(-torch.nn.functional.logsigmoid(u))
+    ce = z.logsumexp(-1) - z[torch.arange(P), c.labels]
+    d = T**2 * torch.stack(losses).sum()
+    loss = ce.sum() + gamma * d
+    grads = torch.autograd.grad(loss, (hidden, weight))
+    nothing = torch.zeros_like(c.bias)
+    agree(got, (loss.detach(), ce.sum().detach(), d.detach(), *grads, nothing), 5e-5)
+
+
 def padded(c: Case, seed: int) -> Case:
     """Return the case with 1 to K entries at each position; the tail takes what the others had."""
     ids, probs, tail = c.targets.ids, c.targets.probs, c.targets.tail

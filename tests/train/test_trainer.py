@@ -260,7 +260,7 @@ def test_a_compiled_student_is_the_same(configure: Configure) -> None:
         torch.testing.assert_close(compiled[name], plain[name], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", ["reverse_kl", "jsd:0.5", "skew_kl:0.1"])
+@pytest.mark.parametrize("loss", ["reverse_kl", "jsd:0.5", "skew_kl:0.1", "dpkd:0.5"])
 def test_other_divergences_train(configure: Configure, loss: str) -> None:
     metrics = train(configure(loss=loss, gamma=1.0, steps=30, interval=30)).metrics()
     assert metrics[-1]["loss"] < metrics[0]["loss"]
