@@ -19,6 +19,7 @@ from hypothesis import settings
 from ddk_cache import testing
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_train import TrainConfig
@@ -64,6 +65,20 @@ def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
 def cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A finished cache; nobody may change it."""
     return make_cache(tmp_path_factory.mktemp("cache") / "mix.zarr")
+
+
+@pytest.fixture(scope="session")
+def prophet_cache(
+    make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory
+) -> Cache:
+    """A finished cache whose teacher sees the next token, so that a student stays behind it."""
+
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        ahead = tokens_BS.roll(-1, dims=-1)
+        return 7.0 * torch.nn.functional.one_hot(ahead, testing.VOCAB).float()
+
+    teacher = Teacher(logits, testing.VOCAB, {"class": "prophet"})
+    return make_cache(tmp_path_factory.mktemp("prophet") / "mix.zarr", teacher=teacher)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from queue import SimpleQueue
 from typing import Any, NamedTuple
@@ -56,6 +56,8 @@ class Batch:
     """State of the mixture after this batch."""
     wait: float = 0.0
     """Seconds that the caller waited for this batch."""
+    teacher_loss: Floats = field(default_factory=lambda: np.empty(0))
+    """(B) the teacher's loss on each row, summed over its counted positions; nats."""
 
     def micro(self, size: int) -> Iterator[Batch]:
         """Yield the batch in pieces of at most `size` rows."""
@@ -183,9 +185,15 @@ class Loader:
             stored = buffers.to_device()
             most = self._dequantize.most(buffers.arrays)
             domain_B = torch.from_numpy(domains).to(self.device)
-            return Batch(draw, *self._dequantize(stored, domain_B, most), state)
+            decoded = self._dequantize(stored, domain_B, most)
+            return Batch(draw, *decoded, state, teacher_loss=self._teacher(buffers.arrays))
         finally:
             self._free.put(buffers)
+
+    def _teacher(self, stored: Mapping[str, Any]) -> Floats:
+        """Return (B) the teacher's summed loss on stored rows."""
+        loss_BS = -self.cache.logprob.decode(stored["label_logprob"])
+        return np.asarray(loss_BS.sum(1, where=stored["loss_mask"].astype(bool), dtype=np.float64))
 
     # --- state ---
 
