@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+from ddk_cache.corpus.passages import passages_note
 from ddk_cache.format.audit_summary import total
 from ddk_cache.format.commit import Record
 from ddk_cache.read.cache import Cache
@@ -36,6 +37,7 @@ class DomainFacts(TypedDict):
 
     documents: int
     tokens: int
+    passages: bool
     content: str
     portions: int
     rows: dict[str, int]
@@ -91,7 +93,11 @@ def describe(cache: Cache) -> Facts:
             f"{name} has no {what} rows; {effect}."
             for split, what, effect in (
                 (TRAIN, "training", "nothing can be learned from it"),
-                (VALIDATION, "held-out", "its gap cannot be measured (--holdout, more documents)"),
+                (
+                    VALIDATION,
+                    "held-out",
+                    "its gap is that of unseen training rows (--holdout, more documents)",
+                ),
             )
             for name, facts in domains.items()
             if not facts["rows"][split]
@@ -106,6 +112,7 @@ def _domain(cache: Cache, name: str, records: dict[str, list[Record]]) -> Domain
     return {
         "documents": plan.documents,
         "tokens": plan.tokens,
+        "passages": plan.passages,
         "content": plan.content,
         "portions": len(plan.portions),
         "rows": {split: plan.rows(split) for split in SPLITS},
@@ -161,6 +168,9 @@ def show(facts: Facts) -> None:
         line(f"not planned yet: {', '.join(facts['unplanned'])}")
     parts = ", ".join(f"{name} {size:.2f}" for name, size in facts["bytes_per_token"].items())
     line(f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes; bytes per token: {parts}")
+    for name, domain in facts["domains"].items():
+        if domain["passages"]:
+            line(passages_note(name, spec["seq_len"]))
     for warning in facts["warnings"]:
         line(f"warning: {warning}")
 

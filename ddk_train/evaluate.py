@@ -112,21 +112,21 @@ class GapMeter:
             fall_error=np.array(errors),
         )
 
-    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+    def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return what is remembered of the rows of each domain, and their numbers."""
         return {
             name: {
                 "rows": torch.from_numpy(rows),
-                "losses": torch.from_numpy(np.array(self.past[name]).reshape(-1, len(rows))),
+                "losses": [torch.from_numpy(loss_R) for loss_R in self.past[name]],
             }
             for name, rows in self.rows.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Restore what is remembered, for domains whose measured rows are the same as then."""
         for name, rows in self.rows.items():
             if name in state and np.array_equal(state[name]["rows"].numpy(), rows):
-                self.past[name] = list(state[name]["losses"].numpy())
+                self.past[name] = [loss_R.numpy() for loss_R in state[name]["losses"]]
 
     def _teacher(self, name: str) -> float:
         """Return the teacher's mean loss over the counted positions of a domain's sample."""

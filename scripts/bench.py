@@ -18,7 +18,10 @@ import click
 from ddk_cache.console import Commands
 
 FOLDER = Path(__file__).parent / "benches"
-NO_BENCH = {"__init__", "common", "engines", "kinds", "material", "shared"}
+NO_BENCH = {
+    *("__init__", "common", "engines", "kinds", "material", "mixes", "outcomes", "responses"),
+    "shared",
+}
 
 
 class Benches(Commands):

@@ -68,17 +68,22 @@ def cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="session")
-def prophet_cache(
-    make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory
-) -> Cache:
-    """A finished cache whose teacher sees the next token, so that a student stays behind it."""
+def prophet() -> Teacher:
+    """A teacher that sees the next token, so that every student stays behind it."""
 
     def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
         ahead = tokens_BS.roll(-1, dims=-1)
         return 7.0 * torch.nn.functional.one_hot(ahead, testing.VOCAB).float()
 
-    teacher = Teacher(logits, testing.VOCAB, {"class": "prophet"})
-    return make_cache(tmp_path_factory.mktemp("prophet") / "mix.zarr", teacher=teacher)
+    return Teacher(logits, testing.VOCAB, {"class": "prophet"})
+
+
+@pytest.fixture(scope="session")
+def prophet_cache(
+    make_cache: Callable[..., Cache], prophet: Teacher, tmp_path_factory: pytest.TempPathFactory
+) -> Cache:
+    """A finished cache of the prophet."""
+    return make_cache(tmp_path_factory.mktemp("prophet") / "mix.zarr", teacher=prophet)
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,7 @@ from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.tokenize import FREQUENT
 from ddk_cache.build.writer import ShardWriter
 from ddk_cache.console import Progress
+from ddk_cache.corpus.passages import passages_note
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import Source
 from ddk_cache.errors import InputError
@@ -82,7 +83,7 @@ class Counted:
     """What a corpus holds."""
 
     domains: dict[str, dict[str, Any]]
-    """Documents, tokens, and rows by split."""
+    """Documents, tokens, whether long ones are cut into passages, and rows by split."""
     sample: tuple[Array, Array]
     """(N, S+1) tokens and (N, S) loss mask of a few rows of every domain."""
 
@@ -117,7 +118,12 @@ def count(
             rows[split] += len(tokens)
             kept = kept or [(tokens[:each], mask[:each])]
             advance(tokens[:, 1:].size, source.name)
-        domains[source.name] = {"documents": tally.documents, "tokens": tally.tokens, "rows": rows}
+        domains[source.name] = {
+            "documents": tally.documents,
+            "tokens": tally.tokens,
+            "passages": tally.passages,
+            "rows": rows,
+        }
         sample += kept
     tokens, mask = (np.concatenate(part)[:probe_rows] for part in zip(*sample, strict=True))
     return Counted(domains, (tokens, mask))
@@ -208,6 +214,9 @@ def show(facts: Mapping[str, Any]) -> None:
         numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
         table.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(table)
+    for name, domain in facts["domains"].items():
+        if domain["passages"]:
+            console.print(passages_note(name, spec["seq_len"]), highlight=False)
     size, free = facts["bytes"] / 1e9, facts["free_bytes"]
     bound = "" if facts["measured"] else "at most "
     room = "" if free is None else f"; {free / 1e9:,.2f} GB are free"

@@ -1,8 +1,8 @@
 """Documents → rows of tokens: tokenized, split by content, joined end to end and cut.
 
 Which split a document belongs to follows from its content alone, so a document is never in both,
-and documents added later move nothing. The price is that a domain of few documents may have none
-held out, which is logged. Rows are cut without regard to where documents end: no position is
+and documents added later move nothing; long documents of a domain that has few are divided, see
+`ddk_cache.corpus.passages`. Rows are cut without regard to where documents end: no position is
 wasted on padding, and a row may hold the end of one document and the beginning of the next.
 """
 
@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ddk_cache.corpus import passages
 from ddk_cache.corpus.chat import Encoded, encode_chat
+from ddk_cache.corpus.passages import Divider
 from ddk_cache.corpus.sources import Document, Source, documents
 from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.hashing import canonical
@@ -131,6 +133,8 @@ class Tally:
     documents: int = 0
     tokens: int = 0
     content: Any = field(default_factory=xxhash.xxh3_128)
+    passages: bool = False
+    """Its long documents are cut into passages."""
 
     def add(self, data: bytes, tokens: int) -> None:
         """Count a document; the length keeps two documents apart from one that joins them."""
@@ -151,6 +155,8 @@ class Span:
     """Hash that the skipped documents must have."""
     tokens: int = 0
     """Tokens of the skipped documents."""
+    passages: bool | None = None
+    """What the plan says of passages; None where the documents are to decide."""
 
 
 def token_rows(
@@ -174,11 +180,13 @@ def token_rows(
         MismatchError: the documents before the span differ from those it was planned with.
     """
     rows, counted = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    stream = _encoded(source, tokenizer, holdout, tally, span)
+    divider = Divider(seq_len, holdout, span.passages)
+    stream = divider.pieces(_encoded(source, tokenizer, holdout, tally, span))
     for split, tokens, loss_mask in _blocks(stream, seq_len, block):
         rows[split] += len(tokens)
         counted[split] += int(loss_mask.sum())
         yield split, tokens, loss_mask
+    tally.passages = bool(divider.passages)
     if span.skip:
         return
     where = f"domain {source.name!r} ({source.place})"
@@ -199,7 +207,8 @@ def token_rows(
             else "It is one document, which is in one split. Divide it into several."
         )
         log.warning(
-            "%s has no held-out rows; a weighting that follows gaps will refuse it. %s",
+            "%s has no held-out rows; its gap will be that of training rows when they are first "
+            "drawn. %s",
             where,
             advice,
         )
@@ -221,7 +230,7 @@ def _blocks(
 
 def _encoded(
     source: Source, tokenizer: Any, holdout: float, tally: Tally, span: Span
-) -> Iterator[tuple[str, Encoded]]:
+) -> Iterator[passages.Document]:
     reading: Iterator[Identified]
     reading = ((document, content(document)) for document in documents(source))
     for _, data in itertools.islice(reading, span.skip):
@@ -241,10 +250,12 @@ def _encoded(
             encoded = encode(tokenizer, [document for document, _ in batch], tally.documents + 1)
         except InputError as error:
             raise InputError(f"domain {source.name!r} ({source.place}): {error}") from error
-        for (_, data), (tokens, counted) in zip(batch, encoded, strict=True):
+        for (document, data), (tokens, counted) in zip(batch, encoded, strict=True):
             room = source.tokens - tally.tokens if source.tokens else len(tokens)
             tally.add(data, min(len(tokens), room))
-            yield split_of(data, holdout), (tokens[:room], counted[:room])
+            key, split = xxhash.xxh3_64_intdigest(data), split_of(data, holdout)
+            cut = tokens[:room], counted[:room]
+            yield passages.Document(key, split, isinstance(document, str), cut)
             if source.tokens and tally.tokens >= source.tokens:
                 return
 

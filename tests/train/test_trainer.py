@@ -90,10 +90,12 @@ def recorded(found: Any) -> Gaps:
 
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_recorded_weights_follow_from_recorded_gaps_exactly(
-    rule: str, configure: Configure
+    rule: str, configure: Configure, prophet_cache: Cache
 ) -> None:
     weights = "digits=1,letters=2,notes=5" if rule == "fixed" else ""
-    run = train(configure(weighting=rule, weights=weights, alpha=0.7))
+    run = train(
+        configure(cache=str(prophet_cache.root), weighting=rule, weights=weights, alpha=0.7)
+    )
     columns = pq.read_table(run.path / "history.parquet").to_pandas().groupby("step")
     given = np.array([1.0, 2.0, 5.0]) / 8 if weights else None
     factor = before = None
@@ -149,7 +151,9 @@ def test_measured_gaps_are_those_of_the_written_student(configure: Configure, ca
 def test_losses_on_unseen_rows_are_those_of_the_step_and_end_with_the_first_epoch(
     configure: Configure, cache: Cache
 ) -> None:
-    trainer = open_trainer(configure(weighting="uniform", steps=200, interval=200, rows=9))
+    trainer = open_trainer(
+        configure(weighting="uniform", steps=99, interval=99, checkpoint_every=99, rows=9)
+    )
     trainer.measure_if_due()
     sums = np.zeros((3, 3))
     for step, batch in enumerate(trainer.batches_until_due()):
@@ -162,7 +166,7 @@ def test_losses_on_unseen_rows_are_those_of_the_step_and_end_with_the_first_epoc
             ce = -logp.gather(-1, tokens[:, 1:, None]).sum()
             sums[number] += float(ce), -found.label_logprob.sum(dtype=np.float64), 16
         trainer.step(batch)
-        if step == 5:
+        if step == 2:
             break
     had = trainer.state.unseen_sums
     np.testing.assert_allclose([had[name] for name in trainer.domains], sums, rtol=1e-5)
