@@ -93,7 +93,7 @@ class Bench:
             paths = {"cache": str(self.cache), "run": f"{place}/run", "student": str(self.student)}
             run = train(TrainConfig(**paths | self.settings | steps))
             seconds = [float(line["seconds"]) for line in run.metrics()]
-        rows: int = 5 * self.settings["rows"]
+        rows: float = 5.0 * self.settings["rows"]
         speed: float = rows / (seconds[-1] - seconds[0])
         return speed
 
@@ -173,7 +173,8 @@ def chosen(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def measured_rows(options: Mapping[str, Any]) -> float:
     """Return what the measurements of a run cost, in training rows."""
     measurements = 1 + math.ceil(options["steps"] / options["interval"])
-    return HELD_OUT_COST * measurements * options["domains"] * options["eval_rows"]
+    rows: int = measurements * options["domains"] * options["eval_rows"]
+    return HELD_OUT_COST * rows
 
 
 def longer(options: Mapping[str, Any]) -> int:

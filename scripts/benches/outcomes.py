@@ -89,21 +89,22 @@ def summary(found: Mapping[str, Sequence[Found]], base: str) -> list[dict[str, A
     """Return one row per method: losses, gaps, and paired differences to a base.
 
     The mean counts each domain once, or by its training rows. The worst gap is the largest distance
-    to the teacher's loss, the sum of gaps that of all domains.
+    to the teacher's loss, the sum of gaps that of all domains. A domain without held-out rows does
+    not count.
     """
     rows = []
     for name, seeds in found.items():
         pairs = list(zip(seeds, found.get(base, seeds), strict=False))
-        change = np.array([one.loss.mean() - other.loss.mean() for one, other in pairs])
-        worse = np.array([one.gap.max() - other.gap.max() for one, other in pairs])
+        change = np.array([np.nanmean(one.loss - other.loss) for one, other in pairs])
+        worse = np.array([np.nanmax(one.gap) - np.nanmax(other.gap) for one, other in pairs])
         row = {
             "method": name,
             "seeds": len(seeds),
-            "mean loss": plus_minus([one.loss.mean() for one in seeds]),
-            "mean by size": plus_minus([np.average(one.loss, weights=one.size) for one in seeds]),
-            "worst gap": plus_minus([one.gap.max() for one in seeds]),
-            "sum of gaps": plus_minus([one.gap.sum() for one in seeds], ".3f"),
-            "KL": plus_minus([one.kl.mean() for one in seeds]),
+            "mean loss": plus_minus([np.nanmean(one.loss) for one in seeds]),
+            "mean by size": plus_minus([by_size(one) for one in seeds]),
+            "worst gap": plus_minus([np.nanmax(one.gap) for one in seeds]),
+            "sum of gaps": plus_minus([np.nansum(one.gap) for one in seeds], ".3f"),
+            "KL": plus_minus([np.nanmean(one.kl) for one in seeds]),
             f"mean − {base}, paired": plus_minus(change, "+.4f"),
             "better in": f"{(change < 0).sum()} of {len(change)}",
             f"worst − {base}, paired": plus_minus(worse, "+.4f"),
@@ -111,6 +112,12 @@ def summary(found: Mapping[str, Sequence[Found]], base: str) -> list[dict[str, A
         }
         rows.append(row)
     return rows
+
+
+def by_size(one: Found) -> float:
+    """Return the mean loss of the measured domains, by their training rows."""
+    known = ~np.isnan(one.loss)
+    return float(np.average(one.loss[known], weights=one.size[known]))
 
 
 def by_domain(

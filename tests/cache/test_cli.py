@@ -36,7 +36,7 @@ OPTIONS = {
     "ddk-cache verify": "--drop-bad --teacher --rows --seed --dtype --device "
     "--trust-remote-code --model --head --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
-    "--weighting --alpha --weights "
+    "--weighting --alpha --rho --window --shrink --tilt --repetition-guard --domains --weights "
     "--interval --eval-rows --forgetting "
     "--gamma --loss --temperature --steps --rows --micro-rows --lr --min-lr --warmup --schedule "
     "--decay --optimizer --weight-decay --beta2 --clip --lora-rank --keep-adapter --seed --device "
