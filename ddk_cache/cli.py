@@ -195,7 +195,7 @@ def head(model: str, out: Path, trust_remote_code: bool, revision: str | None) -
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: str, as_json: bool) -> None:
     """Show what CACHE holds: domains, rows, statistics of the teacher, bytes per token."""
-    from ddk_cache.describe import describe, show
+    from ddk_cache.inspect.describe import describe, show
     from ddk_cache.read.pairs import open_parts
 
     with open_parts(cache) as parts:
@@ -223,8 +223,8 @@ def show_row(cache: str, domain: str, row: int, split: str, as_json: bool) -> No
     A terminal shows what is learned in bold, and control tokens in another color. Elsewhere
     « and » enclose what is learned.
     """
+    from ddk_cache.inspect.show import read_pieces, show
     from ddk_cache.read.cache import open_cache
-    from ddk_cache.show import read_pieces, show
 
     with open_cache(cache, unfinished=True) as opened:
         pieces = read_pieces(opened, domain, split, row)
@@ -264,7 +264,7 @@ def verify(
     if drop_bad and teacher:
         raise InputError("--drop-bad and --teacher: use one at a time.")
     how = config_from(TeacherConfig, options)
-    from ddk_cache import verify as verification
+    from ddk_cache.inspect import verify as verification
     from ddk_cache.read.pairs import open_pairs, open_parts
 
     some = verification.Part.parse(part)
@@ -316,7 +316,7 @@ def verify(
 
 def show_verified(facts: dict[str, Any]) -> None:
     """Print what verifying found."""
-    from ddk_cache.describe import printable
+    from ddk_cache.inspect.describe import printable
 
     for text in facts["problems"][:50]:
         click.echo(f"BAD  {printable(text)}")

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from ddk_train.job import train
     from ddk_train.loss.objective import distillation_loss
     from ddk_train.student.cut import cut_student
-    from ddk_train.weights import DomainWeights, Gaps
+    from ddk_train.weights.gaps import Gaps
+    from ddk_train.weights.moving import DomainWeights
 
 __all__ = [
     "CacheDataset",
@@ -31,9 +32,9 @@ _HOMES = {
     "CacheDataset": "data.dataset",
     "DistillationMixin": "integrations.hf",
     "DistillationTrainer": "integrations.hf",
-    "DomainWeights": "weights",
+    "DomainWeights": "weights.moving",
     "GapCallback": "integrations.hf",
-    "Gaps": "weights",
+    "Gaps": "weights.gaps",
     "TrainConfig": "config",
     "cut_student": "student.cut",
     "distillation_loss": "loss.objective",

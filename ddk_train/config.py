@@ -15,13 +15,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
 from ddk_cache import InputError
 from ddk_cache.errors import unknown
-from ddk_train.weights import RULES, parse_weights
+from ddk_train.weights.given import parse_domains, parse_weights
+from ddk_train.weights.rules import ALPHA, RULES
 
 CHOICES = {
     "weighting": tuple(RULES),
@@ -61,10 +62,25 @@ class TrainConfig:
     """Rule that turns gaps into sampling weights. ddk is the paper's; the default is excess,
     because measured from the same students it ended lower than ddk in the mean over domains, and
     level with uniform but with a smaller worst gap."""
-    alpha: float = 0.5
-    """Share of the weights that follows the gaps (rules ddk and excess); the rest is even."""
+    alpha: float | None = None
+    """Share of the weights that follows the gaps (rules ddk, excess and gain); the rest is even. By
+    default 0.5, for gain 0.75."""
+    rho: float = 0.5
+    """Share of `alpha` that follows progress instead of the gap (rule gain)."""
+    window: int = 3
+    """Measurements over which progress is taken (rule gain)."""
+    shrink: bool = False
+    """Shrink progress towards its mean by its standard error (rule gain)."""
+    tilt: float = 0.0
+    """Tilt towards the worst gap: gaps count by exp(`tilt` · gap) more (rules excess and gain)."""
+    repetition_guard: bool = False
+    """Let gaps of domains that were repeated more than four times count less (rules excess and
+    gain)."""
+    domains: str = ""
+    """Domains to train on: code,web. Others are only measured. By default those in `weights`, or
+    all."""
     weights: str = ""
-    """Weights for `weighting` fixed, one per domain: code=0.5,web=0.3,… Only ratios count."""
+    """Weights for `weighting` fixed by domain: code=0.5,web=0.3,… Only ratios count."""
     interval: int = 1000
     """Steps between two measurements of the gaps; the paper's best of 50 to 2,000."""
     eval_rows: int = 500
@@ -162,11 +178,14 @@ class TrainConfig:
             raise InputError(
                 "--weights and --weighting fixed belong together: give both or neither."
             )
-        for name in ("interval", "eval_rows", "steps", "rows", "keep", "log_every"):
+        if self.alpha is None:
+            object.__setattr__(self, "alpha", ALPHA.get(self.weighting, 0.5))
+        parse_domains(self.domains)
+        for name in ("interval", "eval_rows", "window", "steps", "rows", "keep", "log_every"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         for name in (
             *("micro_rows", "warmup", "checkpoint_every", "gamma", "weight_decay"),
-            *("lora_rank", "patience", "forgetting"),
+            *("lora_rank", "patience", "forgetting", "tilt"),
         ):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 or more")
         for name in ("rows_weight", "margin"):
@@ -174,7 +193,7 @@ class TrainConfig:
         self._check("pair_rows", self.pair_rows >= 2 and self.pair_rows % 2 == 0, "even, 2 or more")
         for name in ("lr", "clip", "temperature", "beta"):
             self._check(name, 0 < getattr(self, name) < math.inf, "above 0")
-        for name in ("alpha", "min_lr"):
+        for name in ("alpha", "rho", "min_lr"):
             self._check(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         self._check("beta2", 0 <= self.beta2 < 1, "in [0, 1)")
         self._check("decay", 0 < self.decay <= 1, "above 0 and at most 1")
@@ -183,11 +202,11 @@ class TrainConfig:
 
     def _check_types(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            value = getattr(self, name)
-            whole = type(value) is int and kind is float
-            if type(value) is not kind and not whole:
+            value, kinds = getattr(self, name), get_args(kind) or (kind,)
+            whole = type(value) is int and float in kinds
+            if type(value) not in kinds and not whole:
                 raise InputError(
-                    f"{name}: got {value!r}, expected a value of type {kind.__name__}."
+                    f"{name}: got {value!r}, expected a value of type {kinds[0].__name__}."
                 )
 
     def _check_names(self) -> None:

@@ -8,6 +8,8 @@ run in the same process could not have another.
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -137,3 +139,11 @@ def check_trackers(names: str) -> list[str]:
                 f"{', '.join(sorted(here)) or 'none here'}. metrics.jsonl is written in any case."
             )
     return chosen
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use so far: of the GPU, or else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

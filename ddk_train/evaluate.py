@@ -8,9 +8,10 @@ storing logits; every measurement reports the seconds that it took.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ddk_train.data.decode import Dequantizer
 from ddk_train.data.mixture import Floats, Ints
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
-from ddk_train.weights import Gaps
+from ddk_train.weights.gaps import Gaps
 
 Known = Mapping[str, Mapping[str, Sequence[Extent]]]
 """The rows in use, by domain and split."""
@@ -32,8 +33,8 @@ Measure = Callable[
     [torch.Tensor, torch.Tensor, SparseTargets[torch.Tensor], torch.Tensor | None], torch.Tensor
 ]
 """(B, S+1) tokens, (B, S) mask, (B, S, K) targets, and (B, S+1) positions where documents are kept
-apart → (2) sums over counted positions of the student's cross-entropy and of KL(teacher ‖ student),
-nats."""
+apart → (2, B) sums over the counted positions of each row of the student's cross-entropy and of
+KL(teacher ‖ student), nats."""
 
 Total = Callable[[torch.Tensor], torch.Tensor]
 """A tensor of this process → its sum over all processes."""
@@ -51,6 +52,7 @@ class Measured(Gaps):
     """(D) seconds spent."""
     domains: tuple[str, ...]
     """(D) names of the domains."""
+    fall_error: Floats = field(kw_only=True)
 
     @property
     def gaps(self) -> Gaps:
@@ -71,10 +73,12 @@ class GapMeter:
         *,
         share: slice = slice(None),
         total: Total = lambda value: value,
+        window: int = 3,
     ) -> None:
         """Choose at most `rows` rows per domain, to be measured `micro` at a time on `device`.
 
         Of several processes, each measures its `share` of the pieces, and `total` adds them up.
+        `window` is the number of measurements back to which `Gaps.fall_error` reaches.
         """
         self.cache, self.micro, self.device = cache, micro, device
         self.share, self.total = share, total
@@ -85,12 +89,47 @@ class GapMeter:
         train_rows = [sum(e.rows for e in splits[TRAIN]) for splits in extents.values()]
         self.sizes: Floats = np.array(train_rows, np.float64)
         self._dequantize = Dequantizer(cache, list(self.rows), device)
+        self.window = window
+        self.past: dict[str, list[Floats]] = {name: [] for name in self.rows}
+        """By domain, the losses (R) of its rows at the last `window` measurements, nats."""
 
     def measure(self, measure: Measure) -> Measured:
-        """Return the gaps of a student."""
-        found = np.array([self._student(n, measure) for n in range(len(self.rows))])
-        loss, kl, seconds = found.T
-        return Measured(loss, self.teacher_loss, self.sizes, kl, seconds, tuple(self.rows))
+        """Return the gaps of a student, and remember the losses of its rows."""
+        losses, kls, errors, seconds = [], [], [], []
+        for n, past in enumerate(self.past.values()):
+            began = time.perf_counter()
+            ce_R, kl_R, positions_R = self._student(n, measure).cpu().numpy()
+            positions = positions_R.sum() or np.nan
+            losses.append(ce_R.sum() / positions)
+            kls.append(kl_R.sum() / positions)
+            errors.append(fall_error(past[0], ce_R, positions_R) if past else np.nan)
+            past[:] = [*past, ce_R][-self.window :]
+            seconds.append(time.perf_counter() - began)
+        return Measured(
+            np.array(losses),
+            self.teacher_loss,
+            self.sizes,
+            np.array(kls),
+            np.array(seconds),
+            tuple(self.rows),
+            fall_error=np.array(errors),
+        )
+
+    def state_dict(self) -> dict[str, dict[str, Any]]:
+        """Return what is remembered of the rows of each domain, and their numbers."""
+        return {
+            name: {
+                "rows": torch.from_numpy(rows),
+                "losses": [torch.from_numpy(loss_R) for loss_R in self.past[name]],
+            }
+            for name, rows in self.rows.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Restore what is remembered, for domains whose measured rows are the same as then."""
+        for name, rows in self.rows.items():
+            if name in state and np.array_equal(state[name]["rows"].numpy(), rows):
+                self.past[name] = [loss_R.numpy() for loss_R in state[name]["losses"]]
 
     def _teacher(self, name: str) -> float:
         """Return the teacher's mean loss over the counted positions of a domain's sample."""
@@ -101,19 +140,32 @@ class GapMeter:
         loss = -self.cache.logprob.decode(stored["label_logprob"])
         return float(loss[stored["loss_mask"].astype(bool)].mean(dtype=np.float64))
 
-    def _student(self, domain: int, measure: Measure) -> tuple[float, float, float]:
-        """Return the means of cross-entropy and KL over counted positions, and seconds."""
-        began = time.perf_counter()
+    def _student(self, domain: int, measure: Measure) -> torch.Tensor:
+        """Return (3, R) sums over the positions of each row: cross-entropy, KL, and their count."""
         rows = list(self.rows.values())[domain]
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        found = torch.zeros((3, len(rows)), dtype=torch.float64, device=self.device)
         for first in range(0, len(rows), self.micro)[self.share]:
-            row_B = rows[first : first + self.micro]
+            part = slice(first, first + self.micro)
+            row_B = rows[part]
             decoded = self._dequantize.read(VALIDATION, np.full(len(row_B), domain), row_B)
-            total[:2] += measure(*decoded)
-            total[2] += decoded.loss_mask.sum()
-        *sums, positions = self.total(total).tolist()
-        loss, kl = (x / positions if positions else float("nan") for x in sums)
-        return loss, kl, time.perf_counter() - began
+            found[:2, part] = measure(*decoded)
+            found[2, part] = decoded.loss_mask.sum(1)
+        return self.total(found)
+
+
+def fall_error(before_R: Floats, after_R: Floats, positions_R: Floats) -> float:
+    """Return the standard error of the fall of a mean loss, from the same rows before and after.
+
+    `before_R` and `after_R` are sums of the loss over the positions of each row, nats. Rows are
+    independent, the positions of one are not: so the error is that of a ratio of sums over rows.
+    NaN where there are fewer than two rows.
+    """
+    fall_R, rows = before_R - after_R, len(before_R)
+    positions = positions_R.sum()
+    if rows < 2 or not positions:
+        return math.nan
+    apart_R = fall_R - positions_R * (fall_R.sum() / positions)
+    return float(np.sqrt(rows / (rows - 1) * (apart_R**2).sum()) / positions)
 
 
 def measure_gaps(

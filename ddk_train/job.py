@@ -35,7 +35,8 @@ from ddk_train.signals import stop_requests
 from ddk_train.student.load import Student, load_student
 from ddk_train.student.lora import add_adapter
 from ddk_train.trainer import LiveTargets, Trainer
-from ddk_train.weights import DomainWeights, check_measured, parse_weights
+from ddk_train.weights.given import chosen_domains, parse_weights
+from ddk_train.weights.moving import DomainWeights
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +92,17 @@ def assemble(
     known = run.compare(config, found)["known_rows"]
     check_steps(run, config)
     rows = known_rows(cache, known)
+    domains = chosen_domains(sorted(rows), config.domains, config.weights)
     weights = DomainWeights(
-        config.weighting, sorted(rows), alpha=config.alpha, given=parse_weights(config.weights)
+        config.weighting,
+        domains,
+        alpha=config.alpha,
+        given=parse_weights(config.weights),
+        rho=config.rho,
+        window=config.window,
+        shrink=config.shrink,
+        tilt=config.tilt,
+        repetition_guard=config.repetition_guard,
     )
     meter = GapMeter(
         cache,
@@ -102,8 +112,8 @@ def assemble(
         processes.device,
         share=processes.share,
         total=processes.total,
+        window=config.window,
     )
-    check_measured(config.weighting, [n for n, r in meter.rows.items() if not len(r)])
     student = prepare(loaded, config, processes)
     trainer = Trainer(
         config=config,
@@ -114,7 +124,7 @@ def assemble(
         student=student,
         objective=make_objective(student, config, cache, processes.device),
         optimizer=optimizer(student, config),
-        loader=make_loader(config, cache, rows, processes),
+        loader=make_loader(config, cache, {name: rows[name] for name in domains}, processes),
         meter=meter,
         weights=weights,
         identity=identity(cache, config.student),

@@ -59,6 +59,12 @@ def learning_rate(config: TrainConfig, step: int) -> float:
     return config.lr * (config.min_lr + (1 - config.min_lr) * share)
 
 
+def decays(config: TrainConfig, step: int) -> bool:
+    """Return whether the rate of a step, counted from 0, lies in the decay of schedule wsd."""
+    risen = step >= config.warmup_steps
+    return config.schedule == "wsd" and risen and learning_rate(config, step) < config.lr
+
+
 def cosine(done: float, decay: float) -> float:
     """Fall along half a cosine over the whole run."""
     return 0.5 * (1 + math.cos(math.pi * done))

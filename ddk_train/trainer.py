@@ -9,10 +9,9 @@ and ends with the same student.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,10 +27,11 @@ from ddk_cache.console import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.data.loader import Batch, Loader
 from ddk_train.data.mixture import Floats
-from ddk_train.distributed import Processes
+from ddk_train.distributed import Processes, peak_memory
 from ddk_train.evaluate import GapMeter, Measured
-from ddk_train.loss.objective import Objective, places
-from ddk_train.optim import learning_rate
+from ddk_train.history import history_rows
+from ddk_train.loss.objective import Objective, by_row, places
+from ddk_train.optim import decays, learning_rate
 from ddk_train.pairs import MeasuredPairs, PairLearner
 from ddk_train.run import checkpoint
 from ddk_train.run.checkpoint import State, Trained, get_random
@@ -39,7 +39,8 @@ from ddk_train.run.directory import Run
 from ddk_train.signals import Stop
 from ddk_train.student.load import Student, load_weights, save_student
 from ddk_train.student.lora import is_adapted
-from ddk_train.weights import DomainWeights
+from ddk_train.weights.gaps import Gaps
+from ddk_train.weights.moving import DomainWeights
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +120,12 @@ class Trainer:
             group["lr"] = rate
         tokens = self._tokens(batch)
         positions = max(1, sum(tokens))
-        means = self.backward(batch, positions) / positions
+        sums, ce_B = self.backward(batch, positions)
         learned = self.pairs and self.pairs.backward(self.model, self.weights.weights)
         clipped = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
-        ce, kl, norm = torch.stack([*means, clipped]).tolist()  # the one wait for the device
+        ce, kl, norm = torch.stack(
+            [*(sums / positions), clipped]
+        ).tolist()  # the one wait for the device
         loss, parts = ce + self.config.gamma * kl, {"ce": ce, "kl": kl}
         if learned:
             loss = learned.metrics["pair_loss"] + self.rows_weight * loss
@@ -132,6 +135,7 @@ class Trainer:
             raise DDKError(self._not_finite(batch))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._note_unseen(batch, ce_B, tokens)
         if self.pairs and learned:
             self.state.pairs = self.pairs.order.state_dict()
             for name, rows in zip(self.domains, learned.rows, strict=True):
@@ -148,14 +152,16 @@ class Trainer:
         found: list[int] = counts.tolist()
         return found
 
-    def backward(self, batch: Batch, positions: int) -> torch.Tensor:
-        """Leave the gradient of the mean loss over `positions`; return the sums of CE and KL.
+    def backward(self, batch: Batch, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leave the gradient of the mean loss over `positions`; return sums of CE and KL, and CE.
+
+        The sums (2) are over all processes; the CE of each row (B) is of this one's.
 
         The mean is over all pieces and processes, so that it does not matter how a step is cut.
         DDP averages the gradients of the processes at the last piece; the factor `world` turns the
         average into a sum.
         """
-        sums = torch.zeros(2, device=self.processes.device)
+        sums, ce_B = torch.zeros(2, device=self.processes.device), []
         pieces = list(batch.micro(self.config.micro))
         for number, piece in enumerate(pieces, 1):
             alone = number < len(pieces)
@@ -167,7 +173,21 @@ class Trainer:
                 scale = self.rows_weight * self.processes.world / positions
                 (out.loss * scale).backward()
             sums += torch.stack([out.ce, out.divergence])
-        return self.processes.total(sums)
+            ce_B.append(by_row(out.ce_by_position, piece.loss_mask))
+        return self.processes.total(sums), torch.cat(ce_B)
+
+    def _note_unseen(self, batch: Batch, ce_B: torch.Tensor, tokens: list[int]) -> None:
+        """Add the losses of the domains whose rows are drawn for the first time.
+
+        Student and teacher are at hand: the student's is that of the step, before its update.
+        """
+        domain_B, D = batch.draw.domain[self.processes.share], len(self.domains)
+        losses = (ce_B.cpu().numpy(), batch.teacher_loss)
+        sums = [np.bincount(domain_B, loss_B, minlength=D) for loss_B in losses]
+        total = self.processes.total(torch.from_numpy(np.array(sums)).to(self.processes.device))
+        for n, epoch in enumerate(self.loader.mixture.begun(batch.state)):
+            if epoch == 0 and tokens[n]:
+                self.state.add_unseen(self.domains[n], [*total[:, n].tolist(), tokens[n]])
 
     def _count(
         self, batch: Batch, began: float, tokens: list[int], **metrics: float
@@ -252,22 +272,38 @@ class Trainer:
         pairs = self.pairs.measure(self.objective) if self.pairs else {}
         self.student.train()
         drawn = np.full(len(self.domains), np.nan) if first else weights.weights
-        weights.update(found.gaps)
+        weights.update(self._gaps(found))
         state.measured = state.step
         state.eval_seconds += found.seconds.sum()
-        self._note_best(found.gaps.student_loss)
+        self._note_best(found)
         if self.processes.main:
             self._record(found, drawn, pairs)
 
-    def _note_best(self, losses: Floats) -> None:
+    def _gaps(self, found: Measured) -> Gaps:
+        """Return what the rule of weights sees: the domains in training, each with a gap."""
+        state, names = self.state, self.domains
+        state.settle_unseen()
+        unseen = np.array([state.unseen_loss.get(name, [np.nan, np.nan]) for name in names])
+        gaps = found.pick([found.domains.index(name) for name in names])
+        return dataclasses.replace(
+            gaps.filled(*unseen.T),
+            rows_seen=np.array([state.seen[name] for name in names], np.float64),
+            epochs=np.array(self.loader.epochs()),
+            decaying=self.decaying,
+        )
+
+    @property
+    def decaying(self) -> bool:
+        """Whether the learning rate of the last step was in the decay of schedule wsd."""
+        return self.state.step > 0 and decays(self.config, self.state.step - 1)
+
+    def _note_best(self, found: Measured) -> None:
         """Note the best step so far, by mean loss over domains, and warn of a loss that rises."""
-        state = self.state
-        measured = {n: x for n, x in zip(self.domains, losses.tolist(), strict=True) if x == x}
-        mean = sum(measured.values()) / max(1, len(measured))
-        if measured and (state.best_loss is None or mean < state.best_loss):
-            state.best, state.best_loss = state.step, mean
+        state, losses = self.state, found.student_loss.tolist()
+        measured = {n: x for n, x in zip(found.domains, losses, strict=True) if x == x}
+        state.note_losses(measured, self.domains)
         for name, loss in measured.items():
-            best = state.lowest[name] = min(loss, state.lowest.get(name, loss))
+            best = state.lowest[name]
             if loss - best > self.config.forgetting and self.processes.main:
                 log.warning(
                     f"step {state.step}: held-out loss of {name!r} rose {loss - best:.3f} above "
@@ -277,36 +313,23 @@ class Trainer:
 
     def _record(self, found: Measured, drawn: Floats, pairs: MeasuredPairs) -> None:
         """Add a measurement to the history; `drawn` are the (D) weights before it, or NaN."""
-        state, gaps, epochs = self.state, found.gaps, self.loader.epochs()
-        weights, log_factor = self.weights.weights, self.weights.log_factor
+        log_factor = self.weights.log_factor
         assert log_factor is not None
-        self.run.record(
-            {
-                "step": state.step,
-                "domain": name,
-                "train_rows": int(gaps.sizes[n]),
-                "rows_seen": state.seen[name],
-                "tokens_seen": state.tokens[name],
-                "epoch": epochs[n],
-                "student_loss": none_if_nan(gaps.student_loss[n]),
-                "teacher_loss": none_if_nan(gaps.teacher_loss[n]),
-                "student_perplexity": none_if_nan(np.exp(gaps.student_loss[n])),
-                "teacher_perplexity": none_if_nan(np.exp(gaps.teacher_loss[n])),
-                "kl": none_if_nan(found.kl[n]),
-                "log_factor": float(log_factor[n]),
-                "weight_before": none_if_nan(drawn[n]),
-                "weight": float(weights[n]),
-                "eval_seconds": float(found.seconds[n]),
-                **pairs.get(name, {}),
-            }
-            for n, name in enumerate(self.domains)
-        )
+        columns = {
+            "epoch": np.array(self.loader.epochs()),
+            "log_factor": log_factor,
+            "weight_before": drawn,
+            "weight": self.weights.weights,
+        }
+        trained = {n: {c: v[i] for c, v in columns.items()} for i, n in enumerate(self.domains)}
+        self.run.record(history_rows(self.state, found, trained, self.decaying, pairs))
 
     # --- save and restore ---
 
     @property
     def _trained(self) -> Trained:
-        return Trained(self.student, self.optimizer, self.weights, self.processes)
+        parts = (self.student, self.optimizer, self.weights, self.meter, self.processes)
+        return Trained(*parts)
 
     def save_if_due(self) -> None:
         """Write a checkpoint where one is due: at its interval, the best step and the end."""
@@ -375,16 +398,3 @@ class Trainer:
                 f"the student cannot be written to {self.run.student}: {error}. Make room on the "
                 "disk and run the same command again; no step is repeated."
             ) from error
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most bytes in use so far: of the GPU, or else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def none_if_nan(value: float) -> float | None:
-    """Return a float, or None for NaN, which JSON lacks and on which Parquet readers differ."""
-    return None if math.isnan(value) else float(value)

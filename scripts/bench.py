@@ -19,7 +19,10 @@ import click
 from ddk_cache.console import Commands
 
 FOLDER = Path(__file__).parent / "benches"
-NO_BENCH = {"common", "engines", "kinds", "listing", "material", "shared"}
+NO_BENCH = {
+    *("common", "engines", "kinds", "listing", "material", "mixes", "outcomes", "responses"),
+    "shared",
+}
 
 
 class Benches(Commands):

@@ -26,8 +26,8 @@ from rich.table import Table
 from ddk_cache import SparseTargets, load_teacher, open_cache
 from ddk_cache.build import targets
 from ddk_cache.console import duration, say
-from ddk_cache.describe import describe
 from ddk_cache.format.spec import TargetSpec
+from ddk_cache.inspect.describe import describe
 from ddk_train import TrainConfig, train
 from ddk_train.run.directory import Run, open_run
 

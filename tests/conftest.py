@@ -19,6 +19,7 @@ from hypothesis import settings
 from ddk_cache import testing
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
+from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_train import TrainConfig
@@ -75,6 +76,25 @@ def packed_cache(
     """A finished cache of documents that are kept apart; nobody may change it."""
     path = tmp_path_factory.mktemp("packed") / "mix.zarr"
     return make_cache(path, packing="documents", seq_len=40, targets="sampled:6")
+
+
+@pytest.fixture(scope="session")
+def prophet() -> Teacher:
+    """A teacher that sees the next token, so that every student stays behind it."""
+
+    def logits(tokens_BS: torch.Tensor) -> torch.Tensor:
+        ahead = tokens_BS.roll(-1, dims=-1)
+        return 7.0 * torch.nn.functional.one_hot(ahead, testing.VOCAB).float()
+
+    return Teacher(logits, testing.VOCAB, {"class": "prophet"})
+
+
+@pytest.fixture(scope="session")
+def prophet_cache(
+    make_cache: Callable[..., Cache], prophet: Teacher, tmp_path_factory: pytest.TempPathFactory
+) -> Cache:
+    """A finished cache of the prophet."""
+    return make_cache(tmp_path_factory.mktemp("prophet") / "mix.zarr", teacher=prophet)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,8 @@ def write_run(
                 "epoch": k / 8,
                 "student_loss": None if name in unmeasured else n + 1 + shift + 2 / (k + 1),
                 "teacher_loss": None if name in unmeasured else n + 1.0,
+                "unseen_student_loss": n + 1 + shift + 3 / (k + 1) if k else None,
+                "unseen_teacher_loss": n + 1.0 if k else None,
                 "kl": None if name in unmeasured else 1 / (k + 1),
                 "log_factor": -math.log(len(names)),
                 "weight": weights[n],

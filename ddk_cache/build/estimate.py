@@ -28,6 +28,7 @@ from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.tokenize import FREQUENT
 from ddk_cache.build.writer import ShardWriter
 from ddk_cache.console import Progress
+from ddk_cache.corpus.passages import passages_note
 from ddk_cache.corpus.rows import Tally, token_rows
 from ddk_cache.corpus.sources import Source, held_by
 from ddk_cache.errors import InputError
@@ -87,8 +88,8 @@ class Counted:
     """What a corpus holds."""
 
     domains: dict[str, dict[str, Any]]
-    """What documents they are, how many, tokens, and rows by split; shares of padding and of tokens
-    left out."""
+    """What documents they are, how many, tokens, rows by split, and whether long documents are cut
+    into passages; shares of padding and of tokens left out."""
     sample: dict[str, Array]
     """The token arrays (N, …) of a few rows of every domain."""
 
@@ -126,6 +127,7 @@ def count(
             "holds": held_by(source),
             "documents": tally.documents,
             "tokens": tally.tokens,
+            "passages": tally.passages,
             "rows": rows,
             "padding": tally.padding / max(1, sum(rows.values()) * (spec.seq_len + 1)),
             "lost": tally.lost / max(1, tally.tokens),
@@ -225,6 +227,9 @@ def show(facts: Mapping[str, Any]) -> None:
         numbers = (domain["documents"], domain["tokens"], rows["train"], rows["validation"])
         table.add_row(name, *(f"{number:,}" for number in numbers), Text(domain["holds"]))
     console.print(table)
+    for name, domain in facts["domains"].items():
+        if domain["passages"]:
+            console.print(passages_note(name, spec["seq_len"]), highlight=False)
     if spec.get("packing") == "documents":
         for name, domain in facts["domains"].items():
             console.print(

@@ -55,12 +55,13 @@ def plan_domain(
     """
     store.clear(source.name)
     counts = np.zeros(store.spec.vocab_size, np.int64)
+    tally = Tally()
     portion = _write_portion(
-        store, source, tokenizer, advance, None, Span(), read=read, counts=counts
+        store, source, tokenizer, advance, None, Span(), tally, read=read, counts=counts
     )
     frequent = np.argsort(-counts, kind="stable")[:FREQUENT]
     ids = tuple(frequent[counts[frequent] > 0].tolist())
-    plan = DomainPlan((portion,), frequent_ids=ids)
+    plan = DomainPlan((portion,), frequent_ids=ids, passages=tally.passages)
     return _with_metadata(store, source.name, plan)
 
 
@@ -73,8 +74,8 @@ def grow_domain(
         InputError: the source cannot be read.
         MismatchError: its first documents differ from those that the cache was built from.
     """
-    span = Span(skip=plan.documents, content=plan.content, tokens=plan.tokens)
-    portion = _write_portion(store, source, tokenizer, advance, plan, span)
+    span = Span(plan.documents, None, plan.content, plan.tokens, plan.passages)
+    portion = _write_portion(store, source, tokenizer, advance, plan, span, Tally())
     if portion.documents == plan.documents:
         return plan
     grown = dataclasses.replace(plan, portions=(*plan.portions, portion))
@@ -98,9 +99,10 @@ def mend_tokens(
     wanted, before = store.missing_tokens(source.name, plan), None
     for number, portion in enumerate(plan.portions):
         last = before.portions[-1] if before else Portion(0, 0, "", {})
-        span = Span(last.documents, portion.documents, last.content, last.tokens)
+        stop, tally = portion.documents, Tally()
+        span = Span(last.documents, stop, last.content, last.tokens, plan.passages)
         cut = dataclasses.replace(source, tokens=portion.tokens)  # as it was, if it was cut
-        made = _write_portion(store, cut, tokenizer, advance, before, span, wanted, read)
+        made = _write_portion(store, cut, tokenizer, advance, before, span, tally, wanted, read)
         if made != portion:
             raise MismatchError(
                 f"domain {source.name!r} ({source.place}): its documents differ from those that "
@@ -117,6 +119,7 @@ def _write_portion(
     advance: Advance,
     before: DomainPlan | None,
     span: Span,
+    tally: Tally,
     wanted: set[ShardKey] | None = None,
     read: ReadRows = token_rows,
     counts: Array | None = None,
@@ -125,7 +128,7 @@ def _write_portion(
 
     With `wanted`, only those shards are written. Occurrences of ids are added to `counts` (V).
     """
-    spec, tally, rows = store.spec, Tally(), dict.fromkeys(SPLITS, 0)
+    spec, rows = store.spec, dict.fromkeys(SPLITS, 0)
     first = {s: shard_count(before, s, spec.shard_rows) if before else 0 for s in SPLITS}
     blocks = read(
         source,

@@ -1,8 +1,8 @@
 """Documents → rows of tokens: tokenized, split by content, and packed.
 
 Which split a document belongs to follows from its content alone, so a document is never in both,
-and documents added later move nothing. The price is that a domain of few documents may have none
-held out, which is logged. How documents become rows is in `ddk_cache.corpus.packing`.
+and documents added later move nothing; long documents of a domain that has few are divided, see
+`ddk_cache.corpus.passages`. How documents become rows is in `ddk_cache.corpus.packing`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from typing import Any
 
 import xxhash
 
+from ddk_cache.corpus import passages
 from ddk_cache.corpus.chat import encode_chat
 from ddk_cache.corpus.document import Document
 from ddk_cache.corpus.packing import DocumentPacker, Packer, StreamPacker
+from ddk_cache.corpus.passages import Divider
 from ddk_cache.corpus.sources import Source, documents
 from ddk_cache.corpus.spans import Encoded
 from ddk_cache.errors import InputError, MismatchError
@@ -107,6 +109,8 @@ class Tally:
     """Tokens of padding in the rows."""
     lost: int = 0
     """Tokens that are in no row, of documents longer than one."""
+    passages: bool = False
+    """Its long documents are cut into passages."""
 
     def add(self, data: bytes, tokens: int) -> None:
         """Count a document; the length keeps two documents apart from one that joins them."""
@@ -127,6 +131,8 @@ class Span:
     """Hash that the skipped documents must have."""
     tokens: int = 0
     """Tokens of the skipped documents."""
+    passages: bool | None = None
+    """What the plan says of passages; None where the documents are to decide."""
 
 
 def token_rows(
@@ -151,7 +157,8 @@ def token_rows(
     """  # noqa: D205
     seq_len = spec.seq_len
     rows, counted = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
-    stream = _encoded(source, tokenizer, spec, tally, span)
+    divider = Divider(seq_len, spec.holdout, span.passages)
+    stream = divider.pieces(_encoded(source, tokenizer, spec, tally, span))
     packers: dict[str, Packer] = {
         split: DocumentPacker(seq_len, spec.too_long, tokenizer.eos_token_id)
         if spec.packing == "documents"
@@ -165,6 +172,7 @@ def token_rows(
             tally.padding += int((arrays["segments"] == 0).sum())
         yield split, arrays
     tally.lost = sum(packer.lost for packer in packers.values())
+    tally.passages = bool(divider.passages)
     if span.skip:
         return
     where = f"domain {source.name!r} ({source.place})"
@@ -190,7 +198,8 @@ def token_rows(
             else "It is one document, which is in one split. Divide it into several."
         )
         log.warning(
-            "%s has no held-out rows; a weighting that follows gaps will refuse it. %s",
+            "%s has no held-out rows; its gap will be that of training rows when they are first "
+            "drawn. %s",
             where,
             advice,
         )
@@ -212,7 +221,7 @@ def _blocks(
 
 def _encoded(
     source: Source, tokenizer: Any, spec: CacheSpec, tally: Tally, span: Span
-) -> Iterator[tuple[str, Encoded]]:
+) -> Iterator[passages.Document]:
     reading: Iterator[Identified]
     reading = ((document, content(document)) for document in documents(source))
     for _, data in itertools.islice(reading, span.skip):
@@ -233,12 +242,14 @@ def _encoded(
             encoded = encode(tokenizer, *numbered, spec.learn)
         except InputError as error:
             raise InputError(f"domain {source.name!r} ({source.place}): {error}") from error
-        for (_, data), samples in zip(batch, encoded, strict=True):
+        for (document, data), samples in zip(batch, encoded, strict=True):
             tally.add(data, 0)
+            key, split = xxhash.xxh3_64_intdigest(data), split_of(data, spec.holdout)
             for tokens, counted in samples:
                 room = source.tokens - tally.tokens if source.tokens else len(tokens)
                 tally.tokens += min(len(tokens), room)
-                yield split_of(data, spec.holdout), (tokens[:room], counted[:room])
+                cut = tokens[:room], counted[:room]
+                yield passages.Document(key, split, isinstance(document, str), cut)
                 if source.tokens and tally.tokens >= source.tokens:
                     return
 

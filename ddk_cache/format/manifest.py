@@ -186,7 +186,7 @@ def write_plan(storage: Storage, spec: CacheSpec, domain: str, plan: DomainPlan)
         "portions": portions,
         "frequent_ids": list(plan.frequent_ids),
         "metadata": dict(plan.metadata),
-    }
+    } | ({"passages": True} if plan.passages else {})
     storage.put(plan_name(domain), dump(body))
 
 
@@ -224,7 +224,8 @@ def read_plan(storage: Storage, spec: CacheSpec, domain: str) -> DomainPlan:
         frequent = tuple(typed(number, int, 0, spec.vocab_size - 1) for number in known)
         if len(set(frequent)) != len(frequent):
             raise ValueError("a frequent id is listed twice")
-        return DomainPlan(portions, metadata, frequent)
+        passages = typed(body.get("passages", False), bool)
+        return DomainPlan(portions, metadata, frequent, passages)
 
     plan: DomainPlan = understand(where, build)
     for split in SPLITS:

@@ -50,6 +50,8 @@ class DomainPlan:
     frequent_ids: tuple[int, ...] = ()
     """The most frequent ids of the first portion, the most frequent first: they get the smallest
     numbers when kept ids are stored."""
+    passages: bool = False
+    """Long documents are cut into passages, of which a share is held out."""
 
     @property
     def documents(self) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from ddk_cache.describe import Facts, printable
+from ddk_cache.inspect.describe import Facts, printable
 from ddk_cache.types import TRAIN, VALIDATION
 
 TEMPLATE = """---

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from ddk_cache.console import Progress
-from ddk_cache.describe import describe
 from ddk_cache.errors import CacheError, InputError
 from ddk_cache.format.layout import ROOT, object_name, plan_name, record_name, tokenizer_name
 from ddk_cache.format.plan import ShardKey
+from ddk_cache.inspect.describe import describe
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.hub import DATASET, HubPlace, ask_hub, hub_api
 from ddk_cache.storage.local import LocalStorage

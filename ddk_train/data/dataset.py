@@ -27,7 +27,7 @@ from ddk_cache.errors import unknown
 from ddk_train.data.decode import Decoded, Dequantizer
 from ddk_train.data.mixture import Draw, Floats, Mixture
 from ddk_train.data.schedule import Schedule
-from ddk_train.weights import floored
+from ddk_train.weights.factors import floored
 
 IGNORED = -100
 """The label of a position that does not count, as in transformers."""

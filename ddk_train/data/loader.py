@@ -56,6 +56,8 @@ class Batch:
     """(B, S+1) int64 places of tokens in their documents, where those are kept apart."""
     counted: Ints
     """(B) counted positions of each row, in host memory: nobody waits for the device to know."""
+    teacher_loss: Floats
+    """(B) the teacher's loss on each row, summed over its counted positions; nats."""
     state: dict[str, Any]
     """State of the mixture after this batch."""
     wait: float = 0.0
@@ -72,6 +74,7 @@ class Batch:
                 targets=self.targets.map(itemgetter(part)),
                 positions=None if self.positions is None else self.positions[part],
                 counted=self.counted[part],
+                teacher_loss=self.teacher_loss[part],
             )
 
 
@@ -205,9 +208,15 @@ class Loader:
             most = self._dequantize.most(buffers.arrays)
             counted = np.count_nonzero(buffers.arrays["loss_mask"], 1)
             decoded = self._dequantize(stored, stored[DOMAIN], most)
-            return Batch(draw, *decoded, counted, state)
+            teacher_loss = self._teacher(buffers.arrays)
+            return Batch(draw, *decoded, counted, teacher_loss, state)
         finally:
             self._free.put(buffers)
+
+    def _teacher(self, stored: Mapping[str, Any]) -> Floats:
+        """Return (B) the teacher's summed loss on stored rows."""
+        loss_BS = -self.cache.logprob.decode(stored["label_logprob"])
+        return np.asarray(loss_BS.sum(1, where=stored["loss_mask"].astype(bool), dtype=np.float64))
 
     # --- state ---
 

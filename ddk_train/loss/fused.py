@@ -104,6 +104,8 @@ class Sums(NamedTuple):
     ce: torch.Tensor
     divergence: torch.Tensor
     """T² · D, without γ."""
+    ce_by_position: torch.Tensor
+    """(P) the cross-entropy of each position."""
 
 
 def fused_loss(
@@ -146,11 +148,11 @@ def within(targets: Targets, V: int) -> Targets:
 def measure(
     hidden_PH: torch.Tensor, head: Head, labels_P: torch.Tensor, targets: Targets
 ) -> torch.Tensor:
-    """Return the sums of cross-entropy and of KL(teacher ‖ student), nats; (2) float64.
+    """Return cross-entropy and KL(teacher ‖ student) of each position, nats; (2, P) float32.
 
     There is no gradient, T is 1, and the divergence is the same for every run.
     """
-    sums = hidden_PH.new_zeros(2, dtype=torch.float64)
+    values = hidden_PH.new_empty((2, len(hidden_PH)), dtype=torch.float32)
     with torch.autocast(hidden_PH.device.type, enabled=False):
         head = head.like(hidden_PH.dtype)
         for part, logits_PV in in_chunks(hidden_PH, head):
@@ -159,8 +161,8 @@ def measure(
             t_PB = torch.cat([kept.probs, kept.tail[:, None]], -1)
             logq_PB, norm_P1, _ = buckets_(logits_PV, kept.ids)
             kl_P, _ = forward_kl(t_PB, logq_PB)
-            sums += torch.stack([(norm_P1 - label_P1).sum(), kl_P.sum()])
-    return sums
+            values[0, part], values[1, part] = (norm_P1 - label_P1)[:, 0], kl_P
+    return values
 
 
 def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -203,12 +205,13 @@ class _Fused(torch.autograd.Function):
         labels_P: torch.Tensor,
         targets: Targets | None,
         terms: Terms,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         d_hidden = torch.empty_like(hidden_PH)
         d_weight = torch.zeros_like(weight_VH) if wants_weight and weight_VH is not None else None
         d_bias = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
         sums = hidden_PH.new_zeros(2, dtype=torch.float64)
+        all_ce_P = hidden_PH.new_empty(len(hidden_PH), dtype=torch.float32)
         head = head.like(hidden_PH.dtype)
         turn_into_gradient = compiled_gradient() if terms.compiled else gradient_
         for part, logits_PW in in_chunks(hidden_PH, head):
@@ -217,6 +220,7 @@ class _Fused(torch.autograd.Function):
             kept = targets and pick(targets, part)
             ce_P, divergence_P = turn_into_gradient(logits_PW, labels_P[part], kept, terms)
             sums += torch.stack([ce_P.sum(), divergence_P.sum()])
+            all_ce_P[part] = ce_P
             if not isinstance(slope, float) or slope != 1:
                 logits_PV.mul_(slope)
             if d_bias is not None:
@@ -224,8 +228,8 @@ class _Fused(torch.autograd.Function):
             spread(logits_PV, hidden_PH[part], head.weight, d_hidden[part], d_weight)
         ctx.gradients = [d_hidden, d_weight, d_bias]
         ce, divergence = sums.float()
-        ctx.mark_non_differentiable(ce, divergence)
-        return ce + terms.gamma * divergence, ce, divergence
+        ctx.mark_non_differentiable(ce, divergence, all_ce_P)
+        return ce + terms.gamma * divergence, ce, divergence, all_ce_P
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -90,15 +90,16 @@ class Objective(torch.nn.Module):
     def measure(
         self,
         tokens_BS1: torch.Tensor,
-        mask_BS: Mask,
+        mask_BS: torch.Tensor,
         targets: Targets,
         positions_BS1: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the sums of cross-entropy and KL(teacher ‖ student), without gradients; (2)."""
-        mask_BS = places(mask_BS)
-        hidden_PH, head = self._hidden(tokens_BS1, mask_BS, positions_BS1)
-        targets = self._counted(targets, mask_BS)
-        return measure(hidden_PH, head, tokens_BS1[:, 1:][mask_BS], targets)
+        """Return sums of cross-entropy and KL(teacher ‖ student) by row, no gradients; (2, B)."""
+        at = places(mask_BS)
+        hidden_PH, head = self._hidden(tokens_BS1, at, positions_BS1)
+        targets = self._counted(targets, at)
+        ce_P, kl_P = measure(hidden_PH, head, tokens_BS1[:, 1:][at], targets)
+        return torch.stack([by_row(ce_P, mask_BS), by_row(kl_P, mask_BS)])
 
     def _counted(self, targets: Targets, mask_BS: Mask) -> Targets:
         """Return the targets (P, K) of counted positions, for a head of the student's width."""
@@ -116,6 +117,12 @@ class Objective(torch.nn.Module):
         """Compile the student up to its head; `Terms.compiled` is about the rest."""
         model = base(self.student)
         (model if self.parts is None else getattr(model, model.base_model_prefix, model)).compile()
+
+
+def by_row(value_P: torch.Tensor, mask_BS: torch.Tensor) -> torch.Tensor:
+    """Return the sums (B) float64 over rows of values at counted positions."""
+    value_BS = torch.zeros(mask_BS.shape, dtype=torch.float64, device=mask_BS.device)
+    return value_BS.masked_scatter_(mask_BS, value_P.double()).sum(1)
 
 
 def distillation_loss(

@@ -39,13 +39,16 @@ class Domain:
     rows: int
     tokens: int
     epochs: float | None
+    unseen_gap: float | None = None
+    """The gap on training rows that were drawn for the first time, in the latest interval that had
+    any; it lags behind the gap on held-out rows, since the student learned meanwhile."""
+    left_out: bool = False
+    """The run does not train on it."""
 
     @property
     def gap(self) -> float | None:
         """Return the student's final loss minus the teacher's."""
-        if self.last_loss is None or self.teacher_loss is None:
-            return None
-        return self.last_loss - self.teacher_loss
+        return difference(self.last_loss, self.teacher_loss)
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class RunReport:
                 rows=rows[-1]["rows_seen"],
                 tokens=rows[-1]["tokens_seen"],
                 epochs=finite(rows[-1]["epoch"]),
+                unseen_gap=difference(
+                    finite(rows[-1].get("unseen_student_loss")),
+                    finite(rows[-1].get("unseen_teacher_loss")),
+                ),
+                left_out=not any(row["weight"] for row in rows),
             )
             for name, rows in by_name.items()
         ]
@@ -111,12 +119,14 @@ class RunReport:
             rows=sum(d.rows for d in self.domains),
             tokens=sum(d.tokens for d in self.domains),
             epochs=None,
+            unseen_gap=mean(d.unseen_gap for d in self.domains),
         )
 
     @property
     def worst(self) -> Domain | None:
-        """Return the domain with the largest final gap."""
-        known = [(domain.gap, domain) for domain in self.domains if domain.gap is not None]
+        """Return the domain with the largest final gap, of those that the run trains on."""
+        trained = [domain for domain in self.domains if not domain.left_out]
+        known = [(domain.gap, domain) for domain in trained if domain.gap is not None]
         return max(known, key=lambda pair: pair[0], default=(None, None))[1]
 
     @property
@@ -180,6 +190,11 @@ class RunReport:
         found = {(row["domain"], row["step"]): finite(row.get(column)) for row in self.history}
         values = [[found.get((d.name, step)) for step in self.measured] for d in self.domains]
         return np.array(values, np.float64)
+
+
+def difference(one: float | None, other: float | None) -> float | None:
+    """Return the difference of two losses, or None where one is missing."""
+    return None if one is None or other is None else one - other
 
 
 def load(paths: Sequence[Path]) -> list[RunReport]:

@@ -28,12 +28,13 @@ def _show_run(report: RunReport, console: Any) -> None:
     from rich.text import Text
 
     table = Table("perplexity", box=None, pad_edge=False)
-    student = ("student\nfirst", "student\nlast", "over\nteacher")
+    student = ("student\nfirst", "student\nlast", "over\nteacher", "unseen rows,\nover teacher")
     for column in ("teacher", *student, "weight, %", "tokens"):
         table.add_column(column, justify="right", no_wrap=True)
     for d in [*report.domains, report.mean]:
-        losses = (d.teacher_loss, d.first_loss, d.last_loss, d.gap)
+        losses = (d.teacher_loss, d.first_loss, d.last_loss, d.gap, d.unseen_gap)
         weights = f"{100 * d.first_weight:.1f} → {100 * d.last_weight:5.1f}"
+        weights = "left out" if d.left_out else weights
         figures = [short(perplexity(loss)) for loss in losses]
         table.add_row(Text(d.name), *figures, weights, quantity(d.tokens))
     loss, speed = number(report.mean.last_loss, ".3f"), quantity(report.tokens_per_second)

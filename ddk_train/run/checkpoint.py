@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import pickle
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from safetensors import SafetensorError
 
 from ddk_cache import Cache, DDKError
 from ddk_train.distributed import Processes
+from ddk_train.evaluate import GapMeter
 from ddk_train.provenance import IDENTITY, check_identity
 from ddk_train.run.directory import Run
 from ddk_train.student.load import load_weights
-from ddk_train.weights import DomainWeights
+from ddk_train.weights.moving import DomainWeights
 
 log = logging.getLogger(__name__)
 
@@ -59,10 +61,37 @@ class State:
     best_loss: float | None = None
     lowest: dict[str, float] = field(default_factory=dict)
     """Lowest held-out loss so far, by domain."""
+    unseen_sums: dict[str, list[float]] = field(default_factory=dict)
+    """By domain, over the unseen rows since the last measurement: the sums of the student's and of
+    the teacher's loss, nats, and of positions. An unseen row is a training row of the first epoch,
+    at the step that draws it."""
+    unseen_loss: dict[str, list[float]] = field(default_factory=dict)
+    """By domain, the mean losses of student and teacher on the unseen rows before the latest
+    measurement that had any; nats per position."""
 
     def __post_init__(self) -> None:
         self.seen = self.seen or dict.fromkeys(self.domains, 0)
         self.tokens = self.tokens or dict.fromkeys(self.domains, 0)
+
+    def note_losses(self, measured: Mapping[str, float], trained: Sequence[str]) -> None:
+        """Note the lowest of the held-out losses, by domain, and of their mean over `trained`."""
+        losses = [loss for name, loss in measured.items() if name in trained]
+        mean = sum(losses) / max(1, len(losses))
+        if losses and (self.best_loss is None or mean < self.best_loss):
+            self.best, self.best_loss = self.step, mean
+        for name, loss in measured.items():
+            self.lowest[name] = min(loss, self.lowest.get(name, loss))
+
+    def add_unseen(self, domain: str, sums: Sequence[float]) -> None:
+        """Add the losses of student and teacher on unseen rows, and the number of positions."""
+        had = self.unseen_sums.get(domain, [0.0, 0.0, 0.0])
+        self.unseen_sums[domain] = [was + more for was, more in zip(had, sums, strict=True)]
+
+    def settle_unseen(self) -> None:
+        """Turn the sums on unseen rows into means, at a measurement."""
+        for name, (*losses, positions) in self.unseen_sums.items():
+            self.unseen_loss[name] = [loss / positions for loss in losses]
+        self.unseen_sums = {}
 
     def over(self, domains: list[str]) -> State:
         """Return the state for the domains of a cache that may have grown."""
@@ -79,6 +108,7 @@ class Trained:
     student: Any
     optimizer: torch.optim.Optimizer
     weights: DomainWeights
+    meter: GapMeter
     processes: Processes
 
 
@@ -88,6 +118,7 @@ def save(
     """Write a checkpoint into an empty directory; `randoms` are the random states by process."""
     parts.student.save_pretrained(path / "student")
     held = {"optimizer": parts.optimizer.state_dict(), "random": randoms}
+    held["measured"] = parts.meter.state_dict()
     torch.save(held, path / "torch.pt")
     values = asdict(state) | {"weights": parts.weights.state_dict()}
     (path / "state.json").write_text(json.dumps(values, indent=1))
@@ -103,6 +134,7 @@ def load(path: Path, parts: Trained) -> State:
     load_weights(parts.student, path / "student")
     parts.optimizer.load_state_dict(held["optimizer"])
     parts.weights.load_state_dict(weights)
+    parts.meter.load_state_dict(held["measured"])
     if len(randoms) == processes.world:
         set_random(randoms[processes.rank], processes.device)
     else:

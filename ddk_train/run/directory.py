@@ -43,12 +43,16 @@ HISTORY = pa.schema(
         ("epoch", pa.float64()),
         ("student_loss", pa.float64()),
         ("teacher_loss", pa.float64()),
+        ("fall_error", pa.float64()),
+        ("unseen_student_loss", pa.float64()),
+        ("unseen_teacher_loss", pa.float64()),
         ("student_perplexity", pa.float64()),
         ("teacher_perplexity", pa.float64()),
         ("kl", pa.float64()),
         ("log_factor", pa.float64()),
         ("weight_before", pa.float64()),
         ("weight", pa.float64()),
+        ("decaying", pa.bool_()),
         ("eval_seconds", pa.float64()),
         ("pair_loss", pa.float64()),
         ("margin", pa.float64()),
@@ -61,10 +65,16 @@ HISTORY = pa.schema(
 
 `train_rows` counts the rows of the domain, `rows_seen` those drawn so far, `tokens_seen` their
 positions that the loss counted, as `tokens` does in the metrics. Losses and KL(teacher ‖ student)
-are nats per position on the held-out rows, null where a domain has none. `log_factor` is the
-logarithm of the rule's state (r of Eq. 1 and 2); `weight` is the share of rows drawn after the
-measurement, and `weight_before` the share before it, null at first. Losses and `train_rows`, step
-by step, reproduce factors and weights bit for bit (`ddk_train.weights.update`).
+are nats per position on the held-out rows, null where a domain has none; `fall_error` is the
+standard error of the fall of the student's loss over the last `window` measurements. The `unseen`
+losses are those of training rows drawn for the first time, at the step that drew them, since the
+measurement before, or else of the latest interval that had any. `decaying` says that the rate was
+in the decay of schedule wsd. `log_factor` is the logarithm of the rule's state (r of Eq. 1 and 2),
+null for a domain that is not trained on; `weight` is the share of rows drawn after the measurement,
+and `weight_before` the share before it, null at first. Losses, `fall_error`, `decaying`, counts of
+rows and `epoch`, step by step, reproduce factors and weights bit for bit
+(`ddk_train.weights.rules.update`); a domain without held-out rows takes its unseen losses
+(`Gaps.filled`).
 
 The last five columns are means over held-out pairs of responses (`ddk_train.pairs.SUMS`), null in a
 run without pairs.

@@ -2,26 +2,30 @@
 
 A student is warmed by plain training, once for each seed; from there every method has the same
 budget, the same cache and the same held-out rows, so that all comparisons over seeds are paired.
-Each run is an ordinary run of `train` in `--work`, which `ddk-train report` can show; what is
-finished there is not run again, so that a later call may add seeds or methods.
+Each run is an ordinary run of `train` in `--work`, which `ddk-train report` can show. Results are
+kept in the `--json` file as they come: what is there is not run again, so a stopped call resumes,
+and a later one may add seeds or methods.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import pyarrow.parquet as pq
 import torch
-import yaml
 
-from benches.common import Floats, Record, data, json_option, plus_minus, spread_of
+from benches.common import Floats, Record, data, json_option
+from benches.mixes import MIXES, write_mix
+from benches.outcomes import LIVE, Found, Results, outcome, tell
+from benches.responses import best_shares, raised
 from benches.shared import SEQ_LEN, STUDENT
 from ddk_cache import InputError, MismatchError, SparseTargets, load_teacher, open_cache
 from ddk_cache.build.config import BuildConfig
@@ -29,7 +33,6 @@ from ddk_cache.build.job import build_cache
 from ddk_cache.console import say
 from ddk_cache.hf import load_tokenizer
 from ddk_train import TrainConfig, cut_student, train
-from ddk_train.report.run_report import load
 from ddk_train.run.directory import Run
 from ddk_train.student.cut import parse_layers
 
@@ -41,28 +44,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "DDK": {"weighting": "ddk"},
     "DDK, no smoothing": {"weighting": "eq1"},
     "DoReMi weights": {"weighting": "doremi"},
+    "DDK, α = 0.25": {"weighting": "ddk", "alpha": 0.25},
     "excess": {"weighting": "excess"},
     "excess, α = 1": {"weighting": "excess", "alpha": 1.0},
+    "gain": {"weighting": "gain"},
+    "gain, shrunk": {"weighting": "gain", "shrink": True},
+    "gain, τ = 1": {"weighting": "gain", "tilt": 1.0},
+    "gain, guarded": {"weighting": "gain", "repetition_guard": True},
+    "progress": {"weighting": "gain", "rho": 1.0, "alpha": 0.5},
 }
-"""What differs from the settings of all; γ elsewhere is `--gamma`, α 0.5."""
+"""What differs from the settings of all; γ elsewhere is `--gamma`, α the default of the rule."""
 
-BASE = "KD proportional"
-"""What the others are compared with."""
+EVEN, LONGER, ORACLE = "KD uniform", "KD uniform, equal time", "oracle"
+"""Even weights; the same without measurements, for as long as rules with them take; and the best
+shares by the responses of this very run (`benches.responses`)."""
 
-LIVE = "DDK, live teacher"
-
-
-@dataclass(frozen=True)
-class Found:
-    """The end of a run; arrays by domain (D)."""
-
-    loss: Floats
-    gap: Floats
-    kl: Floats
-    weight: Floats
-    """Share of the rows drawn."""
-    measuring: float
-    """Share of the time spent on measuring gaps."""
+HELD_OUT_COST = 0.38
+"""Cost of measuring a held-out row, in training rows (docs/measurements/domains.md)."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,21 @@ class Bench:
         """Return the plain training from which every method of a seed starts."""
         changes = {"gamma": 0.0, "weighting": "proportional", **self.warm}
         return self.run(f"warm-{seed}", self.student, seed, changes)
+
+    def start(self, seed: int) -> Found:
+        """Return where every method of a seed starts."""
+        return outcome(self.warmed(seed))
+
+    def rows_per_second(self) -> float:
+        """Return the speed of training on this machine, from a few steps."""
+        steps = {"steps": 6, "interval": 6, "eval_rows": 1, "warmup": 0, "log_every": 1}
+        with tempfile.TemporaryDirectory() as place:
+            paths = {"cache": str(self.cache), "run": f"{place}/run", "student": str(self.student)}
+            run = train(TrainConfig(**paths | self.settings | steps))
+            seconds = [float(line["seconds"]) for line in run.metrics()]
+        rows: float = 5.0 * self.settings["rows"]
+        speed: float = rows / (seconds[-1] - seconds[0])
+        return speed
 
     def method(self, name: str, changes: Mapping[str, Any], seed: int, live: Any = None) -> Found:
         """Return the end of a method's run."""
@@ -104,33 +117,17 @@ class Bench:
         return run
 
 
-def outcome(run: Run) -> Found:
-    """Read the end of a run from its directory."""
-    (report,) = load([run.path])
-    loss, gap, kl, rows = np.array(
-        [(one.last_loss, one.gap, one.kl, one.rows) for one in report.domains], np.float64
-    ).T
-    return Found(loss, gap, kl, rows / rows.sum(), report.eval_share or 0.0)
-
-
 # --- what is trained on ---
 
 
-def make_cache(path: Path, place: Path, tokens: int, holdout: float, kind: str) -> None:
-    """Build a cache of so many tokens of the corpus, its domains in their own proportions."""
-    sizes = {file: pq.read_table(file)["text"].nbytes for file in place.glob("corpus/*.parquet")}
-    shares = {
-        file.stem: {"path": str(file), "tokens": round(tokens * size / sum(sizes.values()))}
-        for file, size in sorted(sizes.items())
-    }
-    mix = path.with_name("corpus.yaml")
-    mix.write_text(yaml.safe_dump({"domains": shares}))
+def make_cache(path: Path, place: Path, mix: str, settings: Mapping[str, Any]) -> None:
+    """Build a cache of so many tokens of a mix of the corpus."""
     build_cache(
         path,
-        mix,
+        write_mix(path.parent, place / "corpus", mix, settings["tokens"]),
         load_teacher(str(place / "teacher")),
         load_tokenizer(str(place / "teacher")),
-        BuildConfig(seq_len=SEQ_LEN, targets=kind, holdout=holdout),
+        BuildConfig(seq_len=SEQ_LEN, targets=settings["targets"], holdout=settings["holdout"]),
     )
 
 
@@ -153,100 +150,74 @@ def full_distributions(teacher: Path) -> Callable[[torch.Tensor], SparseTargets[
     return live
 
 
-# --- figures ---
-
-
-def summary(found: Mapping[str, Sequence[Found]]) -> list[dict[str, Any]]:
-    """Return one row per method: means over domains, and the paired difference to `BASE`.
-
-    The worst domain is the one that ends farthest above its teacher; its gap is shown.
-    """
-    rows = []
-    for name, seeds in found.items():
-        mean = np.array([one.loss.mean() for one in seeds])
-        base = np.array([one.loss.mean() for one in found.get(BASE, seeds)])
-        change = mean - base
-        row = {
-            "method": name,
-            "mean loss": plus_minus(mean),
-            "mean perplexity": plus_minus([np.exp(one.loss).mean() for one in seeds], ".2f"),
-            "mean gap": plus_minus([one.gap.mean() for one in seeds]),
-            "worst gap": plus_minus([one.gap.max() for one in seeds]),
-            "KL": plus_minus([one.kl.mean() for one in seeds]),
-            f"loss − {BASE}, paired": plus_minus(change, "+.4f"),
-            "better in": f"{(change < 0).sum()} of {len(change)}",
-            "measuring, % of time": f"{100 * np.mean([one.measuring for one in seeds]):.1f}",
-        }
-        rows.append(row)
-    return rows
-
-
-def by_domain(
-    found: Mapping[str, Sequence[Found]],
-    domains: Sequence[str],
-    figure: Callable[[Found], Floats],
-    spec: str,
-) -> list[dict[str, Any]]:
-    """Return one row per method and one column per domain."""
-    return [
-        {"method": name}
-        | {
-            domain: plus_minus([figure(one)[n] for one in seeds], spec)
-            for n, domain in enumerate(domains)
-        }
-        for name, seeds in found.items()
-    ]
-
-
-def side_by_side(
-    cached: Sequence[Found], live: Sequence[Found], domains: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return final losses of runs from the cache and with the live teacher, by domain."""
-    rows = []
-    for n, domain in enumerate(domains):
-        one, other = ([run.loss[n] for run in runs] for runs in (cached, live))
-        change = np.subtract(one, other)
-        row = {"domain": domain, "cache": plus_minus(one), "live teacher": plus_minus(other)}
-        spread = max(spread_of(one), spread_of(other))
-        row |= {"cache − live, paired": plus_minus(change, "+.4f")}
-        rows.append(row | {"within the seeds' spread": str(bool(abs(change.mean()) <= spread))})
-    return rows
-
-
 # --- the command ---
 
 
-def chosen(names: str, intervals: str, alphas: str) -> dict[str, dict[str, Any]]:
+def chosen(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return methods by their names, and DDK at other intervals and α. Raises InputError."""
-    wanted = [name.strip() for name in names.split(";")] if names else list(METHODS)
+    names = options["methods"]
+    wanted = [name.strip() for name in names.split(";")] if names else [*METHODS, LONGER]
     for name in wanted:
-        if name not in METHODS:
-            raise InputError(f"unknown method {name!r}. Known: {'; '.join(METHODS)}.")
-    methods = {name: METHODS[name] for name in wanted}
-    for text in filter(None, intervals.split(",")):
+        if name not in (*METHODS, LONGER):
+            raise InputError(f"unknown method {name!r}. Known: {'; '.join((*METHODS, LONGER))}.")
+    longest = {"steps": longer(options), "interval": longer(options), "weighting": "uniform"}
+    methods = {name: METHODS.get(name, longest) for name in wanted}
+    for text in filter(None, options["intervals"].split(",")):
         methods[f"DDK, interval {text}"] = {"weighting": "ddk", "interval": int(text)}
-    for text in filter(None, alphas.split(",")):
+    for text in filter(None, options["alphas"].split(",")):
         methods[f"DDK, α = {text}"] = {"weighting": "ddk", "alpha": float(text)}
     return methods
 
 
-def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence[str]) -> None:
-    """Print and keep all tables."""
-    record.table("held-out rows: means over domains", summary(found))
-    record.table("held-out loss, nats", by_domain(found, domains, lambda one: one.loss, ".3f"))
-    perplexity = by_domain(found, domains, lambda one: np.exp(one.loss), ".1f")
-    record.table("held-out perplexity", perplexity)
-    record.table("gap, nats", by_domain(found, domains, lambda one: one.gap, ".3f"))
-    drawn = by_domain(found, domains, lambda one: 100 * one.weight, ".1f")
-    record.table("rows drawn, %", drawn)
-    if LIVE in found and "DDK" in found:
-        live = side_by_side(found["DDK"], found[LIVE], domains)
-        record.table("DDK: cached targets compared with a live teacher", live)
+def measured_rows(options: Mapping[str, Any]) -> float:
+    """Return what the measurements of a run cost, in training rows."""
+    measurements = 1 + math.ceil(options["steps"] / options["interval"])
+    rows: int = measurements * options["domains"] * options["eval_rows"]
+    return HELD_OUT_COST * rows
+
+
+def longer(options: Mapping[str, Any]) -> int:
+    """Return the steps of a run without measurements that takes as long as one with them."""
+    return int(options["steps"] + round(measured_rows(options) / options["rows"]))
+
+
+def announce(options: Mapping[str, Any], methods: int, rows_per_second: float) -> None:
+    """Say what the measurement will cost."""
+    each = options["steps"] * options["rows"] + measured_rows(options)
+    runs = methods + (options["domains"] + 1) * options["oracle"]
+    rows = options["seeds"] * (runs * each + options["warm_steps"] * options["rows"])
+    say(
+        f"{options['seeds']} seeds × {runs} runs: {rows:,.0f} training rows of {SEQ_LEN} tokens or "
+        f"their cost, {rows / rows_per_second / 3600:.2f} hours at {rows_per_second:.1f} rows/s"
+    )
+
+
+def oracle(bench: Bench, results: Results, seed: int, domains: Sequence[str]) -> Found:
+    """Return the end of a run under the best shares by the responses of the same seed."""
+
+    def under(name: str, shares: Floats) -> Found:
+        weights = ",".join(f"{d}={s:.6f}" for d, s in zip(domains, shares, strict=True))
+        changes = {"weighting": "fixed", "weights": weights}
+        return results.get(seed, name, lambda: bench.method(name, changes, seed))
+
+    even = results.get(seed, EVEN, lambda: bench.method(EVEN, METHODS[EVEN], seed))
+    ups = [under(f"more {d}", raised(len(domains), n)) for n, d in enumerate(domains)]
+    return under(ORACLE, best_shares(even.loss, [one.loss for one in ups]))
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="LRU between calls.")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Kept between calls.")
+@click.option(
+    "--mix",
+    type=click.Choice(MIXES),
+    default="plain",
+    show_default=True,
+    help="The corpus as it is, or with domains that saturate early, with small domains "
+    "that are repeated, or with one that cannot be learned.",
+)
 @click.option("--methods", default="", help="Names with ';' between them; all if not given.")
+@click.option("--base", default=EVEN, show_default=True, help="Method that others are paired with.")
+@click.option("--oracle", is_flag=True, help="Also the best static shares, by D + 1 more runs.")
 @click.option("--intervals", default="", help="DDK at these too, for example 10,50,75.")
 @click.option("--alphas", default="", help="DDK at these too, for example 0.25,0.75,1.")
 @click.option("--layers", help="The student is these of the teacher, as 0,2,5.  [default: fresh]")
@@ -263,35 +234,50 @@ def tell(record: Record, found: Mapping[str, Sequence[Found]], domains: Sequence
 @click.option("--tokens", default=1_200_000, show_default=True, help="Tokens in the cache.")
 @click.option("--holdout", default=0.2, show_default=True)
 @click.option("--targets", default="sampled:24", show_default=True)
+@click.option("--cost", is_flag=True, help="Print the cost and end.")
 @json_option
-def main(json_path: Path | None, work: Path, **options: Any) -> None:
+def main(json_path: Path | None, work: Path, cost: bool, **options: Any) -> None:
     """Train under each rule of domain weights; compare held-out losses over seeds."""
     record = Record("domains", options, ["torch", "transformers"])
-    methods = chosen(options["methods"], options["intervals"], options["alphas"])
+    results = Results(record, json_path)
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / f"{options['mix']}.zarr"
+    make_cache(path, data(), options["mix"], options)
+    cache = open_cache(path)
+    bench = prepared(work, path, options)
+    domains = sorted(cache.domains)
+    sized = {**options, "domains": len(domains)}
+    methods = chosen(sized)
+    announce(sized, len(methods) + options["live"], bench.rows_per_second())
+    if cost:
+        return
+    teacher = full_distributions(data() / "teacher") if options["live"] else None
+    found: dict[str, list[Found]] = {}
+    for seed in range(options["seeds"]):
+        runs: dict[str, Callable[[], Found]] = {"at the start": partial(bench.start, seed)}
+        runs |= {name: partial(bench.method, name, methods[name], seed) for name in methods}
+        if teacher:
+            ddk = {"weighting": "ddk", "micro_rows": 2}
+            runs[LIVE] = partial(bench.method, LIVE, ddk, seed, teacher)
+        for name, run in runs.items():
+            found.setdefault(name, []).append(results.get(seed, name, run))
+        if options["oracle"]:
+            found.setdefault(ORACLE, []).append(oracle(bench, results, seed, domains))
+    tell(record, found, domains, options["base"])
+    record.write(json_path)
+
+
+def prepared(work: Path, cache: Path, options: Mapping[str, Any]) -> Bench:
+    """Make the student that every seed begins with, and return the bench."""
     shared = {name: options[name] for name in ("rows", "eval_rows", "interval", "gamma", "lr")}
     shared |= {"steps": options["steps"], "warmup": options["steps"] // 10, "keep": 1}
     steps = options["warm_steps"]
     warm = {"steps": steps, "interval": steps, "warmup": steps // 10, "lr": options["warm_lr"]}
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "mix.zarr"
-    make_cache(path, data(), *(options[name] for name in ("tokens", "holdout", "targets")))
-    cache = open_cache(path)
     if layers := options["layers"]:
-        student, runs = work / f"layers-{layers}", work / f"runs-{layers}"
+        student = work / f"layers-{layers}"
         if not student.exists():
             cut_student(data() / "teacher", student, layers=parse_layers(layers))
     else:
-        student, runs = work / "student.json", work / "runs"
-        fresh_config(student, cache.spec.vocab_size)
-    bench = Bench(path, student, runs, shared, warm)
-    teacher = full_distributions(data() / "teacher") if options["live"] else None
-    found: dict[str, list[Found]] = {}
-    for seed in range(options["seeds"]):
-        found.setdefault("at the start", []).append(outcome(bench.warmed(seed)))
-        for name, changes in methods.items():
-            found.setdefault(name, []).append(bench.method(name, changes, seed))
-        if teacher:
-            ddk = {"weighting": "ddk", "micro_rows": 2}
-            found.setdefault(LIVE, []).append(bench.method(LIVE, ddk, seed, teacher))
-    tell(record, found, sorted(cache.domains))
-    record.write(json_path)
+        student = work / "student.json"
+        fresh_config(student, open_cache(cache).spec.vocab_size)
+    return Bench(cache, student, work / f"runs-{options['mix']}-{layers or 'fresh'}", shared, warm)

@@ -69,7 +69,7 @@ VERIFY = """
 import json, sys, time
 from benches.scale import peak
 from ddk_cache.read.cache import open_cache
-from ddk_cache.verify import Part, bytes_to_hash, verify
+from ddk_cache.inspect.verify import Part, bytes_to_hash, verify
 cache, part, began = open_cache(sys.argv[1]), Part.parse(sys.argv[2]), time.perf_counter()
 size = bytes_to_hash(cache, part)
 problems = verify(cache, lambda _: None, part)

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ddk_cache.describe import describe
 from ddk_cache.errors import DDKError
 from ddk_cache.hashing import digest
+from ddk_cache.inspect.describe import describe
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.types import SPLITS
-from ddk_cache.verify import verify
 
 MEMORY = 4 * 2**30
 """Bytes of address space of a process that reads a damaged cache."""

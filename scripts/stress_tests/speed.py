@@ -17,9 +17,9 @@ from ddk_cache.format.commit import Record
 from ddk_cache.format.manifest import Root, create_root, write_plan
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey
 from ddk_cache.format.spec import CacheSpec, TargetSpec
+from ddk_cache.inspect.verify import THREADS, verify
 from ddk_cache.read.cache import open_cache
 from ddk_cache.storage.local import LocalStorage
-from ddk_cache.verify import THREADS, verify
 from stress_tests.look import files_of
 from stress_tests.report import Report, measurement
 

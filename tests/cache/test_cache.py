@@ -35,11 +35,11 @@ from ddk_cache.build.writer import ShardWriter
 from ddk_cache.format.documents import dump
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey
 from ddk_cache.hashing import canonical, digest
+from ddk_cache.inspect.verify import bytes_to_hash, verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.read.chunks import ChunkKey
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.testing import BUILD
-from ddk_cache.verify import bytes_to_hash, verify
 
 
 def pairs(cache: Cache) -> list[tuple[str, str]]:

@@ -45,7 +45,7 @@ OPTIONS = {
     "ddk-cache show": "--domain --row --split --json",
     "ddk-cache verify": f"--drop-bad --part --teacher --rows --seed {HOW} --json",
     "ddk-train run": "--config --student --trust-remote-code --shard-cache --shard-cache-size "
-    "--weighting --alpha --weights "
+    "--weighting --alpha --rho --window --shrink --tilt --repetition-guard --domains --weights "
     "--interval --eval-rows --forgetting "
     "--gamma --loss --temperature --pairs --pair-rows --rows-weight --beta --margin --per-token "
     "--steps --rows --micro-rows --lr --min-lr --warmup --schedule "

@@ -14,13 +14,13 @@ from ddk_cache import CorruptCacheError, InputError, MismatchError, UnknownNameE
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
 from ddk_cache.format.manifest import Manifest
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_cache.testing import BUILD, random_teacher
 from ddk_cache.transfer.combine import combine
 from ddk_cache.transfer.copy import copy_cache
-from ddk_cache.verify import verify
 from tests.helpers import command, finish, grow, lines, quiet, tree
 from tests.s3 import Server
 from tests.web import Site

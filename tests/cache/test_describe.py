@@ -12,7 +12,7 @@ from ddk_cache import Cache, open_cache
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
 from ddk_cache.corpus.sources import find_sources
-from ddk_cache.describe import Facts, describe, printable, show
+from ddk_cache.inspect.describe import Facts, describe, printable, show
 from ddk_cache.testing import BUILD, random_teacher
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from ddk_cache import BuildConfig, CacheError, InputError, Teacher, build_cache, find_sources
 from ddk_cache.build.estimate import estimate_cache
-from ddk_cache.describe import describe
+from ddk_cache.inspect.describe import describe
 from ddk_cache.read.cache import open_cache
 from ddk_cache.testing import BUILD, VOCAB, random_teacher
 

@@ -19,10 +19,10 @@ from ddk_cache import InputError, NotACacheError, StorageError, UnfinishedCacheE
 from ddk_cache.cli import main
 from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format import manifest
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.http import HttpStorage
 from ddk_cache.storage.open import open_storage
-from ddk_cache.verify import verify
 from ddk_train import train
 from tests.helpers import Configure, command, finish, quiet, timeless
 from tests.web import Site

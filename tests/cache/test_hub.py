@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from ddk_cache import InputError, NotACacheError, open_cache
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.hub import HubPlace
 from ddk_cache.storage.open import open_storage
 from ddk_cache.transfer.copy import copy_cache
-from ddk_cache.verify import verify
 from ddk_train import train
 from tests.helpers import Configure, quiet, timeless, tree
 from tests.hub import Hub

@@ -17,10 +17,10 @@ from click.testing import CliRunner
 from ddk_cache import InputError, open_cache
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.cli import main
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.transfer.imported import import_cache
 from ddk_cache.types import Array
-from ddk_cache.verify import verify
 from tests.helpers import quiet, tree
 
 V, K = 257, 6

@@ -23,9 +23,9 @@ from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.format.codec import ProbCodec
 from ddk_cache.format.plan import ShardKey
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
-from ddk_cache.verify import verify
 from tests.helpers import BUILDER, tree
 
 Make = Callable[..., Cache]

@@ -13,10 +13,10 @@ from ddk_cache import InputError, TeacherConfig, load_teacher, load_tokenizer
 from ddk_cache.build import targets as extraction
 from ddk_cache.build.scoring import rows_that_fit
 from ddk_cache.build.teacher import Teacher
+from ddk_cache.inspect.verify import replay
 from ddk_cache.models.body import BodyTeacher
 from ddk_cache.models.config import QUANTIZATIONS
 from ddk_cache.testing import VOCAB
-from ddk_cache.verify import replay
 from tests.cache.gguf_file import write_gguf
 from tests.helpers import make_spec
 

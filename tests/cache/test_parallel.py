@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from ddk_cache import load_teacher, open_cache
+from ddk_cache.inspect.verify import replay
 from ddk_cache.read.cache import Cache
-from ddk_cache.verify import replay
 
 PROGRAM = """
 from ddk_cache.cli import main

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from ddk_cache import CorruptCacheError, NotACacheError, open_cache
-from ddk_cache.describe import describe
 from ddk_cache.errors import InputError, StorageError
+from ddk_cache.inspect.describe import describe
 from ddk_cache.read.cache import Cache
 from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.storage.local import LocalStorage

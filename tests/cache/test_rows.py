@@ -146,7 +146,8 @@ def test_a_bad_conversation_is_refused_by_its_number(tmp_path: Path) -> None:
     ("texts", "holdout", "said"),
     [
         ([f"document {n}" for n in range(12)], 1e-9, "Raise --holdout"),
-        (["one document of many words " * 20], 0.1, "Divide it into several"),
+        (["one document of few words"], 0.1, "Divide it into several"),
+        (["one document of many words " * 20], 0.1, ""),
         ([f"document {n}" for n in range(12)], 0.5, ""),
         ([f"document {n}" for n in range(12)], 0.0, ""),
     ],

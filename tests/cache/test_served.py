@@ -21,10 +21,10 @@ from ddk_cache.build import targets as targets_module
 from ddk_cache.build.targets import extract
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.cli import main
-from ddk_cache.describe import describe, show
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, extract_head
 from ddk_cache.hf import load_tokenizer
+from ddk_cache.inspect.describe import describe, show
 from ddk_cache.models.load import load_teacher
 from ddk_cache.read.cache import Cache
 from ddk_cache.served.teacher import HiddenTeacher, load_served

@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 
 from ddk_cache import BuildConfig, build_cache
 from ddk_cache.cli import main
+from ddk_cache.inspect.show import pieces_of, show
 from ddk_cache.read.cache import Cache
-from ddk_cache.show import pieces_of, show
 from ddk_cache.testing import BUILD, END, byte_tokenizer, random_teacher
 
 TEMPLATE = (

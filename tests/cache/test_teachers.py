@@ -15,10 +15,10 @@ import torch
 from ddk_cache import BuildConfig, MismatchError, Teacher, build_cache, find_sources, open_cache
 from ddk_cache.build.teachers import Teachers
 from ddk_cache.corpus.sources import OWN, Source
-from ddk_cache.describe import describe, show
+from ddk_cache.inspect.describe import describe, show
+from ddk_cache.inspect.verify import replay, verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
-from ddk_cache.verify import replay, verify
 from ddk_train.provenance import teacher_names
 from tests.helpers import quiet, tree
 

@@ -25,9 +25,7 @@ from ddk_cache.build.teacher import Teacher
 from ddk_cache.cli import main
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.format.documents import dump, parse
-from ddk_cache.read.cache import Cache
-from ddk_cache.testing import BUILD, VOCAB, random_teacher
-from ddk_cache.verify import (
+from ddk_cache.inspect.verify import (
     Part,
     Problem,
     bytes_to_hash,
@@ -37,6 +35,8 @@ from ddk_cache.verify import (
     shards_of,
     verify,
 )
+from ddk_cache.read.cache import Cache
+from ddk_cache.testing import BUILD, VOCAB, random_teacher
 from tests.helpers import VICTIMS, quiet, tree
 
 Make = Callable[..., Cache]

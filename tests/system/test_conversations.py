@@ -11,9 +11,9 @@ import pytest
 
 from ddk_cache import BuildConfig, MismatchError, build_cache, find_sources, open_cache
 from ddk_cache.build.estimate import estimate_cache
+from ddk_cache.inspect.verify import drop_bad, verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import BUILD, END, byte_tokenizer, random_teacher
-from ddk_cache.verify import drop_bad, verify
 from tests.helpers import quiet, tree
 
 TEMPLATE = Path(__file__).parents[1] / "data" / "templates" / "qwen3.jinja"

@@ -12,9 +12,9 @@ from ddk_cache import load_teacher
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
 from ddk_cache.hf import load_tokenizer
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import open_cache
 from ddk_cache.testing import student_config
-from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
 
 DOMAINS = ("latex", "math_word", "wiki")

@@ -11,9 +11,9 @@ import pytest
 from ddk_cache import InputError, MismatchError, open_cache
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
+from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import BUILD, random_teacher
-from ddk_cache.verify import verify
 from ddk_train import TrainConfig, train
 from tests.helpers import grow, lines, quiet, timeless, tree
 

@@ -20,11 +20,11 @@ from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.errors import StorageError
+from ddk_cache.inspect.verify import drop_bad, verify
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_cache.testing import BUILD, VOCAB, random_teacher
-from ddk_cache.verify import drop_bad, verify
 from tests.helpers import BUILDER, VICTIMS, command, finish, grow, lines, quiet, tree
 from tests.s3 import Flaky, Server
 

@@ -24,9 +24,9 @@ from ddk_cache import (
     open_cache,
 )
 from ddk_cache.build.estimate import estimate_cache
-from ddk_cache.describe import describe
+from ddk_cache.inspect.describe import describe
+from ddk_cache.inspect.verify import replay
 from ddk_cache.testing import VOCAB, byte_tokenizer, random_teacher, student_config
-from ddk_cache.verify import replay
 from ddk_train import CacheDataset, TrainConfig, distillation_loss, measure_gaps, train
 from tests.helpers import tree
 

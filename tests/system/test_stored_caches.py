@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ddk_cache import Cache, open_cache
-from ddk_cache.verify import verify
+from ddk_cache.inspect.verify import verify
 
 DATA = Path(__file__).parents[1] / "data"
 

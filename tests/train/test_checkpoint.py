@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ddk_cache import DDKError
+from ddk_cache import Cache, DDKError
 from ddk_train import train
 from tests.helpers import Configure, timeless, tree
 
@@ -32,6 +32,31 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
         assert timeless(resumed.history()) == timeless(whole.history())
         assert tree(resumed.student) == tree(whole.student)
         last, again = whole.checkpoints()[-1][1], resumed.checkpoints()[-1][1]
+        assert (last / "torch.pt").read_bytes() == (again / "torch.pt").read_bytes()
+
+
+def test_a_run_that_remembers_measurements_resumes_bit_for_bit(
+    configure: Configure, prophet_cache: Cache, tmp_path: Path
+) -> None:
+    settings = {
+        "cache": str(prophet_cache.root),
+        "weighting": "gain",
+        "interval": 2,
+        "shrink": True,
+    }
+    whole = train(configure("whole", **settings))
+    weights = {row["weight"] for row in whole.history() if row["step"] >= 4}
+    assert len(weights) > 3
+    for step, checkpoint in whole.checkpoints()[1:-1]:
+        path = tmp_path / f"from-{step}"
+        (path / "checkpoints").mkdir(parents=True)
+        for name in ("config.json", "history.parquet", "metrics.jsonl"):
+            shutil.copy(whole.path / name, path / name)
+        shutil.copytree(checkpoint, path / "checkpoints" / checkpoint.name)
+        resumed = train(configure(path.name, **settings))
+        assert timeless(resumed.history()) == timeless(whole.history())
+        last, again = whole.checkpoints()[-1][1], resumed.checkpoints()[-1][1]
+        assert tree(last / "student") == tree(again / "student")
         assert (last / "torch.pt").read_bytes() == (again / "torch.pt").read_bytes()
 
 

@@ -14,7 +14,7 @@ from ddk_cache import SPLITS
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import student_config
 from ddk_train import DomainWeights, measure_gaps
-from ddk_train.evaluate import GapMeter, sample
+from ddk_train.evaluate import GapMeter, fall_error, gap_meter, measure_with, sample
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective
 
@@ -75,9 +75,37 @@ def test_the_shares_of_processes_add_up(model: Any, cache: Cache) -> None:
         meter.measure(objective.measure)
     alone = measure_gaps(model, cache, rows=5, batch_rows=2)
     for n, (first, second) in enumerate(zip(*totals, strict=True)):
-        loss, kl, positions = (first + second).tolist()
+        loss, kl, positions = (first + second).sum(1).tolist()
         assert loss / positions == pytest.approx(alone.student_loss[n])
         assert kl / positions == pytest.approx(alone.kl[n])
+
+
+def test_the_error_of_a_fall_is_that_of_its_rows() -> None:
+    rng = np.random.default_rng(0)
+    before, after = rng.normal(3, 1, 40), rng.normal(2, 1, 40)
+    even = fall_error(16 * before, 16 * after, np.full(40, 16.0))
+    assert even == pytest.approx((before - after).std(ddof=1) / math.sqrt(40))
+    assert math.isnan(fall_error(before[:1], after[:1], np.ones(1)))
+    # Rows of other lengths: the spread of the estimate over many samples.
+    drawn = []
+    for _ in range(2000):
+        positions = rng.integers(1, 20, 50).astype(float)
+        falls = positions * rng.normal(1, 1, 50)
+        drawn.append((falls.sum() / positions.sum(), fall_error(falls, 0 * falls, positions)))
+    found, errors = np.array(drawn).T
+    assert errors.mean() == pytest.approx(found.std(), rel=0.1)
+
+
+def test_what_is_remembered_of_rows_fits_the_same_rows_alone(model: Any, cache: Cache) -> None:
+    meter = gap_meter(model, cache, 5, 2)
+    first, second = measure_with(meter, model), measure_with(meter, model)
+    assert np.isnan(first.fall_error).all()
+    np.testing.assert_array_equal(second.fall_error, 0)
+    again, other = gap_meter(model, cache, 5, 2), gap_meter(model, cache, 4, 2)
+    for one in (again, other):
+        one.load_state_dict(meter.state_dict())
+    np.testing.assert_array_equal(measure_with(again, model).fall_error, 0)
+    assert np.isnan(measure_with(other, model).fall_error).all()
 
 
 def test_a_sample_depends_on_the_rows_alone_and_spreads(cache: Cache) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from ddk_cache import DDKError, InputError, MismatchError
+from ddk_cache import DDKError, InputError, MismatchError, Teacher
 from ddk_cache.read.cache import Cache
 from ddk_train import train
+from ddk_train.report.run_report import load
+from ddk_train.report.table import show
 from ddk_train.run.directory import Run
 from tests.helpers import Configure, command, finish, timeless, tree
 
@@ -23,6 +27,7 @@ from tests.helpers import Configure, command, finish, timeless, tree
         ({"temperature": 2.0}, "cannot be read at temperature 2: the mass outside"),
         ({"lora_rank": 2}, "is for a trained student"),
         ({"weighting": "fixed", "weights": "note=1"}, "Did you mean 'notes'"),
+        ({"domains": "letters,note"}, "Did you mean 'notes'"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(
@@ -32,6 +37,48 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(
     with pytest.raises((InputError, MismatchError), match=said):
         train(config)
     assert not Path(config.run).exists()
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"weighting": "ddk", "domains": "notes,letters"},
+        {"weighting": "fixed", "weights": "notes=1,letters=3"},
+    ],
+)
+def test_a_domain_that_a_run_leaves_out_is_measured_and_not_drawn(
+    configure: Configure, chosen: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(configure(steps=8, **chosen))
+    rows = run.history()
+    assert [row["domain"] for row in rows[:3]] == ["digits", "letters", "notes"]
+    for row in rows:
+        assert row["student_loss"] > 0
+        if row["domain"] == "digits":
+            assert (row["rows_seen"], row["weight"], row["log_factor"]) == (0, 0, None)
+        elif row["step"]:
+            assert row["rows_seen"] > 0
+    assert sum(row["weight"] for row in rows[-3:]) == pytest.approx(1)
+    if "weights" in chosen:
+        assert [row["weight"] for row in rows[-3:]] == pytest.approx([0, 0.75, 0.25])
+    show(load([run.path]))
+    assert "left out" in capsys.readouterr().out
+    losses = {row["step"]: row["student_loss"] for row in rows if row["domain"] == "digits"}
+    assert losses[8] != losses[0]
+
+
+def test_rules_that_follow_gaps_need_no_held_out_rows(
+    configure: Configure, make_cache: Callable[..., Cache], prophet: Teacher, tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "mix.zarr", holdout=0.0, teacher=prophet)
+    run = train(configure(cache=str(cache.root), weighting="excess", rows=3, steps=8))
+    rows = run.history()
+    assert {row["student_loss"] for row in rows} == {None}
+    assert [row["weight"] for row in rows[:3]] == pytest.approx([1 / 3] * 3)
+    last = [row["unseen_student_loss"] - row["unseen_teacher_loss"] for row in rows[-3:]]
+    right = 0.5 * np.array(last) / sum(last) + 0.5 / 3
+    assert [row["weight"] for row in rows[-3:]] == pytest.approx(right.tolist())
+    assert len(set(right)) > 1
 
 
 def test_a_tracker_gets_the_metrics(configure: Configure) -> None:

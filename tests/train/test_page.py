@@ -55,8 +55,9 @@ def test_table_says_what_the_history_holds(tmp_path: Path) -> None:
         first, *_, last = (row for row in rows if row["domain"] == name)
         losses = [last["teacher_loss"], first["student_loss"], last["student_loss"]]
         ratio = last["student_loss"] - last["teacher_loss"]
+        unseen = last["unseen_student_loss"] - last["unseen_teacher_loss"]
         wanted = [f"{math.exp(loss):.2f}" for loss in (*losses, ratio)]
-        wanted += [f"{last['kl']:.3f}"]
+        wanted += [f"{last['kl']:.3f}", f"{math.exp(unseen):.2f}"]
         wanted += [f"{100 * row['weight']:.1f}" for row in (first, last)]
         assert page.row(name)[:-1] == wanted
     assert page.row("code")[-1] == "3.84 k"

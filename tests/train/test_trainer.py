@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -20,7 +22,8 @@ from ddk_train.distributed import Processes
 from ddk_train.job import assemble
 from ddk_train.run.directory import Run
 from ddk_train.trainer import Trainer, peak_memory
-from ddk_train.weights import RULES, Gaps, Settings, update
+from ddk_train.weights.gaps import Gaps, Settings
+from ddk_train.weights.rules import RULES, update
 from tests.helpers import Configure, command, finish, read_weights
 
 
@@ -74,19 +77,33 @@ def test_the_history_tells_algorithm_1(configure: Configure, cache: Cache) -> No
         assert (np.abs(drawn - 24 * weights) < 2).all()
 
 
+def recorded(found: Any) -> Gaps:
+    """Return a measurement from its rows of the history, without domains that are left out."""
+    found = found[found.log_factor.notna()]
+    names = {"sizes": "train_rows", "epochs": "epoch"}
+    names |= {n: n for n in ("student_loss", "teacher_loss", "rows_seen", "fall_error")}
+    arrays = {name: found[column].to_numpy(np.float64) for name, column in names.items()}
+    gaps = Gaps(**arrays, decaying=bool(found.decaying.iloc[0]))
+    unseen = (found[f"unseen_{who}_loss"].to_numpy(np.float64) for who in ("student", "teacher"))
+    return gaps.filled(*unseen)
+
+
 @pytest.mark.parametrize("rule", sorted(RULES))
 def test_recorded_weights_follow_from_recorded_gaps_exactly(
-    rule: str, configure: Configure
+    rule: str, configure: Configure, prophet_cache: Cache
 ) -> None:
     weights = "digits=1,letters=2,notes=5" if rule == "fixed" else ""
-    run = train(configure(weighting=rule, weights=weights, alpha=0.7))
+    run = train(
+        configure(cache=str(prophet_cache.root), weighting=rule, weights=weights, alpha=0.7)
+    )
     columns = pq.read_table(run.path / "history.parquet").to_pandas().groupby("step")
     given = np.array([1.0, 2.0, 5.0]) / 8 if weights else None
     factor = before = None
+    past: list[Gaps] = []
     for _, found in columns:
-        sizes = found.train_rows.to_numpy(np.float64)
-        gaps = Gaps(found.student_loss.to_numpy(), found.teacher_loss.to_numpy(), sizes)
-        factor, after = update(rule, gaps, factor, Settings(0.7, given))
+        gaps = recorded(found)
+        factor, after = update(rule, gaps, factor, Settings(0.7, given), past)
+        past.append(gaps)
         np.testing.assert_array_equal(found.log_factor, factor)
         np.testing.assert_array_equal(found.weight, after)
         if before is None:
@@ -129,6 +146,38 @@ def test_measured_gaps_are_those_of_the_written_student(configure: Configure, ca
         assert row["kl"] == pytest.approx(float(kl), abs=1e-5)
         assert row["student_perplexity"] == pytest.approx(math.exp(row["student_loss"]))
         assert row["teacher_perplexity"] == pytest.approx(math.exp(row["teacher_loss"]))
+
+
+def test_losses_on_unseen_rows_are_those_of_the_step_and_end_with_the_first_epoch(
+    configure: Configure, cache: Cache
+) -> None:
+    trainer = open_trainer(
+        configure(weighting="uniform", steps=99, interval=99, checkpoint_every=99, rows=9)
+    )
+    trainer.measure_if_due()
+    sums = np.zeros((3, 3))
+    for step, batch in enumerate(trainer.batches_until_due()):
+        model = copy.deepcopy(trainer.student).eval()
+        for number, row in zip(batch.draw.domain, batch.draw.row, strict=True):
+            found = cache.read(trainer.domains[number], "train", [row])
+            tokens = torch.from_numpy(found.tokens)
+            with torch.no_grad():
+                logp = model(input_ids=tokens[:, :-1]).logits.double().log_softmax(-1)
+            ce = -logp.gather(-1, tokens[:, 1:, None]).sum()
+            sums[number] += float(ce), -found.label_logprob.sum(dtype=np.float64), 16
+        trainer.step(batch)
+        if step == 2:
+            break
+    had = trainer.state.unseen_sums
+    np.testing.assert_allclose([had[name] for name in trainer.domains], sums, rtol=1e-5)
+    for batch in trainer.batches_until_due():
+        trainer.step(batch)
+        if min(trainer.loader.epochs()) > 2:
+            break
+    rows = np.array([had[name][2] for name in trainer.domains]) / 16
+    whole = np.array([cache.plan(name).rows("train") for name in trainer.domains])
+    assert (rows <= whole).all()
+    assert (rows > whole - 9).all()
 
 
 def test_a_held_out_loss_that_rises_is_a_warning(

@@ -21,8 +21,9 @@ import pyarrow.parquet as pq
 import torch
 
 from benches.common import data
-from benches.domains import METHODS, Bench, Found, make_cache, outcome, tell
+from benches.domains import METHODS, Bench, make_cache
 from benches.gpu.job import Job
+from benches.outcomes import Found, outcome, tell
 from benches.shared import SEQ_LEN
 from ddk_cache import open_cache
 from ddk_cache.hf import load_tokenizer
@@ -56,7 +57,7 @@ def measure(job: Job) -> None:
     if not job.time_for("the teacher"):
         return
     place, path = trained(job, sizes), job.work / "mix.zarr"
-    make_cache(path, place, sizes["tokens"], 0.2, sizes["targets"])
+    make_cache(path, place, "corpus", sizes | {"holdout": 0.2})
     cache = open_cache(path)
     student = job.work / "student.json"
     student.write_text(json.dumps(llama(TINY if job.tiny else STUDENT, cache.spec.vocab_size)))
@@ -69,7 +70,7 @@ def measure(job: Job) -> None:
             for name, one in whole.items():
                 found.setdefault(name, []).append(one)
     if found:
-        tell(job.record, found, sorted(cache.domains))
+        tell(job.record, found, sorted(cache.domains), "KD uniform")
 
 
 def one_seed(job: Job, bench: Bench, seed: int, names: Sequence[str]) -> dict[str, Found] | None:
@@ -95,7 +96,8 @@ def trained(job: Job, sizes: Mapping[str, Any]) -> Path:
         return place
     if not (fresh / "teacher").exists():
         corpus_and_tokenizer(job, fresh)
-    make_cache(job.work / "untrained.zarr", fresh, sizes["tokens"], 0.2, "topk:1")
+    settings = dict(sizes) | {"holdout": 0.2, "targets": "topk:1"}
+    make_cache(job.work / "untrained.zarr", fresh, "corpus", settings)
     run = train(
         TrainConfig(
             cache=str(job.work / "untrained.zarr"), run=str(job.work / "teacher-run"),

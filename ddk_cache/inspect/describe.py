@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, TypedDict
 
+from ddk_cache.corpus.passages import passages_note
 from ddk_cache.format.audit_summary import total
 from ddk_cache.format.commit import Record
 from ddk_cache.read.cache import Cache
@@ -40,6 +41,7 @@ class DomainFacts(TypedDict):
 
     documents: int
     tokens: int
+    passages: bool
     content: str
     portions: int
     teacher: str
@@ -104,7 +106,11 @@ def describe(cache: Cache) -> Facts:
             f"{name} has no {what} rows; {effect}."
             for split, what, effect in (
                 (TRAIN, "training", "nothing can be learned from it"),
-                (VALIDATION, "held-out", "its gap cannot be measured (--holdout, more documents)"),
+                (
+                    VALIDATION,
+                    "held-out",
+                    "its gap is that of unseen training rows (--holdout, more documents)",
+                ),
             )
             for name, facts in domains.items()
             if not facts["rows"][split]
@@ -119,6 +125,7 @@ def _domain(cache: Cache, name: str, records: dict[str, list[Record]]) -> Domain
     return {
         "documents": plan.documents,
         "tokens": plan.tokens,
+        "passages": plan.passages,
         "content": plan.content,
         "portions": len(plan.portions),
         "teacher": root.sources[name].get("teacher_name", root.provenance.get("teacher", "")),
@@ -181,6 +188,9 @@ def show(facts: Facts) -> None:
         line(f"not planned yet: {', '.join(facts['unplanned'])}")
     parts = ", ".join(f"{name} {size:.2f}" for name, size in facts["bytes_per_token"].items())
     line(f"{facts['tokens']:,} tokens, {facts['bytes']:,} bytes; bytes per token: {parts}")
+    for name, domain in facts["domains"].items():
+        if domain["passages"]:
+            line(passages_note(name, spec["seq_len"]))
     for warning in facts["warnings"]:
         line(f"warning: {warning}")
 

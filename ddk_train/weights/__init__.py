@@ -1,0 +1,1 @@
+"""Measured gaps → sampling weights of the domains, in float64 NumPy."""
