@@ -116,19 +116,19 @@ def extract_hidden(
     chunk_bytes = HEAD_BYTES.get(hidden_BSH.device.type, HEAD_BYTES["cuda"])
     positions = max(HEAD_POSITIONS, chunk_bytes // (4 * vocab_size))
     flat = (part.flatten(0, 1).split(positions) for part in (hidden_BSH, labels_BS, offsets_BS))
-    chunks = []
-    for hidden_PH, labels_P, offsets_P in zip(*flat, strict=True):
-        logits_PV = head(hidden_PH)
+
+    def one(hidden_PH: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor) -> Scores:
+        logits_PV = head(hidden_PH)  # freed on return, before the next chunk
         labels_1P, offsets_1P = (part[None].to(logits_PV.device) for part in (labels_P, offsets_P))
-        chunks.append(
-            extract(
-                logits_PV[None],
-                labels_1P,
-                targets,
-                temperatures=temperatures,
-                offsets_BS=offsets_1P,
-            )
+        return extract(
+            logits_PV[None],
+            labels_1P,
+            targets,
+            temperatures=temperatures,
+            offsets_BS=offsets_1P,
         )
+
+    chunks = [one(*parts) for parts in zip(*flat, strict=True)]
     joined = (torch.cat(part, 1)[0] for part in zip(*chunks, strict=True))
     return Scores(*(part.unflatten(0, labels_BS.shape) for part in joined))
 
