@@ -31,7 +31,7 @@ gave twice the speed of 64 MiB), on a GPU it must fill the device."""
 HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Size of the float32 logits of one chunk of positions that a head is applied to."""
 
-HEAD_POSITIONS = 128
+HEAD_POSITIONS = 256
 """Fewest positions of such a chunk: each one reads the whole weight of the head once."""
 
 GROUP = 128
@@ -118,19 +118,19 @@ def extract_hidden(
     chunk_bytes = HEAD_BYTES.get(hidden_BSH.device.type, HEAD_BYTES["cuda"])
     positions = max(HEAD_POSITIONS, chunk_bytes // (4 * vocab_size))
     flat = (part.flatten(0, 1).split(positions) for part in (hidden_BSH, labels_BS, offsets_BS))
-    chunks = []
-    for hidden_PH, labels_P, offsets_P in zip(*flat, strict=True):
-        logits_PV = head(hidden_PH)
+
+    def one(hidden_PH: torch.Tensor, labels_P: torch.Tensor, offsets_P: torch.Tensor) -> Scores:
+        logits_PV = head(hidden_PH)  # freed on return, before the next chunk
         labels_1P, offsets_1P = (part[None].to(logits_PV.device) for part in (labels_P, offsets_P))
-        chunks.append(
-            extract(
-                logits_PV[None],
-                labels_1P,
-                targets,
-                temperatures=temperatures,
-                offsets_BS=offsets_1P,
-            )
+        return extract(
+            logits_PV[None],
+            labels_1P,
+            targets,
+            temperatures=temperatures,
+            offsets_BS=offsets_1P,
         )
+
+    chunks = [one(*parts) for parts in zip(*flat, strict=True)]
     joined = (torch.cat(part, 1)[0] for part in zip(*chunks, strict=True))
     return Scores(*(part.unflatten(0, labels_BS.shape) for part in joined))
 
