@@ -384,8 +384,7 @@ class Trainer:
         self.processes.accelerator.end_training()
         if not self.processes.main:
             return
-        best = dict(self.run.checkpoints()).get(self.state.best)
-        if self.config.patience and best:
+        if self.config.patience and (best := dict(self.run.checkpoints()).get(self.state.best)):
             load_weights(self.student, best / "student")
             log.info(f"the student is that of step {self.state.best}, the lowest held-out loss")
         trained = self.student

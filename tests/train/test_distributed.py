@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from ddk_cache import InputError
 from ddk_cache.read.cache import Cache
 from ddk_train import train
-from ddk_train.distributed import Processes
+from ddk_train.distributed import Processes, peak_memory
 from ddk_train.run.directory import Run
 from tests.helpers import RUN, Configure, command, finish
 from tests.sequences import Material
@@ -141,3 +142,8 @@ def test_a_damaged_world_size_is_named(cache: Cache, student_config: Path, tmp_p
     assert code == 2
     assert "WORLD_SIZE: got 'x', expected a number of processes" in err
     assert "Traceback" not in err
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    now = psutil.Process().memory_info().rss
+    assert now / 2 < peak_memory(torch.device("cpu")) < psutil.virtual_memory().total
