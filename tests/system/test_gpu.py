@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import is_flash_attn_2_available
 
-from ddk_cache import BuildConfig, Teacher, build_cache
+from ddk_cache import BuildConfig, Teacher, build_cache, load_teacher, open_cache
 from ddk_cache.build.scoring import Scorer
 from ddk_cache.build.targets import extract
 from ddk_cache.format.plan import ShardKey
@@ -306,3 +308,48 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     scores = scorer.score(ShardKey("web", "train", 0), tokens, lambda _: None)
     assert scorer.batch_rows == 2
     assert math.isfinite(scores.fidelity["kl"])
+
+
+# --- real teachers ---
+
+
+def saved(path: Path, tokenizer: Any) -> Path:
+    """Save a small Llama of random weights, which are large enough to tell logits apart."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**student_config(initializer_range=0.3, num_hidden_layers=2))
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flash_attention_2"])
+def test_a_document_in_a_row_is_scored_as_alone(
+    attention: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    if attention == "flash_attention_2" and not is_flash_attn_2_available():
+        pytest.skip("needs flash-attn")
+    dtype = "bfloat16" if attention == "flash_attention_2" else "float32"
+    settings: dict[str, Any] = {"device": str(DEVICE), "attention": attention, "dtype": dtype}
+    teacher = load_teacher(saved(tmp_path, tokenizer), **settings)
+    teacher.require_isolation()
+    tokens = torch.randint(VOCAB, (1, 25), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    positions = torch.tensor([[*range(10), *range(14)]], device=DEVICE)
+    row = teacher(tokens[:, :-1], positions)
+    for part in (slice(0, 10), slice(10, 24)):
+        alone = teacher(tokens[:, part])
+        error = (row[:, part] - alone).abs().max() / alone.abs().max()
+        assert error < (1e-5 if dtype == "float32" else 0.05)
+
+
+def test_a_teacher_on_two_devices_gives_the_cache_of_one(tokenizer: Any, tmp_path: Path) -> None:
+    corpus, place = write_corpus(tmp_path / "corpus"), saved(tmp_path / "teacher", tokenizer)
+    largest = {0: "60KB", "cpu": "1GB"} if CUDA else {"cpu": "1GB"}
+    spread: dict[str, Any] = {"device_map": "auto", "model_kwargs": {"max_memory": largest}}
+    losses = []
+    for number, how in enumerate(({"device": str(DEVICE)}, spread)):
+        teacher = load_teacher(place, dtype="float32", **how)
+        path = tmp_path / f"{number}.zarr"
+        build_cache(path, corpus, teacher, tokenizer, BuildConfig(**BUILD))
+        with open_cache(path) as cache:
+            losses.append([cache.teacher_loss(name, "train")[0] for name in cache.domains])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
