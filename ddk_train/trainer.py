@@ -161,7 +161,8 @@ class Trainer:
         DDP averages the gradients of the processes at the last piece; the factor `world` turns the
         average into a sum.
         """
-        sums, ce_B = torch.zeros(2, device=self.processes.device), []
+        sums = torch.zeros(2, device=self.processes.device)
+        ce_B = [sums.new_empty(0, dtype=torch.float64)]  # a step may have no rows, only pairs
         pieces = list(batch.micro(self.config.micro))
         for number, piece in enumerate(pieces, 1):
             alone = number < len(pieces)

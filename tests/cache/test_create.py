@@ -65,7 +65,7 @@ def test_settings_hold_while_another_process_works(
 ) -> None:
     path, config = tmp_path / "mix.zarr", BuildConfig(**BUILD)
     with monkeypatch.context() as patch:
-        patch.setattr("ddk_cache.build.job.plan_domain", interrupted)
+        patch.setattr("ddk_cache.build.tokenize.plan_domain", interrupted)
         with pytest.raises(CacheError, match="interrupted"):
             build_cache(path, corpus, random_teacher(), tokenizer, config)
     at_work = Leases(LocalStorage(path))

@@ -38,7 +38,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "corpus").mkdir()
     lines = json.dumps({"messages": turns}) + "\n"
     (folder / "corpus" / "chat.jsonl").write_text(lines * 12)
-    config = BuildConfig(**BUILD | {"seq_len": 20, "holdout": 0.0})
+    config = BuildConfig(**BUILD | {"seq_len": 20, "holdout": 0.0, "packing": "stream"})
     build_cache(folder / "mix.zarr", folder / "corpus", random_teacher(), words(), config)
     return folder / "mix.zarr"
 

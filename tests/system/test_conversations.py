@@ -123,12 +123,6 @@ def test_the_limit_of_tokens_may_cut_a_conversation(words: Any, tmp_path: Path) 
         assert words.decode(stream).count(END) in (2 * plan.documents - 1, 2 * plan.documents - 2)
 
 
-def test_the_default_leaves_old_caches_as_they_are() -> None:
-    spec = BuildConfig().spec(300, {}, {})
-    assert "learn" not in spec.to_json()
-    assert BuildConfig(learn="all").spec(300, {}, {}).to_json()["learn"] == "all"
-
-
 def test_an_estimate_says_what_was_found(words: Any, tmp_path: Path) -> None:
     corpus = write(tmp_path / "corpus", 10, 30)
     (corpus / "notes.txt").write_text("some notes\n\n" * 40)

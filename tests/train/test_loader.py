@@ -154,12 +154,14 @@ def test_the_data_loader_of_torch_refuses_it(cache: Cache) -> None:
 
 
 def test_a_closed_loader_leaves_no_thread(cache: Cache) -> None:
-    before = set(threading.enumerate())
-    batches = loader(cache)
+    def readers() -> set[threading.Thread]:
+        return {one for one in threading.enumerate() if one.name.startswith("reader")}
+
+    before, batches = readers(), loader(cache)
     next(batches)
-    assert set(threading.enumerate()) > before
+    assert readers() > before
     batches.close()
-    assert set(threading.enumerate()) <= before
+    assert readers() <= before
 
 
 # --- other people's checkpoints -------------------------------------------------------------------
