@@ -33,7 +33,9 @@ def test_several_documents_of_a_domain_are_held_out(
 ) -> None:
     splits = Counter(split_of(content(document), demo.HOLDOUT) for document in corpus[domain])
     assert splits["validation"] >= 3
-    assert splits["train"] > 10 * splits["validation"]
+    # Which documents there are depends on the machine, and each is held out with this probability.
+    expected = demo.HOLDOUT * splits.total()
+    assert abs(splits["validation"] - expected) < 5 * expected**0.5
 
 
 @pytest.mark.parametrize("domain", demo.DOMAINS)
