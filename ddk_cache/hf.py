@@ -150,8 +150,9 @@ def pick_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         rank = os.environ.get("LOCAL_RANK", "")
-        spread = rank.isdecimal()
-        return torch.device("cuda", int(rank) % torch.cuda.device_count() if spread else None)
+        if not rank.isdecimal():
+            return torch.device("cuda")
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError:
