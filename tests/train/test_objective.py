@@ -115,6 +115,21 @@ def test_a_model_with_another_head_uses_its_own_logits_with_a_warning(
         torch.testing.assert_close(got[parameter], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_the_warning_names_why_a_head_cannot_be_applied_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Half(LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, *given: Any, **named: Any) -> Any:
+            if self.dtype == torch.float32:
+                raise RuntimeError("only fp16 and bf16 are supported")
+            return super().forward(*given, **named)
+
+    assert parts_of(Half(make("llama").config)) is None
+    assert "the head of Half cannot be applied apart (only fp16 and bf16 are" in caplog.text
+
+
 def test_an_adapter_leaves_the_head_fused_and_alone_gets_gradients() -> None:
     pytest.importorskip("peft")
     model = add_adapter(make("llama"), 2)
@@ -250,7 +265,7 @@ def test_the_number_of_counted_positions_changes_nothing_else(name: str) -> None
     for counts in (mask, whole, torch.zeros_like(mask)):
         sums = objective(tokens, counts, targets)
         given = objective(tokens, places(counts, int(counts.sum())), targets)
-        assert torch.equal(torch.stack([*sums]), torch.stack([*given]))
+        assert all(torch.equal(one, other) for one, other in zip(sums, given, strict=True))
         wanted, got = gradients(model, sums.loss), gradients(model, given.loss)
         assert all(torch.equal(wanted[n], got[n]) for n in wanted)
 
