@@ -5,11 +5,16 @@ small, and the head makes the full distribution of them here. Only the head's te
 a checkpoint, however large it is; their names come from the model built without weights. The price
 is that a model which does more to its logits than a factor and a soft cap is not recognized here.
 The check of a served teacher's answers is what finds it (`ddk_cache.served.teacher`).
+
+A loaded model is taken apart by a hook on its head, which catches what the head gets and lets
+nothing through, so that everything before it is the model's own. Model and head are compared once
+on a few tokens (`why_whole`), with logits large enough to show a cap.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,11 @@ CAP = "final_logit_softcapping"
 
 FORMAT = "ddk-head-1"
 """What a head file calls itself in its metadata."""
+
+PROBE_SIZE = 100.0
+"""Size of the largest logit when model and head are compared; caps are near 30."""
+
+PROBE_TOKENS = 8
 
 
 def scale_and_cap(config: Any) -> tuple[float, float]:
@@ -212,3 +222,78 @@ def read_tensor(name: str | Path, key: str, revision: str | None = None) -> torc
     with safe_open(shard, "pt") as tensors:
         tensor: torch.Tensor = tensors.get_tensor(found)
     return tensor
+
+
+# --- a loaded model and its head ------------------------------------------------------------------
+
+
+def head_input(model: Any, linear: torch.nn.Module, **inputs: torch.Tensor) -> torch.Tensor:
+    """Run a model up to its head `linear`; return what it gets (B, S, H), of the autocast dtype.
+
+    `inputs` are `input_ids` (B, S) and, for rows of several documents, `position_ids` (B, S). The
+    hook works behind any wrapper of the model, because the wrapper's own forward runs.
+    """
+    caught: list[torch.Tensor] = []
+
+    def catch(_: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        hidden, device = given[0], given[0].device.type
+        autocast = torch.is_autocast_enabled(device)
+        caught.append(hidden.to(torch.get_autocast_dtype(device)) if autocast else hidden)
+        return (hidden[:, :0],)
+
+    hook = linear.register_forward_pre_hook(catch)
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    (hidden_BSH,) = caught
+    return hidden_BSH
+
+
+def why_whole(
+    model: Any,
+    linear: torch.nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    device: torch.device,
+) -> str | None:
+    """Return why only a model's own logits will do, or None where `head` gives the same.
+
+    `linear` is the model's output projection, `head` (B, S, H) → (B, S, V) what is to replace it
+    and all that follows, and `device` that of the model's tokens.
+    """
+    kind = type(model).__name__
+    tokens = torch.arange(1, 1 + PROBE_TOKENS, device=device)[None] % vocab_size
+    try:
+        error = _difference(model, linear, head, vocab_size, tokens)
+    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as found:
+        return f"the head of {kind} cannot be applied apart ({found})."
+    if error > 1e-3:
+        return f"{kind} changes its logits after its head in an unknown way (off by {error:.2g})."
+    return None
+
+
+def _difference(
+    model: Any,
+    linear: torch.nn.Module,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocab_size: int,
+    tokens_BS: torch.Tensor,
+) -> float:
+    """Return the largest error of a head, relative to the largest logit of the model.
+
+    Rounding to the type of its logits is not an error.
+    """
+    hidden = head_input(model, linear, input_ids=tokens_BS)
+    factor = PROBE_SIZE / linear(hidden).abs().amax().clamp_min(1e-6)
+    hook = linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
+    try:
+        expected = model(input_ids=tokens_BS, use_cache=False).logits
+    finally:
+        hook.remove()
+    got = head(hidden * factor)
+    if got.shape != (*tokens_BS.shape, vocab_size) or got.shape != expected.shape:
+        return torch.inf
+    off = (got.float() - expected.float().to(got.device)).abs().amax()
+    rounding = 2 * torch.finfo(got.dtype).eps
+    return max(0.0, float(off / expected.float().abs().amax()) - rounding)

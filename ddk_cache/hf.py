@@ -12,6 +12,7 @@ on stdin. A hub that does not answer is asked once, for a few seconds; the price
 
 from __future__ import annotations
 
+import os
 import re
 import textwrap
 from collections.abc import Iterator
@@ -121,26 +122,37 @@ def identify_tokenizer(tokenizer: Any) -> dict[str, str]:
     """Return content hashes of a tokenizer.
 
     `vocabulary` covers which string every id stands for, `encoding` how text becomes ids and
-    which ids are special, `chat_template` how messages become text.
+    which ids are special, `chat_template` how messages become text; a tokenizer may have several
+    templates by name.
     """
+    template = tokenizer.chat_template or ""
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return {
         "vocabulary": digest(canonical(vocabulary)),
         "encoding": digest(canonical([backend.to_str() if backend else vocabulary, special])),
-        "chat_template": digest((tokenizer.chat_template or "").encode()),
+        "chat_template": digest(
+            template.encode() if isinstance(template, str) else canonical(template)
+        ),
     }
 
 
 def pick_device(name: str) -> torch.device:
     """Return the device of that name; `auto` is CUDA where there is one, else the CPU.
 
+    Where a launcher sets LOCAL_RANK, `auto` spreads the processes of a machine over its GPUs.
+
     Raises:
         InputError: no such device is known or present.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        rank = os.environ.get("LOCAL_RANK", "")
+        if not rank.isdecimal():
+            return torch.device("cuda")
+        return torch.device("cuda", int(rank) % torch.cuda.device_count())
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from ddk_cache.build import fidelity, targets
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.errors import CacheError, DDKError
 from ddk_cache.format.codec import TargetCodec
 from ddk_cache.format.plan import ShardKey
@@ -160,14 +160,15 @@ class Scorer:
         positions = None
         if segments is not None:
             positions = to_device(positions_of(torch.from_numpy(segments[:, :-1])), device)
-        scores, logits = self.teacher.scores(
+        call = Call(
             to_device(torch.from_numpy(tokens), device),
             to_device(chosen, device),
             self.spec.targets,
-            temperatures=self.spec.temperatures,
-            offsets_BS=to_device(torch.from_numpy(offsets), device),
-            positions_BS=positions,
+            self.spec.temperatures,
+            to_device(torch.from_numpy(offsets), device),
+            positions,
         )
+        scores, logits = self.teacher.scores(call)
         scores = targets.Scores(*(field.to("cpu", non_blocking=True) for field in scores))
         copied = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
         if copied:

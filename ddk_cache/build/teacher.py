@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,30 @@ from ddk_cache.format.spec import TargetSpec
 from ddk_cache.isolation import check_isolation
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Call(NamedTuple):
+    """Rows to be scored, and how: the argument of `Teacher.scores`."""
+
+    tokens: torch.Tensor
+    """(B, S+1) int64"""
+    chosen: torch.Tensor
+    """(B) int64, the position of each row whose logits are returned."""
+    targets: TargetSpec
+    temperatures: tuple[float, ...]
+    offsets: torch.Tensor
+    """(B, S) float64 in [0, 1), where sampling begins."""
+    positions: torch.Tensor | None = None
+    """(B, S) int64, where the documents of a row are kept apart."""
+
+    def to(self, device: torch.device) -> Call:
+        """Return the call with its tensors on a device."""
+        return self._replace(
+            tokens=self.tokens.to(device),
+            chosen=self.chosen.to(device),
+            offsets=self.offsets.to(device),
+            positions=None if self.positions is None else self.positions.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -71,26 +95,20 @@ class Teacher:
             f"{wanted}. Return floating-point logits of every position and token."
         )
 
-    def scores(
-        self,
-        tokens_BS1: torch.Tensor,
-        chosen_B: torch.Tensor,
-        targets: TargetSpec,
-        *,
-        temperatures: tuple[float, ...],
-        offsets_BS: torch.Tensor,
-        positions_BS: torch.Tensor | None = None,
-    ) -> tuple[Scores, torch.Tensor | None]:
+    def scores(self, call: Call) -> tuple[Scores, torch.Tensor | None]:
         """Return the targets of B rows, and the logits (B, V) of one position of each row.
 
-        `chosen_B` are those positions. A teacher that has no logits returns None instead. With
-        `positions_BS`, the documents of a row are kept apart.
+        A teacher that has no logits returns None instead of them.
         """
-        logits = self(tokens_BS1[:, :-1], positions_BS)
+        logits = self(call.tokens[:, :-1], call.positions)
         scores = extract(
-            logits, tokens_BS1[:, 1:], targets, temperatures=temperatures, offsets_BS=offsets_BS
+            logits,
+            call.tokens[:, 1:],
+            call.targets,
+            temperatures=call.temperatures,
+            offsets_BS=call.offsets,
         )
-        return scores, logits[torch.arange(len(logits), device=logits.device), chosen_B]
+        return scores, logits[torch.arange(len(logits), device=logits.device), call.chosen]
 
     def require_isolation(self) -> None:
         """Raise InputError where the documents of a row would not be kept apart."""

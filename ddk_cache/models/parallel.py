@@ -14,33 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ddk_cache.build.targets import Scores
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.errors import CacheError, InputError
-from ddk_cache.format.spec import TargetSpec
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the next call: planning a large corpus takes hours."""
-
-
-class Call(NamedTuple):
-    """The arguments of `Teacher.scores`, on the CPU."""
-
-    tokens: torch.Tensor
-    """(B, S+1)"""
-    chosen: torch.Tensor
-    """(B)"""
-    targets: TargetSpec
-    temperatures: tuple[float, ...]
-    offsets: torch.Tensor
-    """(B, S)"""
-    positions: torch.Tensor | None
-    """(B, S)"""
 
 
 def require_world(size: int) -> None:
@@ -65,7 +48,7 @@ class Channel:
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     def send(self, call: Call | None) -> None:
-        """Send a call, or None where there will be no other."""
+        """Send a call, its tensors on the CPU, or None where there will be no other."""
         dist.broadcast_object_list([call], src=0, group=self._group)
 
     def receive(self) -> Call | None:
@@ -101,16 +84,7 @@ class ParallelTeacher(Teacher):
         if self.joins:
             raise self.joins
 
-    def scores(
-        self,
-        tokens_BS1: torch.Tensor,
-        chosen_B: torch.Tensor,
-        targets: TargetSpec,
-        *,
-        temperatures: tuple[float, ...],
-        offsets_BS: torch.Tensor,
-        positions_BS: torch.Tensor | None = None,
-    ) -> tuple[Scores, torch.Tensor | None]:
+    def scores(self, call: Call) -> tuple[Scores, torch.Tensor | None]:
         """Return the targets of B rows, and the logits (B, V) of one position of each row.
 
         Raises:
@@ -122,13 +96,10 @@ class ParallelTeacher(Teacher):
                 "tensor_parallel: got a call of another process than the first, expected a job "
                 "in 'with teacher.in_step() as first'. Do it only where first is true."
             )
-        positions = None if positions_BS is None else positions_BS.cpu()
-        arguments = tokens_BS1.cpu(), chosen_B.cpu(), targets, temperatures, offsets_BS.cpu()
-        call = Call(*arguments, positions)
-        self.channel.send(call)
+        self.channel.send(call.to(torch.device("cpu")))
         self.channel.in_call = True
         try:
-            scores = self._answer(call)
+            scores = self.part.scores(call.to(self.device))
         except Exception as error:
             raise CacheError(
                 f"the teacher failed in one of its processes: {error}. If memory ran out, give a "
@@ -156,14 +127,4 @@ class ParallelTeacher(Teacher):
     def _follow(self) -> None:
         """Make the calls of the first process, until there will be no other."""
         while call := self.channel.receive():
-            self._answer(call)
-
-    def _answer(self, call: Call) -> tuple[Scores, torch.Tensor | None]:
-        return self.part.scores(
-            call.tokens.to(self.device),
-            call.chosen,
-            call.targets,
-            temperatures=call.temperatures,
-            offsets_BS=call.offsets.to(self.device),
-            positions_BS=None if call.positions is None else call.positions.to(self.device),
-        )
+            self.part.scores(call.to(self.device))

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from ddk_cache.build.targets import Scores, extract_hidden
-from ddk_cache.build.teacher import DTYPES, Teacher
+from ddk_cache.build.teacher import DTYPES, Call, Teacher
 from ddk_cache.errors import CacheError, InputError, unknown
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, load_head
@@ -236,31 +236,22 @@ class HiddenTeacher(Teacher):
         for documents in prompts:
             yield torch.cat([next(answers) for _ in documents]).to(self.device)
 
-    def scores(
-        self,
-        tokens_BS1: torch.Tensor,
-        chosen_B: torch.Tensor,
-        targets: TargetSpec,
-        *,
-        temperatures: tuple[float, ...],
-        offsets_BS: torch.Tensor,
-        positions_BS: torch.Tensor | None = None,
-    ) -> tuple[Scores, torch.Tensor | None]:
+    def scores(self, call: Call) -> tuple[Scores, torch.Tensor | None]:
         """Return the targets of B rows, and the logits (B, V) of one position of each row."""
         rows, at = [], []
-        for row, hidden in enumerate(self.hidden(tokens_BS1[:, :-1], positions_BS)):
+        for row, hidden in enumerate(self.hidden(call.tokens[:, :-1], call.positions)):
             rows.append(
                 extract_hidden(
                     hidden[None],
                     self.head.logits,
-                    tokens_BS1[row : row + 1, 1:],
-                    targets,
+                    call.tokens[row : row + 1, 1:],
+                    call.targets,
                     vocab_size=self.vocab_size,
-                    temperatures=temperatures,
-                    offsets_BS=offsets_BS[row : row + 1],
+                    temperatures=call.temperatures,
+                    offsets_BS=call.offsets[row : row + 1],
                 )
             )
-            at.append(hidden[chosen_B[row]])
+            at.append(hidden[call.chosen[row]])
         scores = Scores(*(torch.cat(part) for part in zip(*rows, strict=True)))
         return scores, self.head.logits(torch.stack(at))
 
@@ -275,30 +266,22 @@ class LogprobTeacher(Teacher):
     def require_isolation(self) -> None:
         """Do nothing: each document is a prompt of its own."""
 
-    def scores(
-        self,
-        tokens_BS1: torch.Tensor,
-        chosen_B: torch.Tensor,
-        targets: TargetSpec,
-        *,
-        temperatures: tuple[float, ...],
-        offsets_BS: torch.Tensor,
-        positions_BS: torch.Tensor | None = None,
-    ) -> tuple[Scores, torch.Tensor | None]:
+    def scores(self, call: Call) -> tuple[Scores, torch.Tensor | None]:
         """Return the top-k targets of B rows, and no logits.
 
         Raises:
             InputError: other targets are asked for, or mass at other temperatures.
         """
-        _require_topk(self.server, targets, temperatures)
+        _require_topk(self.server, call.targets, call.temperatures)
+        k = call.targets.size
 
         def ask(tokens: list[int]) -> Entries:
-            return self.server.logprobs(tokens, targets.size)
+            return self.server.logprobs(tokens, k)
 
-        prompts = documents_of(tokens_BS1, positions_BS)
+        prompts = documents_of(call.tokens, call.positions)
         asked = [tokens for tokens in itertools.chain(*prompts) if len(tokens) > 1]
         found = ask_all(ask, asked, self.patience)
-        answers = [row_of(documents, found, targets.size) for documents in prompts]
+        answers = [row_of(documents, found, k) for documents in prompts]
         ids_BSK = torch.from_numpy(np.stack([answer.ids for answer in answers]))
         if (largest := int(ids_BSK.max())) >= self.vocab_size:
             raise InputError(

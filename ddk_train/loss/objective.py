@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 
 from ddk_cache import InputError, SparseTargets
-from ddk_cache.head import scale_and_cap
+from ddk_cache.head import head_input, scale_and_cap, why_whole
 from ddk_cache.isolation import check_isolation
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
@@ -34,9 +34,6 @@ log = logging.getLogger(__name__)
 Mask = torch.Tensor | tuple[torch.Tensor, ...]
 """(B, S) bool, the positions that count; or (P) their rows and (P) their columns: both index what
 is (B, S, …), but the first makes the host wait for the device each time, to know P."""
-
-PROBE_SIZE = 100.0
-"""Size of the largest logit when head and model are compared; caps are near 30."""
 
 
 @dataclass(frozen=True)
@@ -211,29 +208,7 @@ def hidden_and_head(
         inputs["position_ids"] = positions_BS1[:, :-1]
     if parts is None:
         return model(**inputs, use_cache=False).logits[mask_BS], Head(narrow=narrow)
-    return hidden_states(model, parts.linear, **inputs)[mask_BS], parts.head(narrow)
-
-
-def hidden_states(model: Any, linear: torch.nn.Linear, **inputs: torch.Tensor) -> torch.Tensor:
-    """Run a model up to its head; return the head's input (B, S, H), of the autocast dtype.
-
-    `inputs` are `input_ids` (B, S) and, for rows of several documents, `position_ids` (B, S).
-    """
-    caught: list[torch.Tensor] = []
-
-    def catch(_: torch.nn.Module, given: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
-        hidden, device = given[0], given[0].device.type
-        autocast = torch.is_autocast_enabled(device)
-        caught.append(hidden.to(torch.get_autocast_dtype(device)) if autocast else hidden)
-        return (hidden[:, :0],)
-
-    hook = linear.register_forward_pre_hook(catch)
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        hook.remove()
-    (hidden_BSH,) = caught
-    return hidden_BSH
+    return head_input(model, parts.linear, **inputs)[mask_BS], parts.head(narrow)
 
 
 def base(model: Any) -> Any:
@@ -299,33 +274,22 @@ def parts_of(model: Any) -> Parts | None:
     return PARTS[whole]
 
 
+@torch.no_grad()
 def take_apart(model: Any) -> Parts | str:
     """Return the parts of a causal language model, or why its own logits are needed."""
-    linear, kind = model.get_output_embeddings(), type(model).__name__
+    linear = model.get_output_embeddings()
     if type(linear) is not torch.nn.Linear:
-        return f"{kind} has no plain linear head."
+        return f"{type(model).__name__} has no plain linear head."
+    V = len(linear.weight)
     parts = Parts(linear, *scale_and_cap(model.config.get_text_config()))
-    error = difference(model, parts)
-    if error > 1e-3:
-        return f"{kind} changes its logits after its head in an unknown way (off by {error:.2g})."
-    return parts
 
+    def head(hidden_BSH: torch.Tensor) -> torch.Tensor:
+        out_PV = hidden_BSH.new_empty(hidden_BSH.shape[1], V, dtype=torch.float32)
+        return parts.head(False).logits(hidden_BSH[0], out_PV)[None]
 
-@torch.no_grad()
-def difference(model: Any, parts: Parts) -> float:
-    """Return the largest error of the parts, relative to the largest logit of the model."""
     training = model.training
     model.eval()
-    tokens = torch.arange(1, 9, device=parts.linear.weight.device)[None] % len(parts.linear.weight)
     try:
-        hidden = hidden_states(model, parts.linear, input_ids=tokens)
-        factor = PROBE_SIZE / parts.linear(hidden).abs().max().clamp_min(1e-30)
-        hook = parts.linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
-        expected = model(input_ids=tokens, use_cache=False).logits.float()
-        hook.remove()
-    except (ValueError, RuntimeError, IndexError):  # the head is not called once, on (B, S, H)
-        return torch.inf
+        return why_whole(model, linear, head, V, linear.weight.device) or parts
     finally:
         model.train(training)
-    got = parts.head(False).logits(hidden[0] * factor, torch.empty_like(expected[0]))
-    return float((got - expected[0]).abs().max() / expected.abs().max())

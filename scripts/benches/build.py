@@ -30,7 +30,7 @@ from ddk_cache import TargetSpec
 from ddk_cache.build import targets
 from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.job import build_cache
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.format.layout import COMMITS
 from ddk_cache.hf import load_tokenizer
 from ddk_cache.models.body import BodyTeacher
@@ -109,16 +109,12 @@ def scored(place: str, chunked: bool, kind: str, rows: int, repeats: int) -> dic
     used = teacher if chunked else Teacher(teacher.logits, teacher.vocab_size, {})
     tokens = torch.randint(1000, (rows, SEQ_LEN + 1), generator=torch.Generator().manual_seed(0))
     offsets = torch.rand(rows, SEQ_LEN, dtype=torch.float64)
+    chosen = torch.zeros(rows, dtype=torch.long)
+    call = Call(tokens, chosen, TargetSpec.parse(kind), (), offsets)
 
     def score() -> None:
         with torch.inference_mode():
-            used.scores(
-                tokens,
-                torch.zeros(rows, dtype=torch.long),
-                TargetSpec.parse(kind),
-                temperatures=(),
-                offsets_BS=offsets,
-            )
+            used.scores(call)
 
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew

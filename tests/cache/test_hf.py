@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from ddk_cache import InputError, load_teacher, load_tokenizer
-from ddk_cache.hf import pick_device
+from ddk_cache.hashing import digest
+from ddk_cache.hf import identify_tokenizer, pick_device
+from ddk_cache.testing import byte_tokenizer
 
 
 @pytest.mark.parametrize("name", ["/none/at/all", "./typo", "~/typo", "a/b/c", "../x", ""])
@@ -80,3 +82,37 @@ def test_a_device_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(InputError, match=f"device '{name}'"):
         pick_device(name)
     assert str(pick_device("cpu")) == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("rank", "device"), [("1", "cuda:1"), ("6", "cuda:2"), (None, "cuda"), ("", "cuda")]
+)
+def test_processes_of_a_machine_share_its_gpus(
+    rank: str | None, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert str(pick_device("auto")) == device
+
+
+def test_each_of_several_templates_is_part_of_the_hash(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    plain = identify_tokenizer(tokenizer)
+    assert plain["chat_template"] == digest(b"{{ messages }}")
+    hashes = []
+    for tools in ("{{ tools }}", "{{ tools | tojson }}"):
+        tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": tools}
+        hashes.append(identify_tokenizer(tokenizer))
+        tokenizer.save_pretrained(tmp_path)
+        assert identify_tokenizer(load_tokenizer(tmp_path)) == hashes[-1]
+    assert len({plain["chat_template"], *(found["chat_template"] for found in hashes)}) == 3
+
+
+def test_the_package_is_a_command() -> None:
+    words = [sys.executable, "-m", "ddk_cache", "--help"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("Usage: ddk-cache ")

@@ -12,7 +12,7 @@ import torch
 from ddk_cache import InputError, TeacherConfig, load_teacher, load_tokenizer
 from ddk_cache.build import targets as extraction
 from ddk_cache.build.scoring import rows_that_fit
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.inspect.verify import replay
 from ddk_cache.models.body import BodyTeacher
 from ddk_cache.models.config import QUANTIZATIONS
@@ -58,9 +58,7 @@ def scores(teacher: Teacher, kind: str, rows: int = 5) -> tuple[extraction.Score
     offsets = torch.rand(rows, 16, dtype=torch.float64, generator=generator)
     spec = make_spec(targets=kind)
     with torch.inference_mode():
-        return teacher.scores(
-            tokens, torch.arange(rows), spec.targets, temperatures=(), offsets_BS=offsets
-        )
+        return teacher.scores(Call(tokens, torch.arange(rows), spec.targets, (), offsets))
 
 
 def same(one: extraction.Scores, other: extraction.Scores, error: float = 0.0) -> None:

@@ -19,7 +19,7 @@ from click.testing import CliRunner, Result
 from ddk_cache import CacheError, InputError
 from ddk_cache.build import targets as targets_module
 from ddk_cache.build.targets import extract
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.cli import main
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.head import Head, extract_head
@@ -142,9 +142,8 @@ def test_targets_of_given_hidden_states_are_exact(
     logits = torch.stack([head.logits(row) for row in hidden])
     expected = extract(logits, tokens[:, 1:], spec, temperatures=temperatures, offsets_BS=offsets)
     teacher = load_served(server.url, words, head=model, targets=spec)
-    scores, full = teacher.scores(
-        tokens, chosen, spec, temperatures=temperatures, offsets_BS=offsets
-    )
+    call = Call(tokens, chosen, spec, temperatures, offsets)
+    scores, full = teacher.scores(call)
     for got, wanted in zip(scores, expected, strict=True):
         assert torch.equal(got, wanted)
     assert full is not None
@@ -153,7 +152,7 @@ def test_targets_of_given_hidden_states_are_exact(
     # In chunks of five positions only the last bits may differ.
     monkeypatch.setattr(targets_module, "HEAD_POSITIONS", 5)
     monkeypatch.setitem(targets_module.HEAD_BYTES, "cpu", 0)
-    chunked, _ = teacher.scores(tokens, chosen, spec, temperatures=temperatures, offsets_BS=offsets)
+    chunked, _ = teacher.scores(call)
     assert torch.equal(chunked.ids, expected.ids)
     torch.testing.assert_close(chunked.label_logprob, expected.label_logprob)
 

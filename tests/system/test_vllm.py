@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ddk_cache.build.targets import Scores
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.errors import InputError
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.hf import load_tokenizer
@@ -93,7 +93,7 @@ def rows(tokenizer: Any) -> torch.Tensor:
 @torch.inference_mode()
 def scores(teacher: Teacher, tokens: torch.Tensor) -> Scores:
     offsets, chosen = torch.zeros(B, S, dtype=torch.float64), torch.zeros(B, dtype=torch.long)
-    return teacher.scores(tokens, chosen, TOP64, temperatures=(), offsets_BS=offsets)[0]
+    return teacher.scores(Call(tokens, chosen, TOP64, (), offsets))[0]
 
 
 def agree(teacher: Teacher, model: Path, tokenizer: Any) -> None:

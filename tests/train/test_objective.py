@@ -115,6 +115,21 @@ def test_a_model_with_another_head_uses_its_own_logits_with_a_warning(
         torch.testing.assert_close(got[parameter], gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_the_warning_names_why_a_head_cannot_be_applied_apart(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    class Half(LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, *given: Any, **named: Any) -> Any:
+            if self.dtype == torch.float32:
+                raise RuntimeError("only fp16 and bf16 are supported")
+            return super().forward(*given, **named)
+
+    assert parts_of(Half(make("llama").config)) is None
+    assert "the head of Half cannot be applied apart (only fp16 and bf16 are" in caplog.text
+
+
 def test_an_adapter_leaves_the_head_fused_and_alone_gets_gradients() -> None:
     pytest.importorskip("peft")
     model = add_adapter(make("llama"), 2)

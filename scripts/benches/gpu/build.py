@@ -12,7 +12,7 @@ from benches.gpu.job import Job
 from benches.material import letters
 from benches.step import SIZES, make_model
 from ddk_cache.build.config import BuildConfig
-from ddk_cache.build.teacher import Teacher
+from ddk_cache.build.teacher import Call, Teacher
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.testing import byte_tokenizer
 
@@ -86,11 +86,11 @@ def scored(job: Job, teacher: Teacher, kind: str, seq_len: int, rows: int) -> fl
     tokens = torch.randint(256, (rows, seq_len + 1), device=job.device)
     chosen = torch.zeros(rows, dtype=torch.int64, device=job.device)
     offsets = torch.rand(rows, seq_len, dtype=torch.float64, device=job.device)
-    spec = TargetSpec.parse(kind)
+    asked = Call(tokens, chosen, TargetSpec.parse(kind), (), offsets)
 
     @torch.inference_mode()
     def call() -> None:
-        teacher.scores(tokens, chosen, spec, temperatures=(), offsets_BS=offsets)
+        teacher.scores(asked)
 
     before = job.reset_peak()
     call()
