@@ -54,14 +54,12 @@ class TrainConfig:
     """Run Python code that comes with the student or its tokenizer."""
 
     shard_cache: str = ""
-    """Local directory that keeps whole shards of a cache in an object store."""
+    """Local directory that keeps whole shards of a cache at a URL."""
     shard_cache_size: str = "50G"
     """Most bytes in that directory, for example 500M or 50G."""
 
     weighting: str = "excess"
-    """Rule that turns gaps into sampling weights. ddk is the paper's; the default is excess,
-    because measured from the same students it ended lower than ddk in the mean over domains, and
-    level with uniform but with a smaller worst gap."""
+    """Rule that turns gaps into sampling weights; ddk is the paper's."""
     alpha: float | None = None
     """Share of the weights that follows the gaps (rules ddk, excess and gain); the rest is even. By
     default 0.5, for gain 0.75."""
@@ -90,7 +88,7 @@ class TrainConfig:
     500 rows of 1,024 tokens a loss is known to about 0.005."""
 
     gamma: float = 0.2
-    """Weight of the divergence from the teacher, added to the cross-entropy; the paper's best."""
+    """Weight of the divergence from the teacher, added to the cross-entropy."""
     loss: str = "forward_kl"
     """Divergence from the teacher: forward_kl, reverse_kl, jsd:BETA, skew_kl:ALPHA or dpkd:BETA."""
     temperature: float = 1.0

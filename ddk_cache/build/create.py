@@ -23,7 +23,8 @@ from ddk_cache.build.config import BuildConfig
 from ddk_cache.build.scoring import Scorer, rows_that_fit
 from ddk_cache.build.teacher import Teacher
 from ddk_cache.build.writer import ShardWriter
-from ddk_cache.corpus.sources import Source, documents
+from ddk_cache.corpus.document import document_of
+from ddk_cache.corpus.sources import Source, read_fields
 from ddk_cache.errors import InputError, MismatchError
 from ddk_cache.format.layout import PLANS, ROOT, TOKENIZER, plan_name, tokenizer_name
 from ddk_cache.format.manifest import Root, create_root
@@ -89,7 +90,8 @@ def settled(
 
 def _holds_text(source: Source) -> bool:
     try:
-        return isinstance(next(documents(source)), str)
+        found = filter(None, map(document_of, read_fields(source)))
+        return isinstance(next(found, ""), str)
     except InputError:  # of a source that cannot be read; planning will say so
         return True
 

@@ -110,7 +110,8 @@ def import_(
     """Make a CACHE of one domain from SOURCE, a teacher's log-probabilities written by others.
 
     SOURCE is a file or folder of Parquet or JSON lines: with input_ids, target_token_ids and
-    target_logprobs (axolotl, TRL), or with prompt_token_ids and prompt_logprobs (vLLM).
+    target_logprobs (axolotl, TRL), with prompt_token_ids and prompt_logprobs (vLLM), or with the
+    packed columns of DistillKit.
     """
     from ddk_cache.build.config import BuildConfig
 
