@@ -70,7 +70,8 @@ def generate(
               help="Directory for the student's answers.  [default: CACHE.answers]")  # fmt: skip
 @options([options_from(SamplingConfig, skip={"samples"})], HOW, SERVED, PROCESSES)
 @click.option("--batch-rows", type=click.IntRange(1),
-              help="Rows in one call to the teacher.  [default: as many as fit in memory]")  # fmt: skip
+              help="Rows in one call to the teacher.  "
+              "[default: as many as fit in memory]")  # fmt: skip
 def pair(
     prompts: Path,
     cache: str,
