@@ -27,7 +27,7 @@ def tiny_teacher(path: Path, tokenizer: Any) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    shape = student_config(num_hidden_layers=12, max_position_embeddings=256)
+    shape = student_config(num_hidden_layers=12, max_position_embeddings=512)
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(path)
     tokenizer.save_pretrained(path)
     file = path / "tokenizer_config.json"
