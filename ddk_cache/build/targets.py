@@ -31,7 +31,7 @@ gave twice the speed of 64 MiB), on a GPU it must fill the device."""
 HEAD_BYTES = {"cpu": 2**25, "cuda": 2**28}
 """Size of the float32 logits of one chunk of positions that a head is applied to."""
 
-HEAD_POSITIONS = 256
+HEAD_POSITIONS = 512
 """Fewest positions of such a chunk: each one reads the whole weight of the head once."""
 
 GROUP = 128
