@@ -24,7 +24,7 @@ import torch
 
 from benches.common import Floats, Record, data, json_option
 from benches.mixes import MIXES, write_mix
-from benches.outcomes import LIVE, Found, Results, outcome, tell
+from benches.outcomes import LIVE, MORE, Found, Results, outcome, tell
 from benches.responses import best_shares, raised
 from benches.shared import SEQ_LEN, STUDENT
 from ddk_cache import InputError, MismatchError, SparseTargets, load_teacher, open_cache
@@ -184,25 +184,28 @@ def longer(options: Mapping[str, Any]) -> int:
 def announce(options: Mapping[str, Any], methods: int, rows_per_second: float) -> None:
     """Say what the measurement will cost."""
     each = options["steps"] * options["rows"] + measured_rows(options)
-    runs = methods + (options["domains"] + 1) * options["oracle"]
-    rows = options["seeds"] * (runs * each + options["warm_steps"] * options["rows"])
+    oracles = (options["domains"] + 1) * options["oracle"]
+    rows = options["seeds"] * (methods * each + options["warm_steps"] * options["rows"])
+    rows += oracles * options["steps"] * options["rows"]
     say(
-        f"{options['seeds']} seeds × {runs} runs: {rows:,.0f} training rows of {SEQ_LEN} tokens or "
-        f"their cost, {rows / rows_per_second / 3600:.2f} hours at {rows_per_second:.1f} rows/s"
+        f"{options['seeds']} seeds × {methods} runs, {oracles} of the oracle: {rows:,.0f} training "
+        f"rows of {SEQ_LEN} tokens or their cost, {rows / rows_per_second / 3600:.2f} hours at "
+        f"{rows_per_second:.1f} rows/s"
     )
 
 
-def oracle(bench: Bench, results: Results, seed: int, domains: Sequence[str]) -> Found:
-    """Return the end of a run under the best shares by the responses of the same seed."""
+def oracle(bench: Bench, results: Results, seed: int, domains: Sequence[str]) -> None:
+    """Train under the best shares by the responses of the same seed."""
 
     def under(name: str, shares: Floats) -> Found:
         weights = ",".join(f"{d}={s:.6f}" for d, s in zip(domains, shares, strict=True))
-        changes = {"weighting": "fixed", "weights": weights}
+        interval = bench.settings["steps"]
+        changes = {"weighting": "fixed", "weights": weights, "interval": interval}
         return results.get(seed, name, lambda: bench.method(name, changes, seed))
 
     even = results.get(seed, EVEN, lambda: bench.method(EVEN, METHODS[EVEN], seed))
-    ups = [under(f"more {d}", raised(len(domains), n)) for n, d in enumerate(domains)]
-    return under(ORACLE, best_shares(even.loss, [one.loss for one in ups]))
+    ups = [under(f"{MORE} {d}", raised(len(domains), n)) for n, d in enumerate(domains)]
+    under(ORACLE, best_shares(even.loss, [one.loss for one in ups]))
 
 
 @click.command()
@@ -217,7 +220,8 @@ def oracle(bench: Bench, results: Results, seed: int, domains: Sequence[str]) ->
 )
 @click.option("--methods", default="", help="Names with ';' between them; all if not given.")
 @click.option("--base", default=EVEN, show_default=True, help="Method that others are paired with.")
-@click.option("--oracle", is_flag=True, help="Also the best static shares, by D + 1 more runs.")
+@click.option("--oracle", default=0, show_default=True,
+              help="Seeds that also show the best static shares, by D + 1 more runs.")  # fmt: skip
 @click.option("--intervals", default="", help="DDK at these too, for example 10,50,75.")
 @click.option("--alphas", default="", help="DDK at these too, for example 0.25,0.75,1.")
 @click.option("--layers", help="The student is these of the teacher, as 0,2,5.  [default: fresh]")
@@ -234,6 +238,7 @@ def oracle(bench: Bench, results: Results, seed: int, domains: Sequence[str]) ->
 @click.option("--tokens", default=1_200_000, show_default=True, help="Tokens in the cache.")
 @click.option("--holdout", default=0.2, show_default=True)
 @click.option("--targets", default="sampled:24", show_default=True)
+@click.option("--precision", default="auto", show_default=True, help="bf16 or fp32 of training.")
 @click.option("--cost", is_flag=True, help="Print the cost and end.")
 @json_option
 def main(json_path: Path | None, work: Path, cost: bool, **options: Any) -> None:
@@ -252,7 +257,6 @@ def main(json_path: Path | None, work: Path, cost: bool, **options: Any) -> None
     if cost:
         return
     teacher = full_distributions(data() / "teacher") if options["live"] else None
-    found: dict[str, list[Found]] = {}
     for seed in range(options["seeds"]):
         runs: dict[str, Callable[[], Found]] = {"at the start": partial(bench.start, seed)}
         runs |= {name: partial(bench.method, name, methods[name], seed) for name in methods}
@@ -260,16 +264,17 @@ def main(json_path: Path | None, work: Path, cost: bool, **options: Any) -> None
             ddk = {"weighting": "ddk", "micro_rows": 2}
             runs[LIVE] = partial(bench.method, LIVE, ddk, seed, teacher)
         for name, run in runs.items():
-            found.setdefault(name, []).append(results.get(seed, name, run))
-        if options["oracle"]:
-            found.setdefault(ORACLE, []).append(oracle(bench, results, seed, domains))
-    tell(record, found, domains, options["base"])
+            results.get(seed, name, run)
+        if seed < options["oracle"]:
+            oracle(bench, results, seed, domains)
+    tell(record, results.found(), domains, options["base"])
     record.write(json_path)
 
 
 def prepared(work: Path, cache: Path, options: Mapping[str, Any]) -> Bench:
     """Make the student that every seed begins with, and return the bench."""
-    shared = {name: options[name] for name in ("rows", "eval_rows", "interval", "gamma", "lr")}
+    same = ("rows", "eval_rows", "interval", "gamma", "lr", "precision")
+    shared = {name: options[name] for name in same}
     shared |= {"steps": options["steps"], "warmup": options["steps"] // 10, "keep": 1}
     steps = options["warm_steps"]
     warm = {"steps": steps, "interval": steps, "warmup": steps // 10, "lr": options["warm_lr"]}

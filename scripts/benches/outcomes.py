@@ -18,6 +18,9 @@ from ddk_train.run.directory import Run
 LIVE = "DDK, live teacher"
 """The method whose targets come from a teacher in the loop."""
 
+MORE = "more"
+"""Begins the names of the runs with one share raised, from which the oracle takes its shares."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -84,6 +87,18 @@ class Results:
             kept[name] = run().to_json()
             self.record.write(self.path)
         return Found.of(kept[name])
+
+    def found(self) -> dict[str, list[Found]]:
+        """Return the results of all seeds by method, as the tables show them.
+
+        A method may have fewer seeds than the base, never others: seeds are taken in order.
+        """
+        found: dict[str, list[Found]] = {}
+        for seed in sorted(self.seeds, key=int):
+            for name, values in self.seeds[seed].items():
+                if not name.startswith(MORE):
+                    found.setdefault(name, []).append(Found.of(values))
+        return found
 
 
 def summary(found: Mapping[str, Sequence[Found]], base: str) -> list[dict[str, Any]]:

@@ -122,7 +122,8 @@ class Bench:
             "weighting": "uniform", "steps": steps, "interval": steps, "warmup": 5, "keep": 1,
             "eval_rows": 10_000,
         }  # fmt: skip
-        settings |= {name: options[name] for name in ("rows", "pair_rows", "beta", "margin", "lr")}
+        same = ("rows", "pair_rows", "beta", "margin", "lr", "precision")
+        settings |= {name: options[name] for name in same}
         train(TrainConfig(**settings | {"micro_rows": options["rows"]} | dict(changes)))
         shutil.rmtree(run.path / "checkpoints")
         return run
@@ -230,6 +231,7 @@ def write_prompts(folder: Path, count: int) -> None:
 @click.option("--warm-lr", default=5e-4, show_default=True)
 @click.option("--beta", default=0.1, show_default=True)
 @click.option("--margin", default=1.0, show_default=True)
+@click.option("--precision", default="auto", show_default=True, help="bf16 or fp32 of training.")
 @json_option
 def main(json_path: Path | None, work: Path, teacher: Path | None, **options: Any) -> None:
     """Train a student on the teacher's responses in six ways; compare it on held-out prompts."""

@@ -39,6 +39,9 @@ NAMES = (
     "label:12,label:64,random:50,sampled:8,sampled:12,sampled:16,sampled:24,sampled:32"
 )
 
+SHARED = ("tokens", "loss_mask", "label_logprob", "tail_logprob")
+"""Arrays that are not of the entries."""
+
 MEANS = (2_048, 16_384, 65_536)
 """Positions over which gradients are averaged."""
 
@@ -70,14 +73,27 @@ def packed(name: str, array: Array, spec: CacheSpec) -> int:
     return len(blosc.encode(np.ascontiguousarray(array.astype(layout.dtype)))) + 4
 
 
+def entropy(array: Array) -> float:
+    """Return the bytes of an array by the entropy of its values, each coded by itself."""
+    counts = np.unique(array, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / array.size)).sum() / 8)
+
+
 def bytes_of(
     spec: CacheSpec, scores: targets.Scores, tokens: torch.Tensor, frequent: Array
 ) -> tuple[dict[str, float], Targets]:
-    """Return bytes per token of each array, and the targets after a round trip through a cache."""
+    """Return bytes per token of each array, and the targets after a round trip through a cache.
+
+    `order-0` is what the entropy of single values would make of the arrays of entries.
+    """
     codec, S = TargetCodec(spec, frequent.tolist()), SEQ_LEN
     stored = codec.encode(as_arrays([scores]), tokens[:, 1:].numpy())
     stored["tokens"], stored["loss_mask"] = tokens.numpy(), np.ones((len(tokens), S))
     size = {name: packed(name, stored[name], spec) / (len(tokens) * S) for name in spec.arrays}
+    entries = [
+        array for name, array in stored.items() if name in spec.arrays and name not in SHARED
+    ]
+    size["order-0"] = sum(map(entropy, entries)) / (len(tokens) * S)
     kept = vars(codec.targets(stored)).values()
     return size, SparseTargets(*(torch.from_numpy(part).flatten(0, 1) for part in kept))
 
@@ -197,7 +213,7 @@ def main(
                     spec = spec_of(kind, WIDE, "small")
                     far = batch * WIDE // vocab_size
                     more, _ = bytes_of(spec, spread, far, frequent * WIDE // vocab_size)
-                    wide[kind].append(sum(more.values()))
+                    wide[kind].append(sum(more.values()) - more["order-0"])
                 compare(made, stored, logits, batch, student, errors)
         record.table(f"logits / {sharpness:g}: bytes per token", cost(sizes, wide, errors))
         record.table(
@@ -243,12 +259,12 @@ def cost(
     rows: list[dict[str, Any]] = []
     for kind, arrays in sizes.items():
         each = {name: float(np.mean(values)) for name, values in arrays.items()}
-        shared = {"tokens", "loss_mask", "label_logprob", "tail_logprob"}
-        entries = sum(size for name, size in each.items() if name not in shared)
+        order_0 = each.pop("order-0")
+        entries = sum(size for name, size in each.items() if name not in SHARED)
         rows.append(
             {"target": kind}
             | each
-            | {"entries": entries, "all": sum(each.values())}
+            | {"entries": entries, "entries, order-0": order_0, "all": sum(each.values())}
             | {f"all, V {WIDE:,}": float(np.mean(wide[kind]))}
         )
     for name, error in errors.items():
