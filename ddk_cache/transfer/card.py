@@ -18,8 +18,7 @@ tags: [ddk, distillation, zarr]
 
 # {name}
 
-Next-token targets of a teacher for offline distillation with \
-[ddk](https://github.com/ddk-distill/ddk).
+Next-token targets of a teacher for offline distillation with ddk (`ddk-distill`).
 
 ```sh
 ddk-train run {url} RUN --student …
