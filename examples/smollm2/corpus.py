@@ -4,9 +4,10 @@
 generated conversations, of which a student learns the assistant's part only. Each is kept to about
 12,000 tokens, so that a CPU can run the teacher over all of them in two minutes.
 
-    python corpus.py DIR TASK.jsonl
+    python corpus.py DIR PROMPTS TASK.jsonl
 
-TASK.jsonl gets questions of the same kind with three choices, for lm-evaluation-harness.
+The directory PROMPTS gets questions for the teacher to answer, TASK.jsonl questions about eggs with
+three choices, for lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ DOMAIN_CHARACTERS = 45_000
 DOCUMENT_CHARACTERS = 1_500
 CONVERSATIONS = 200
 QUESTIONS = 24
+PROMPTS = 48
 
 
 def documents(texts: list[str]) -> Iterator[dict[str, Any]]:
@@ -66,6 +68,15 @@ def conversation(draw: random.Random) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
+def prompts(draw: random.Random) -> dict[str, list[dict[str, Any]]]:
+    """Return questions by domain: about eggs, and about the language reference."""
+    words = draw.sample(sorted(word for word in topics if word.isalpha()), PROMPTS)
+    return {
+        "arithmetic": [{"prompt": problem(draw)[0]} for _ in range(PROMPTS)],
+        "reference": [{"prompt": f"What does “{word}” mean in Python?"} for word in words],
+    }
+
+
 def multiple_choice(draw: random.Random) -> dict[str, Any]:
     """Return a question about eggs, and which of three sums comes first."""
     question, steps, _ = problem(draw)
@@ -77,8 +88,8 @@ def write(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make_corpus(out: Path, task: Path) -> None:
-    """Write a JSONL file for each domain, and the questions of the task."""
+def make_corpus(out: Path, asked: Path, task: Path) -> None:
+    """Write a JSONL file for each domain of text and of prompts, and the questions of the task."""
     library = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     draw = random.Random(0)
     with atomic.whole(out) as partial:
@@ -87,7 +98,10 @@ def make_corpus(out: Path, task: Path) -> None:
         write(partial / "source.jsonl", documents(source))
         write(partial / "arithmetic.jsonl", (conversation(draw) for _ in range(CONVERSATIONS)))
     write(task, (multiple_choice(draw) for _ in range(QUESTIONS)))
+    with atomic.whole(asked) as partial:
+        for domain, lines in prompts(draw).items():
+            write(partial / f"{domain}.jsonl", lines)
 
 
 if __name__ == "__main__":
-    make_corpus(Path(sys.argv[1]), Path(sys.argv[2]))
+    make_corpus(*map(Path, sys.argv[1:]))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from ddk_cache.testing import student_config
+from ddk_train.run.directory import Run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "smollm2"
 
@@ -41,9 +42,9 @@ def test_the_example_runs_and_resumes(tmp_path: Path, tokenizer: Any) -> None:
     there = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     there |= {"DDK_REAL_TEACHER": str(tmp_path / "tiny")}
 
-    def run() -> str:
+    def run(script: str = "run") -> str:
         done = subprocess.run(
-            [EXAMPLE / "run"], cwd=tmp_path, env=os.environ | there, capture_output=True, text=True
+            [EXAMPLE / script], cwd=tmp_path, env=os.environ | there, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -57,3 +58,6 @@ def test_the_example_runs_and_resumes(tmp_path: Path, tokenizer: Any) -> None:
     metrics = (work / "runs" / "0" / "metrics.jsonl").read_bytes()
     run()
     assert (work / "runs" / "0" / "metrics.jsonl").read_bytes() == metrics
+    run("pairs")
+    (first_pairs, *_) = Run(work / "runs" / "pairs").history()
+    assert first_pairs["margin"] is not None
