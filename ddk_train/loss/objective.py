@@ -26,7 +26,8 @@ from ddk_cache.head import head_input, scale_and_cap, why_whole
 from ddk_cache.isolation import check_isolation
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
-from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
+from ddk_train.loss.fused import Sums, Targets, Terms, fused_loss, measure, pick, within
+from ddk_train.loss.head import Head
 from ddk_train.loss.sequence import token_logprobs
 
 log = logging.getLogger(__name__)

@@ -35,7 +35,7 @@ from ddk_train.data.loader import Batch, Loader
 from ddk_train.data.mixture import Mixture
 from ddk_train.distributed import Processes
 from ddk_train.job import assemble
-from ddk_train.loss.fused import chunk_positions
+from ddk_train.loss.head import chunk_positions
 from ddk_train.run.checkpoint import get_random, set_random
 from ddk_train.run.directory import Run
 from ddk_train.trainer import Trainer
