@@ -30,7 +30,7 @@ from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes, peak_memory
 from ddk_train.evaluate import GapMeter, Measured
 from ddk_train.history import history_rows
-from ddk_train.loss.objective import Objective, by_row, places
+from ddk_train.loss.objective import Objective, by_row, evaluating, places
 from ddk_train.optim import decays, learning_rate
 from ddk_train.pairs import MeasuredPairs, PairLearner
 from ddk_train.run import checkpoint
@@ -268,10 +268,9 @@ class Trainer:
         first = weights.log_factor is None
         if not first and (not due or state.measured == state.step):
             return
-        self.student.eval()
-        found = self.meter.measure(self.objective.measure)
-        pairs = self.pairs.measure(self.objective) if self.pairs else {}
-        self.student.train()
+        with evaluating(self.student):
+            found = self.meter.measure(self.objective.measure)
+            pairs = self.pairs.measure(self.objective) if self.pairs else {}
         drawn = np.full(len(self.domains), np.nan) if first else weights.weights
         weights.update(self._gaps(found))
         state.measured = state.step

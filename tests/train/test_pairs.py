@@ -124,13 +124,12 @@ def test_the_gradient_of_the_rows_is_added_with_its_weight(settings: Make) -> No
         trainer = trainer_of(settings(name, clip=1e9, gamma=0.4, **changes))
         trainer.measure_if_due()
         kept: dict[str, torch.Tensor] = {}
-        hook = trainer.optimizer.register_step_pre_hook(
-            lambda *_: kept.update(
-                {n: p.grad.clone() for n, p in trainer.student.named_parameters()}
-            )
-        )
-        metrics = trainer.step(next(iter(trainer.batches_until_due())))
-        hook.remove()
+
+        def keep(*_: Any) -> None:
+            kept.update({n: p.grad.clone() for n, p in trainer.student.named_parameters()})
+
+        with trainer.optimizer.register_step_pre_hook(keep):
+            metrics = trainer.step(next(iter(trainer.batches_until_due())))
         return kept, metrics
 
     rows, of_rows = step("rows", pairs="none")
