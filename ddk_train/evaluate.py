@@ -54,11 +54,6 @@ class Measured(Gaps):
     """(D) names of the domains."""
     fall_error: Floats = field(kw_only=True)
 
-    @property
-    def gaps(self) -> Gaps:
-        """Return the measurement as a rule of `ddk_train.weights` takes it."""
-        return self
-
 
 class GapMeter:
     """A fixed sample of held-out rows of every domain, and the teacher's loss on it."""
