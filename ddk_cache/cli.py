@@ -10,7 +10,7 @@ import json
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,6 +23,10 @@ from ddk_cache.sequences import cli as sequences
 from ddk_cache.storage.open import open_storage
 from ddk_cache.transfer import commands as transfer
 from ddk_cache.types import SPLITS, TRAIN
+
+if TYPE_CHECKING:
+    from ddk_cache.inspect.verify import Replay
+    from ddk_cache.read.cache import Cache
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -283,35 +287,39 @@ def verify(
                 name for store, found in checked for name in verification.drop_bad(store, found)
             ]
         elif teacher and not problems:
-            from ddk_cache.served.teacher import find_teacher
-
-            spec, words = opened.spec, str(opened.tokenizer_path)
-            served: dict[str, Any] = {"model": model, "head": head, "vocab_size": spec.vocab_size}
-            loaded, _ = find_teacher(teacher, words, str(spec.targets), how, **served)
-            with loaded.in_step() as first:
-                if not first:
-                    return
-                replayed = verification.replay(opened, loaded, rows, seed)
+            replayed = run_again(opened, teacher, how, rows, seed, model=model, head=head)
+            if replayed is None:
+                return
             facts["replay"] = vars(replayed)
         if as_json:
             click.echo(json.dumps(facts, indent=1))
         else:
             show_verified(facts)
         if drop_bad and problems:
-            again = (
-                "'ddk-cache build' (for what is below pairs/, 'ddk-cache pair')"
-                if pairs
-                else ("'ddk-cache build'")
-            )
-            say(f"Run the same {again} again to repair {cache}.")
+            also = " (for what is below pairs/, 'ddk-cache pair')" if pairs else ""
+            say(f"Run the same 'ddk-cache build'{also} again to repair {cache}.")
             return
         verification.require_sound(opened, problems, replayed)
         try:
             opened.require_finished()
-            for _ in pairs:
+            if pairs:
                 open_pairs(cache)
         except UnfinishedCacheError as error:
             say(str(error))
+
+
+def run_again(
+    cache: Cache, teacher: str, how: TeacherConfig, rows: int, seed: int, **served: Any
+) -> Replay | None:
+    """Compare a teacher with some rows of a cache; None in a process that only helps to run it."""
+    from ddk_cache.inspect.verify import replay
+    from ddk_cache.served.teacher import find_teacher
+
+    spec, words = cache.spec, str(cache.tokenizer_path)
+    served["vocab_size"] = spec.vocab_size
+    loaded, _ = find_teacher(teacher, words, str(spec.targets), how, **served)
+    with loaded.in_step() as first:
+        return replay(cache, loaded, rows, seed) if first else None
 
 
 def show_verified(facts: dict[str, Any]) -> None:

@@ -241,11 +241,8 @@ def head_input(model: Any, linear: torch.nn.Module, **inputs: torch.Tensor) -> t
         caught.append(hidden.to(torch.get_autocast_dtype(device)) if autocast else hidden)
         return (hidden[:, :0],)
 
-    hook = linear.register_forward_pre_hook(catch)
-    try:
+    with linear.register_forward_pre_hook(catch):
         model(**inputs, use_cache=False)
-    finally:
-        hook.remove()
     (hidden_BSH,) = caught
     return hidden_BSH
 
@@ -286,11 +283,8 @@ def _difference(
     """
     hidden = head_input(model, linear, input_ids=tokens_BS)
     factor = PROBE_SIZE / linear(hidden).abs().amax().clamp_min(1e-6)
-    hook = linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,))
-    try:
+    with linear.register_forward_pre_hook(lambda _, given: (given[0] * factor,)):
         expected = model(input_ids=tokens_BS, use_cache=False).logits
-    finally:
-        hook.remove()
     got = head(hidden * factor)
     if got.shape != (*tokens_BS.shape, vocab_size) or got.shape != expected.shape:
         return torch.inf

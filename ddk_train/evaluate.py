@@ -23,7 +23,7 @@ from ddk_cache.rng import key_of, permute
 from ddk_train.data.decode import Dequantizer
 from ddk_train.data.mixture import Floats, Ints
 from ddk_train.loss.fused import Terms
-from ddk_train.loss.objective import Objective
+from ddk_train.loss.objective import Objective, evaluating
 from ddk_train.weights.gaps import Gaps
 
 Known = Mapping[str, Mapping[str, Sequence[Extent]]]
@@ -53,11 +53,6 @@ class Measured(Gaps):
     domains: tuple[str, ...]
     """(D) names of the domains."""
     fall_error: Floats = field(kw_only=True)
-
-    @property
-    def gaps(self) -> Gaps:
-        """Return the measurement as a rule of `ddk_train.weights` takes it."""
-        return self
 
 
 class GapMeter:
@@ -201,12 +196,9 @@ def measure_with(meter: GapMeter, model: Any) -> Measured:
     from accelerate.utils import extract_model_from_parallel
 
     model = extract_model_from_parallel(model)
-    training = model.training
-    objective = Objective(model.eval(), Terms(0.0), meter.cache.spec.vocab_size, bf16=False)
-    try:
+    with evaluating(model):
+        objective = Objective(model, Terms(0.0), meter.cache.spec.vocab_size, bf16=False)
         return meter.measure(objective.measure)
-    finally:
-        model.train(training)
 
 
 def over_processes(value: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ setting of a large student is found only after it was loaded.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from ddk_cache import SPLITS, Cache, InputError, MismatchError, open_cache, open_pairs
+from ddk_cache import TRAIN, Cache, InputError, MismatchError, open_cache, open_pairs
 from ddk_cache.console import Progress
 from ddk_train.config import TrainConfig
 from ddk_train.data.loader import Loader
 from ddk_train.data.mixture import Mixture
 from ddk_train.distributed import Processes
-from ddk_train.evaluate import GapMeter
+from ddk_train.evaluate import GapMeter, Known
 from ddk_train.loss.divergences import check_targets, divergence
 from ddk_train.loss.fused import Terms
 from ddk_train.loss.objective import Objective, require_isolation
@@ -93,27 +93,7 @@ def assemble(
     check_steps(run, config)
     rows = known_rows(cache, known)
     domains = chosen_domains(sorted(rows), config.domains, config.weights)
-    weights = DomainWeights(
-        config.weighting,
-        domains,
-        alpha=config.alpha,
-        given=parse_weights(config.weights),
-        rho=config.rho,
-        window=config.window,
-        shrink=config.shrink,
-        tilt=config.tilt,
-        repetition_guard=config.repetition_guard,
-    )
-    meter = GapMeter(
-        cache,
-        rows,
-        config.eval_rows,
-        config.micro,
-        processes.device,
-        share=processes.share,
-        total=processes.total,
-        window=config.window,
-    )
+    weights, meter = make_weights(config, domains), make_meter(config, cache, rows, processes)
     student = prepare(loaded, config, processes)
     trainer = Trainer(
         config=config,
@@ -135,6 +115,35 @@ def assemble(
         run.open(config, found)
     processes.open_trackers(config)
     return trainer
+
+
+def make_weights(config: TrainConfig, domains: Sequence[str]) -> DomainWeights:
+    """Return the sampling weights of the domains in training."""
+    return DomainWeights(
+        config.weighting,
+        domains,
+        alpha=config.alpha,
+        given=parse_weights(config.weights),
+        rho=config.rho,
+        window=config.window,
+        shrink=config.shrink,
+        tilt=config.tilt,
+        repetition_guard=config.repetition_guard,
+    )
+
+
+def make_meter(config: TrainConfig, cache: Cache, rows: Known, processes: Processes) -> GapMeter:
+    """Return what measures the gaps of all domains on held-out rows."""
+    return GapMeter(
+        cache,
+        rows,
+        config.eval_rows,
+        config.micro,
+        processes.device,
+        share=processes.share,
+        total=processes.total,
+        window=config.window,
+    )
 
 
 def check_steps(run: Run, config: TrainConfig) -> None:
@@ -201,12 +210,10 @@ def make_objective(
     return objective
 
 
-def make_loader(
-    config: TrainConfig, cache: Cache, rows: Mapping[str, Mapping[str, Any]], processes: Processes
-) -> Loader:
+def make_loader(config: TrainConfig, cache: Cache, rows: Known, processes: Processes) -> Loader:
     """Return the batches of a run, over the rows that it knows."""
     mixture = Mixture(
-        {name: rows[name][SPLITS[0]] for name in sorted(rows)},
+        {name: rows[name][TRAIN] for name in sorted(rows)},
         chunk_rows=cache.spec.chunk_rows,
         rows=config.own_rows,
         seed=config.seed,

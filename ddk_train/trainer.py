@@ -30,7 +30,7 @@ from ddk_train.data.mixture import Floats
 from ddk_train.distributed import Processes, peak_memory
 from ddk_train.evaluate import GapMeter, Measured
 from ddk_train.history import history_rows
-from ddk_train.loss.objective import Objective, by_row, places
+from ddk_train.loss.objective import Objective, by_row, evaluating, places
 from ddk_train.optim import decays, learning_rate
 from ddk_train.pairs import MeasuredPairs, PairLearner
 from ddk_train.run import checkpoint
@@ -123,9 +123,8 @@ class Trainer:
         sums, ce_B = self.backward(batch, positions)
         learned = self.pairs and self.pairs.backward(self.model, self.weights.weights)
         clipped = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
-        ce, kl, norm = torch.stack(
-            [*(sums / positions), clipped]
-        ).tolist()  # the one wait for the device
+        # The one wait for the device, but in first epochs.
+        ce, kl, norm = torch.stack([*(sums / positions), clipped]).tolist()
         loss, parts = ce + self.config.gamma * kl, {"ce": ce, "kl": kl}
         if learned:
             loss = learned.metrics["pair_loss"] + self.rows_weight * loss
@@ -149,17 +148,15 @@ class Trainer:
         if self.processes.world > 1:
             here = torch.from_numpy(counts).to(self.processes.device)
             counts = self.processes.total(here).cpu().numpy()
-        found: list[int] = counts.tolist()
-        return found
+        return [int(count) for count in counts]
 
     def backward(self, batch: Batch, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Leave the gradient of the mean loss over `positions`; return sums of CE and KL, and CE.
 
-        The sums (2) are over all processes; the CE of each row (B) is of this one's.
-
-        The mean is over all pieces and processes, so that it does not matter how a step is cut.
-        DDP averages the gradients of the processes at the last piece; the factor `world` turns the
-        average into a sum.
+        The sums (2) are over all processes; the CE of each row (B) is of this one's. The mean is
+        over all pieces and processes, so that it does not matter how a step is cut. DDP averages
+        the gradients of the processes at the last piece; the factor `world` turns the average into
+        a sum.
         """
         sums = torch.zeros(2, device=self.processes.device)
         ce_B = [sums.new_empty(0, dtype=torch.float64)]  # a step may have no rows, only pairs
@@ -181,14 +178,18 @@ class Trainer:
         """Add the losses of the domains whose rows are drawn for the first time.
 
         Student and teacher are at hand: the student's is that of the step, before its update.
+        After the first epochs nothing is summed, and no process waits for the device or another.
         """
+        epochs = self.loader.mixture.begun(batch.state)
+        first = [n for n, epoch in enumerate(epochs) if epoch == 0 and tokens[n]]
+        if not first:
+            return
         domain_B, D = batch.draw.domain[self.processes.share], len(self.domains)
         losses = (ce_B.cpu().numpy(), batch.teacher_loss)
         sums = [np.bincount(domain_B, loss_B, minlength=D) for loss_B in losses]
         total = self.processes.total(torch.from_numpy(np.array(sums)).to(self.processes.device))
-        for n, epoch in enumerate(self.loader.mixture.begun(batch.state)):
-            if epoch == 0 and tokens[n]:
-                self.state.add_unseen(self.domains[n], [*total[:, n].tolist(), tokens[n]])
+        for n in first:
+            self.state.add_unseen(self.domains[n], [*total[:, n].tolist(), tokens[n]])
 
     def _count(
         self, batch: Batch, began: float, tokens: list[int], **metrics: float
@@ -268,10 +269,9 @@ class Trainer:
         first = weights.log_factor is None
         if not first and (not due or state.measured == state.step):
             return
-        self.student.eval()
-        found = self.meter.measure(self.objective.measure)
-        pairs = self.pairs.measure(self.objective) if self.pairs else {}
-        self.student.train()
+        with evaluating(self.student):
+            found = self.meter.measure(self.objective.measure)
+            pairs = self.pairs.measure(self.objective) if self.pairs else {}
         drawn = np.full(len(self.domains), np.nan) if first else weights.weights
         weights.update(self._gaps(found))
         state.measured = state.step

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,12 @@ def make_cache(corpus: Path, tokenizer: Any) -> Callable[..., Cache]:
 def cache(make_cache: Callable[..., Cache], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A finished cache; nobody may change it."""
     return make_cache(tmp_path_factory.mktemp("cache") / "mix.zarr")
+
+
+@pytest.fixture
+def copied(cache: Cache, tmp_path: Path) -> Path:
+    """A copy of `cache` that a test may change."""
+    return Path(shutil.copytree(cache.root, tmp_path / "mix.zarr"))
 
 
 @pytest.fixture(scope="session")

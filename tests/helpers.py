@@ -1,19 +1,21 @@
-"""What several test files share: processes, directory trees, growing corpora, exact references."""
+"""What several test files share: commands, directory trees, corpora, exact references."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 from ddk_cache import CacheSpec
+from ddk_cache.testing import VOCAB
 from ddk_train import TrainConfig
 
 Configure = Callable[..., TrainConfig]
@@ -46,6 +48,13 @@ slow = Teacher(slow, teacher.vocab_size, teacher.identity)
 build_cache(sys.argv[1], sys.argv[2], slow, byte_tokenizer(), BuildConfig(**BUILD))
 """
 """A slow build of argv[2] at argv[1], for a process that is killed; it prints one line first."""
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
+}  # fmt: skip
+"""Sizes of a tiny model, by the names that most architectures use."""
 
 VICTIMS = [
     "domains/letters/train/target_ids/c/1/0/0",
@@ -89,6 +98,20 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+def failure(process: subprocess.Popen[str]) -> str:
+    """Wait for a process that fails, and return its error: one line, without a traceback."""
+    code, _, err = finish(process)
+    assert code == 1, err
+    assert "Traceback" not in err
+    (said,) = (line for line in err.splitlines() if line.startswith("Error:"))
+    return said
+
+
+def call(group: Any, *words: object, **env: str) -> Result:
+    """Run a command in this process."""
+    return CliRunner(env=env).invoke(group, [str(word) for word in words])
+
+
 def quiet(amount: int) -> None:
     """Ignore progress."""
 
@@ -99,11 +122,16 @@ def timeless(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in metrics]
 
 
+def jsonl(records: Iterable[object]) -> str:
+    """Return records as JSON lines."""
+    return "".join(json.dumps(record) + "\n" for record in records)
+
+
 def lines(first: int, last: int, letters: str) -> str:
     """Return JSONL documents `first` … `last` − 1 of an endless domain."""
     generator = np.random.default_rng(0)
     texts = ["".join(generator.choice(list(letters), 40)) for _ in range(last)]
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts[first:])
+    return jsonl({"text": text} for text in texts[first:])
 
 
 def grow(folder: Path) -> None:
@@ -128,6 +156,13 @@ def make_spec(**changes: object) -> CacheSpec:
     return CacheSpec.from_json(values | changes)
 
 
+def sharp(vocab: int, positions: int = 40) -> torch.Tensor:
+    """Return logits (positions, vocab) from flat to nearly one-hot."""
+    generator = torch.Generator().manual_seed(vocab)
+    scale = torch.linspace(0.1, 8, positions)[:, None]
+    return torch.randn(positions, vocab, generator=generator) * scale
+
+
 def divergence_by_definition(name: str, t: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """Return a divergence (P) of full distributions (P, V), straight from its definition."""
 
@@ -143,6 +178,15 @@ def divergence_by_definition(name: str, t: torch.Tensor, q: torch.Tensor) -> tor
         "jsd": lambda: share * kl(t, mixed) + (1 - share) * kl(q, mixed),
         "skew_kl": lambda: kl(t, mixed),
     }[base]()
+
+
+def random_model(kind: str, **settings: Any) -> Any:
+    """Return a tiny causal language model of an architecture, with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | settings)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -1,9 +1,10 @@
-"""Run directories with made-up values, written by `Run` itself, and pages read back."""
+"""Run directories with made-up values, written by `Run` itself; pages read back; trainers."""
 
 from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,9 +14,12 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ddk_train.config import TrainConfig
+from ddk_train.distributed import Processes
+from ddk_train.job import assemble
 from ddk_train.report.page import write_page
 from ddk_train.report.run_report import load
 from ddk_train.run.directory import Run
+from ddk_train.trainer import Trainer
 
 NAMES = ("books", "code", "web")
 
@@ -59,6 +63,19 @@ def write_run(
         more = {"tokens": 64 * step, "seconds": step / 2, "tokens_per_second": 128.0, "wait": 0.01}
         run.log(line | more if metrics else line)
     return path
+
+
+def open_trainer(config: TrainConfig) -> Trainer:
+    """Return the trainer of a run, before its first step."""
+    return assemble(config, Processes(config), Run(Path(config.run)))
+
+
+def copy_up_to(checkpoint: Path, run: Run, path: Path) -> None:
+    """Copy a run as if it had ended at a checkpoint, but for what it logged later."""
+    (path / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "history.parquet", "metrics.jsonl"):
+        shutil.copy(run.path / name, path / name)
+    shutil.copytree(checkpoint, path / "checkpoints" / checkpoint.name)
 
 
 class Page(HTMLParser):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from ddk_cache.sequences.decode import Responder, load_responder
 from ddk_cache.sequences.generate import generate
 from ddk_cache.sequences.pair import answer_prompts, build_pairs
 from ddk_cache.testing import byte_tokenizer, student_config
+from tests.helpers import jsonl
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role[0] }}>{{ m.content }}"
@@ -73,8 +73,7 @@ def write_prompts(folder: Path, count: int) -> Path:
     folder.mkdir()
     for name in ("sums", "words"):
         texts = (f"{name} {n} " * (1 + n % 3) for n in range(count))
-        lines = (json.dumps({"prompt": text.strip()}) + "\n" for text in texts)
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        (folder / f"{name}.jsonl").write_text(jsonl({"prompt": text.strip()} for text in texts))
     return folder
 
 

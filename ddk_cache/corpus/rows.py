@@ -173,17 +173,33 @@ def token_rows(
         yield split, arrays
     tally.lost = sum(packer.lost for packer in packers.values())
     tally.passages = bool(divider.passages)
-    if span.skip:
-        return
+    if not span.skip:
+        check_enough(source, spec, tally, rows, counted)
+
+
+def check_enough(
+    source: Source,
+    spec: CacheSpec,
+    tally: Tally,
+    rows: Mapping[str, int],
+    counted: Mapping[str, int],
+) -> None:
+    """Check that a domain has what to train on, and warn where it has nothing held out.
+
+    `rows` and `counted` are its rows, and their positions that count, by split.
+
+    Raises:
+        InputError: it is too short for one training row, or no token of its training rows counts.
+    """
     where = f"domain {source.name!r} ({source.place})"
     if not rows["train"]:
         raise InputError(
             f"{where} is too short: {tally.tokens:,} tokens in {tally.documents:,} documents do "
-            f"not fill one training row of {seq_len + 1}."
+            f"not fill one training row of {spec.seq_len + 1}."
             if spec.packing == "stream"
             else f"{where} has no training row: of {tally.tokens:,} tokens in "
             f"{tally.documents:,} documents, {tally.lost:,} are of documents longer than "
-            f"{seq_len + 1} tokens, and the others are held out. Raise --seq-len, or give "
+            f"{spec.seq_len + 1} tokens, and the others are held out. Raise --seq-len, or give "
             "--too-long split."
         )
     if not counted["train"]:

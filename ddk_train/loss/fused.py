@@ -11,32 +11,17 @@ ids, B buckets (K and the rest).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.functional import linear
 
 from ddk_cache import SparseTargets
 from ddk_train.loss.divergences import Divergence, forward_kl, needs_students_likeliest
+from ddk_train.loss.head import Gradients, Head, in_chunks
 
 Targets = SparseTargets[torch.Tensor]
-
-CHUNK_BYTES = {"cpu": 2**24, "cuda": 2**28}
-"""Most bytes of the float32 logits of a chunk. On a CPU with 32 MiB of L3, 4 to 32 MiB differed by
-a fifth for V = 16,384, and 2 MiB took 1.4 times as long. On CUDA: enough to fill the device, little
-compared with the activations, and less on a small device (`SHARE_OF_DEVICE`)."""
-
-SHARE_OF_DEVICE = 2**-8
-"""Most of a GPU's memory for the logits of a chunk. A share of all memory and not of the free:
-that varies from step to step, chunks decide the last bits of a sum, and a resumed run would differ
-from one that was never stopped."""
-
-LEAST_POSITIONS = 256
-"""Fewest positions of a chunk: each chunk reads the whole head and its gradient once, and with 32
-positions that alone made V = 128,256 take 1.4 times as long."""
 
 
 @dataclass(frozen=True)
@@ -49,51 +34,6 @@ class Terms:
     compiled: bool = False
     """Fuse the passes over a chunk by torch.compile. For CUDA: on a CPU the chunk stays in the CPU
     cache, and the compiled passes took twice as long."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: cap · tanh(scale · (h·Wᵀ + bias) / cap).
-
-    Without a weight the hidden states are the logits.
-    """
-
-    weight: torch.Tensor | None = None
-    """(V, H), the matrix W; it may be tied to the embedding."""
-    bias: torch.Tensor | None = None
-    """(V)"""
-    scale: float = 1.0
-    cap: float = 0.0
-    """The soft cap; 0 means none."""
-    narrow: bool = False
-    """The teacher's head is wider: one spare output without mass stands for the ids that only the
-    teacher has; see `within`."""
-
-    def logits(self, hidden_PH: torch.Tensor, out_PV: torch.Tensor) -> torch.Tensor:
-        """Write logits to a float32 tensor (P, V), and return it."""
-        if self.weight is None:
-            out_PV.copy_(hidden_PH)
-        elif self.bias is None and self.weight.dtype == out_PV.dtype:
-            torch.mm(hidden_PH, self.weight.T, out=out_PV)
-        else:
-            out_PV.copy_(linear(hidden_PH, self.weight, self.bias))
-        if self.scale != 1:
-            out_PV.mul_(self.scale)
-        if self.cap:
-            out_PV.div_(self.cap).tanh_().mul_(self.cap)
-        return out_PV
-
-    def slope(self, logits_PV: torch.Tensor) -> torch.Tensor | float:
-        """Return the derivative of the logits by h·Wᵀ + bias."""
-        if not self.cap:
-            return self.scale
-        return (logits_PV / self.cap).square_().neg_().add_(1.0).mul_(self.scale)
-
-    def like(self, dtype: torch.dtype) -> Head:
-        """Return the head with its tensors detached and of this dtype."""
-        tensors = (self.weight, self.bias)
-        weight, bias = (t if t is None else t.detach().to(dtype) for t in tensors)
-        return replace(self, weight=weight, bias=bias)
 
 
 class Sums(NamedTuple):
@@ -165,33 +105,6 @@ def measure(
     return values
 
 
-def in_chunks(hidden_PH: torch.Tensor, head: Head) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Yield the positions of each chunk and their float32 logits; spare outputs have −∞.
-
-    All chunks use the same memory: allocating each chunk anew fragmented the heap of a process on
-    a CPU and made it a fifth larger.
-    """
-    P, H = hidden_PH.shape
-    V = H if head.weight is None else len(head.weight)
-    size = min(P, chunk_positions(hidden_PH.device, V))
-    room_PW = hidden_PH.new_empty((size, V + head.narrow), dtype=torch.float32)
-    for first in range(0, P, size or 1):
-        part = slice(first, min(first + size, P))
-        logits_PW = room_PW[: part.stop - first]
-        head.logits(hidden_PH[part], logits_PW[:, :V])
-        logits_PW[:, V:] = -torch.inf
-        yield part, logits_PW
-
-
-def chunk_positions(device: torch.device, V: int) -> int:
-    """Return the number of positions of a chunk, the same at every step on a device."""
-    most = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        most = min(most, int(memory * SHARE_OF_DEVICE))
-    return max(LEAST_POSITIONS, most // (4 * V))
-
-
 class _Fused(torch.autograd.Function):
     """Loss and gradients in one pass; the gradients are kept for the backward pass."""
 
@@ -206,27 +119,16 @@ class _Fused(torch.autograd.Function):
         targets: Targets | None,
         terms: Terms,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        d_hidden = torch.empty_like(hidden_PH)
-        d_weight = torch.zeros_like(weight_VH) if wants_weight and weight_VH is not None else None
-        d_bias = torch.zeros_like(bias_V) if wants_bias and bias_V is not None else None
         sums = hidden_PH.new_zeros(2, dtype=torch.float64)
         all_ce_P = hidden_PH.new_empty(len(hidden_PH), dtype=torch.float32)
-        head = head.like(hidden_PH.dtype)
         turn_into_gradient = compiled_gradient() if terms.compiled else gradient_
-        for part, logits_PW in in_chunks(hidden_PH, head):
-            logits_PV = logits_PW[:, : logits_PW.shape[-1] - head.narrow]
-            slope = head.slope(logits_PV)
+        gradients = Gradients(hidden_PH, head, ctx.needs_input_grad)
+        for part, logits_PW in gradients.from_chunks():
             kept = targets and pick(targets, part)
             ce_P, divergence_P = turn_into_gradient(logits_PW, labels_P[part], kept, terms)
             sums += torch.stack([ce_P.sum(), divergence_P.sum()])
             all_ce_P[part] = ce_P
-            if not isinstance(slope, float) or slope != 1:
-                logits_PV.mul_(slope)
-            if d_bias is not None:
-                d_bias += logits_PV.sum(0)
-            spread(logits_PV, hidden_PH[part], head.weight, d_hidden[part], d_weight)
-        ctx.gradients = [d_hidden, d_weight, d_bias]
+        ctx.gradients = gradients.tensors
         ce, divergence = sums.float()
         ctx.mark_non_differentiable(ce, divergence, all_ce_P)
         return ce + terms.gamma * divergence, ce, divergence, all_ce_P
@@ -238,27 +140,6 @@ class _Fused(torch.autograd.Function):
         if gradients is None:
             raise RuntimeError("the gradient of the fused loss can be computed only once")
         return *(g if g is None else g.mul_(grads[0]) for g in gradients), None, None, None, None
-
-
-def spread(
-    gradient_PV: torch.Tensor,
-    hidden_PH: torch.Tensor,
-    weight_VH: torch.Tensor | None,
-    d_hidden_PH: torch.Tensor,
-    d_weight_VH: torch.Tensor | None,
-) -> None:
-    """Multiply the gradient of a chunk's logits out: write dh, add to dW."""
-    if weight_VH is None:
-        d_hidden_PH.copy_(gradient_PV)
-        return
-    gradient_PV = gradient_PV.to(hidden_PH.dtype)
-    torch.mm(gradient_PV, weight_VH, out=d_hidden_PH)
-    if d_weight_VH is None:
-        return
-    if d_weight_VH.dtype == hidden_PH.dtype:
-        d_weight_VH.addmm_(gradient_PV.T, hidden_PH)
-    else:
-        d_weight_VH += gradient_PV.T @ hidden_PH
 
 
 def gradient_(

@@ -14,7 +14,8 @@ Shape letters: B rows, S positions, P counted positions, K kept entries, H hidde
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -26,7 +27,8 @@ from ddk_cache.head import head_input, scale_and_cap, why_whole
 from ddk_cache.isolation import check_isolation
 from ddk_train.data.dataset import IGNORED
 from ddk_train.loss.divergences import divergence
-from ddk_train.loss.fused import Head, Sums, Targets, Terms, fused_loss, measure, pick, within
+from ddk_train.loss.fused import Sums, Targets, Terms, fused_loss, measure, pick, within
+from ddk_train.loss.head import Head
 from ddk_train.loss.sequence import token_logprobs
 
 log = logging.getLogger(__name__)
@@ -211,6 +213,17 @@ def hidden_and_head(
     return head_input(model, parts.linear, **inputs)[mask_BS], parts.head(narrow)
 
 
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode during a with block."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 def base(model: Any) -> Any:
     """Return the model of transformers within wrappers and adapters."""
     from accelerate.utils import extract_model_from_parallel
@@ -247,15 +260,10 @@ def require_isolation(model: Any) -> None:
         ).logits
         return found
 
-    device, training = next(whole.parameters()).device, whole.training
+    who, device = f"the student ({type(whole).__name__})", next(whole.parameters()).device
     longest = getattr(whole.config.get_text_config(), "max_position_embeddings", None)
-    whole.eval()
-    try:
-        with torch.autocast(device.type, enabled=False):
-            who = f"the student ({type(whole).__name__})"
-            check_isolation(who, logits, width(model), device, longest)
-    finally:
-        whole.train(training)
+    with evaluating(whole), torch.autocast(device.type, enabled=False):
+        check_isolation(who, logits, width(model), device, longest)
     ISOLATING.add(whole)
 
 
@@ -287,9 +295,5 @@ def take_apart(model: Any) -> Parts | str:
         out_PV = hidden_BSH.new_empty(hidden_BSH.shape[1], V, dtype=torch.float32)
         return parts.head(False).logits(hidden_BSH[0], out_PV)[None]
 
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return why_whole(model, linear, head, V, linear.weight.device) or parts
-    finally:
-        model.train(training)

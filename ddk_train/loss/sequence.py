@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ddk_train.loss.fused import Head, in_chunks, softmax_, spread
+from ddk_train.loss.fused import softmax_
+from ddk_train.loss.head import Gradients, Head, in_chunks
 
 
 def token_logprobs(hidden_PH: torch.Tensor, head: Head, labels_P: torch.Tensor) -> torch.Tensor:
@@ -45,7 +46,7 @@ class _TokenLogprobs(torch.autograd.Function):
         labels_P: torch.Tensor,
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_PH, labels_P)
-        ctx.head, ctx.parameters = head, (weight_VH, bias_V)
+        ctx.head = head
         logq_P = hidden_PH.new_empty(len(hidden_PH), dtype=torch.float32)
         for part, logits_PW in in_chunks(hidden_PH, head.like(hidden_PH.dtype)):
             label_P = logits_PW.gather(-1, labels_P[part, None])[:, 0]
@@ -56,21 +57,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad_P: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Spread (one-hot − q) · grad to the hidden states and the head."""
         hidden_PH, labels_P = ctx.saved_tensors
-        _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        weight_VH, bias_V = ctx.parameters
-        head = ctx.head.like(hidden_PH.dtype)
-        d_hidden = torch.empty_like(hidden_PH)
-        d_weight = torch.zeros_like(weight_VH) if wants_weight else None
-        d_bias = torch.zeros_like(bias_V) if wants_bias else None
-        for part, logits_PW in in_chunks(hidden_PH, head):
-            logits_PV = logits_PW[:, : logits_PW.shape[-1] - head.narrow]
-            slope, label_P1 = head.slope(logits_PV), labels_P[part, None]
+        gradients = Gradients(hidden_PH, ctx.head, ctx.needs_input_grad)
+        for part, logits_PW in gradients.from_chunks():
+            label_P1 = labels_P[part, None]
             softmax_(logits_PW)
             logits_PW.neg_().scatter_add_(-1, label_P1, torch.ones_like(logits_PW[:, :1]))
             logits_PW.mul_(grad_P[part, None])
-            if not isinstance(slope, float) or slope != 1:
-                logits_PV.mul_(slope)
-            if d_bias is not None:
-                d_bias += logits_PV.sum(0)
-            spread(logits_PV, hidden_PH[part], head.weight, d_hidden[part], d_weight)
-        return d_hidden, d_weight, d_bias, None, None
+        return *gradients.tensors, None, None

@@ -31,7 +31,8 @@ from benches.shared import (
     warmed,
 )
 from ddk_cache.console import say
-from ddk_train.loss.fused import Head, Sums, Terms, fused_loss, in_chunks, softmax_, spread
+from ddk_train.loss.fused import Sums, Terms, fused_loss, softmax_
+from ddk_train.loss.head import Gradients, Head
 
 CE, FULL = "cross-entropy", "full distributions"
 
@@ -57,17 +58,15 @@ class Dense(torch.autograd.Function):
         gamma: float,
     ) -> torch.Tensor:
         """Return the loss summed over positions, without the teacher's entropy."""
-        d_hidden, d_weight = torch.empty_like(hidden_PH), torch.zeros_like(weight_VH)
         total = torch.zeros(())
-        head = Head(weight_VH).like(hidden_PH.dtype)
-        for part, logits_PV in in_chunks(hidden_PH, head):
+        gradients = Gradients(hidden_PH, Head(weight_VH), (*ctx.needs_input_grad[:2], False))
+        for part, logits_PV in gradients.from_chunks():
             t_PV = teacher_PV[part].softmax(-1).mul_(gamma)
             t_PV.scatter_add_(-1, labels_P[part, None], torch.ones(len(t_PV), 1))
             total -= (t_PV * logits_PV).sum()
             total += (1 + gamma) * softmax_(logits_PV).sum()
             logits_PV.mul_(1 + gamma).sub_(t_PV)
-            spread(logits_PV, hidden_PH[part], head.weight, d_hidden[part], d_weight)
-        ctx.gradients = d_hidden, d_weight
+        ctx.gradients = gradients.d_hidden_PH, gradients.d_weight_VH
         return total
 
     @staticmethod

@@ -100,7 +100,8 @@ def hidden_of(student: Any, tokens_BS1: torch.Tensor) -> torch.Tensor:
 
 def warmed(student: Any, rows: Any, steps: int, lr: float, seed: int) -> Any:
     """Return a student after plain training of so many steps of 16 rows."""
-    from ddk_train.loss.fused import Head, Terms, fused_loss
+    from ddk_train.loss.fused import Terms, fused_loss
+    from ddk_train.loss.head import Head
 
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     for step, tokens in zip(range(steps), batches(rows, 16, seed), strict=False):

@@ -23,7 +23,8 @@ from torch.nn.functional import kl_div
 
 from benches.common import Record, json_option, middle, once, synchronize
 from ddk_cache import SparseTargets
-from ddk_train.loss.fused import Head, Targets, Terms, fused_loss
+from ddk_train.loss.fused import Targets, Terms, fused_loss
+from ddk_train.loss.head import Head
 from ddk_train.loss.objective import Mask, Objective, places
 
 SIZES = {

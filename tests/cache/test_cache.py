@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import pickle
 import resource
-import shutil
 import threading
 import warnings
 import weakref
@@ -130,12 +129,6 @@ def test_an_unknown_domain_is_named(cache: Cache) -> None:
 # --- things that are no finished cache ------------------------------------------------------------
 
 
-@pytest.fixture
-def copy(cache: Cache, tmp_path: Path) -> Path:
-    shutil.copytree(cache.root, tmp_path / "mix.zarr")
-    return tmp_path / "mix.zarr"
-
-
 def edit_root(root: Path, change: Callable[[dict[str, Any]], None]) -> None:
     group = json.loads((root / "zarr.json").read_text())
     change(group["attributes"]["ddk"])
@@ -150,39 +143,39 @@ def test_what_is_no_cache_is_said_to_be_none(tmp_path: Path) -> None:
             open_cache(tmp_path)
 
 
-def test_another_format_version_is_named(copy: Path) -> None:
-    edit_root(copy, lambda body: body.update(format_version=2))
+def test_another_format_version_is_named(copied: Path) -> None:
+    edit_root(copied, lambda body: body.update(format_version=2))
     with pytest.raises(FormatVersionError, match="version 2; this ddk reads version 3"):
-        open_cache(copy)
+        open_cache(copied)
 
 
-def test_an_edited_manifest_is_noticed(copy: Path) -> None:
-    edit_root(copy, lambda body: body["spec"].update(seq_len=15))
+def test_an_edited_manifest_is_noticed(copied: Path) -> None:
+    edit_root(copied, lambda body: body["spec"].update(seq_len=15))
     with pytest.raises(CorruptCacheError, match="does not match its seal"):
-        open_cache(copy)
+        open_cache(copied)
 
 
-def test_an_unfinished_cache_is_refused_with_its_numbers(copy: Path) -> None:
-    (copy / "commits" / "letters" / "train" / "0.json").unlink()
+def test_an_unfinished_cache_is_refused_with_its_numbers(copied: Path) -> None:
+    (copied / "commits" / "letters" / "train" / "0.json").unlink()
     with pytest.raises(UnfinishedCacheError, match=r"is not finished: [\d,]+ of [\d,]+ rows are"):
-        open_cache(copy)
-    opened = open_cache(copy, unfinished=True)
+        open_cache(copied)
+    opened = open_cache(copied, unfinished=True)
     with pytest.raises(UnfinishedCacheError, match="letters/train/0 is not committed"):
         opened.read("letters", "train", [0])
     opened.read("letters", "train", [8])
 
 
-def test_a_flipped_bit_is_never_read_as_a_number(copy: Path, cache: Cache) -> None:
+def test_a_flipped_bit_is_never_read_as_a_number(copied: Path, cache: Cache) -> None:
     generator = np.random.default_rng(1)
     good = cache.read("digits", "train", cache.row_numbers("digits", "train"))
-    objects = sorted((copy / "domains" / "digits" / "train").rglob("c/0/*"))
+    objects = sorted((copied / "domains" / "digits" / "train").rglob("c/0/*"))
     for path in [path for path in objects if path.is_file()]:
         whole = path.read_bytes()
         for place in generator.integers(0, 8 * len(whole), 12):
             flipped = bytearray(whole)
             flipped[place // 8] ^= 1 << int(place % 8)
             path.write_bytes(flipped)
-            broken = open_cache(copy)
+            broken = open_cache(copied)
             try:
                 rows = broken.read("digits", "train", cache.row_numbers("digits", "train"))
             except CorruptCacheError:
@@ -195,15 +188,15 @@ def test_a_flipped_bit_is_never_read_as_a_number(copy: Path, cache: Cache) -> No
 
 
 @pytest.mark.parametrize("how", ["missing", "empty", "short"])
-def test_a_damaged_object_is_a_named_error(copy: Path, how: str) -> None:
-    path = copy / "domains" / "digits" / "train" / "target_ids" / "c" / "0" / "0" / "0"
+def test_a_damaged_object_is_a_named_error(copied: Path, how: str) -> None:
+    path = copied / "domains" / "digits" / "train" / "target_ids" / "c" / "0" / "0" / "0"
     whole = path.read_bytes()
     path.unlink()
     if how != "missing":
         path.write_bytes(b"" if how == "empty" else whole[: len(whole) // 2])
     with pytest.raises(CacheError, match="target_ids"):
-        open_cache(copy).read("digits", "train", [0])
-    problems = verify(open_cache(copy), lambda _: None)
+        open_cache(copied).read("digits", "train", [0])
+    problems = verify(open_cache(copied), lambda _: None)
     assert len(problems) == 1
     assert str(path) in problems[0].text
 
@@ -224,11 +217,11 @@ def test_settings_of_the_tests_give_several_shards(cache: Cache) -> None:
 # --- open, closed, elsewhere ----------------------------------------------------------------------
 
 
-def test_a_closed_cache_says_so_and_holds_nothing(copy: Path) -> None:
+def test_a_closed_cache_says_so_and_holds_nothing(copied: Path) -> None:
     def descriptors() -> int:
-        return sum(str(copy) in str(path.resolve()) for path in Path("/proc/self/fd").iterdir())
+        return sum(str(copied) in str(path.resolve()) for path in Path("/proc/self/fd").iterdir())
 
-    with open_cache(copy) as opened:
+    with open_cache(copied) as opened:
         opened["letters"].train[:]
         assert descriptors() > 0
         (chunk,) = opened._chunks([ChunkKey("letters", "train", 0, ("tokens",))])
@@ -271,8 +264,8 @@ def tokens_of(asked: tuple[Cache, int]) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_fork_reads_while_another_thread_of_its_parent_does(copy: Path) -> None:
-    opened, stop = open_cache(copy), threading.Event()
+def test_a_fork_reads_while_another_thread_of_its_parent_does(copied: Path) -> None:
+    opened, stop = open_cache(copied), threading.Event()
     whole = opened["letters"].train[:].tokens
 
     def read() -> None:
@@ -304,25 +297,25 @@ def test_a_shard_cache_is_for_urls_only(cache: Cache, tmp_path: Path) -> None:
 # --- the tokenizer --------------------------------------------------------------------------------
 
 
-def test_only_the_files_of_the_tokenizer_are_given_away(copy: Path, tmp_path: Path) -> None:
+def test_only_the_files_of_the_tokenizer_are_given_away(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
-    (copy / "tokenizer/model.safetensors").write_bytes(b"weights")
-    (copy / "tokenizer/notes.txt").symlink_to(tmp_path / "secret")
-    opened = open_cache(copy)
+    (copied / "tokenizer/model.safetensors").write_bytes(b"weights")
+    (copied / "tokenizer/notes.txt").symlink_to(tmp_path / "secret")
+    opened = open_cache(copied)
     files = opened.manifest.root.tokenizer_files
     assert {path.name for path in opened.tokenizer_path.iterdir()} == set(files)
-    assert opened.tokenizer_path.parent != copy
+    assert opened.tokenizer_path.parent != copied
     folder = opened.tokenizer_path
     del opened
     gc.collect()
     assert not folder.exists()
 
 
-def test_a_changed_tokenizer_is_refused(copy: Path) -> None:
-    path = copy / "tokenizer/tokenizer.json"
+def test_a_changed_tokenizer_is_refused(copied: Path) -> None:
+    path = copied / "tokenizer/tokenizer.json"
     path.write_bytes(path.read_bytes().replace(b'"a":', b'"b":', 1) + b" ")
     with pytest.raises(CorruptCacheError, match=r"tokenizer.json is missing or damaged"):
-        _ = open_cache(copy).tokenizer_path
+        _ = open_cache(copied).tokenizer_path
 
 
 # --- for strangers --------------------------------------------------------------------------------
@@ -358,19 +351,19 @@ def unsealed(body: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in body.items() if name not in {"seal", "format_version"}}
 
 
-def test_a_false_length_of_rows_is_found_before_memory_is_taken(copy: Path) -> None:
-    claim(copy, "seq_len", 2**23)
-    opened, before = open_cache(copy), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def test_a_false_length_of_rows_is_found_before_memory_is_taken(copied: Path) -> None:
+    claim(copied, "seq_len", 2**23)
+    opened, before = open_cache(copied), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for use in (lambda: opened.buffers(4096), lambda: opened["letters"].train[:]):
         with pytest.raises(CorruptCacheError, match=r"claims .* bytes, expected"):
             use()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 10**5
 
 
-def test_a_vocabulary_beyond_three_bytes_is_refused(copy: Path) -> None:
-    claim(copy, "vocab_size", 2**31 - 1)
+def test_a_vocabulary_beyond_three_bytes_is_refused(copied: Path) -> None:
+    claim(copied, "vocab_size", 2**31 - 1)
     with pytest.raises(CorruptCacheError, match="vocab_size: got 2147483647, expected"):
-        open_cache(copy)
+        open_cache(copied)
 
 
 @pytest.mark.parametrize(
@@ -383,11 +376,11 @@ def test_a_vocabulary_beyond_three_bytes_is_refused(copy: Path) -> None:
     ],
 )
 def test_a_root_that_makes_no_sense_is_refused(
-    change: dict[str, Any], said: str, copy: Path
+    change: dict[str, Any], said: str, copied: Path
 ) -> None:
-    root = json.loads((copy / "zarr.json").read_text())
+    root = json.loads((copied / "zarr.json").read_text())
     body = unsealed(root["attributes"]["ddk"]) | change
     root["attributes"]["ddk"] = json.loads(dump(body))
-    (copy / "zarr.json").write_text(json.dumps(root, indent=1))
+    (copied / "zarr.json").write_text(json.dumps(root, indent=1))
     with pytest.raises(CorruptCacheError, match=said):
-        open_cache(copy)
+        open_cache(copied)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import resource
-import shutil
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from ddk_cache import InputError
 from ddk_cache.cli import main as cache_main
@@ -22,6 +21,7 @@ from ddk_cache.console import Progress
 from ddk_cache.options import which_process
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main as train_main
+from tests.helpers import call
 
 MODEL = (
     "--dtype --device --trust-remote-code --revision --attention --device-map --offload-folder "
@@ -96,10 +96,6 @@ def test_help_answers_at_once_and_without_torch(package: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime < 0.5
-
-
-def call(group: Any, *words: object) -> Result:
-    return CliRunner().invoke(group, [str(word) for word in words])
 
 
 def refused(result: Result, code: int, *said: str) -> None:
@@ -226,12 +222,10 @@ def test_info_and_verify(cache: Cache) -> None:
     assert json.loads(call(cache_main, "verify", cache.root, "--json").stdout) == {"problems": []}
 
 
-def test_verify_fails_on_a_changed_byte(cache: Cache, tmp_path: Path) -> None:
-    path = tmp_path / "mix.zarr"
-    shutil.copytree(cache.root, path)
-    victim = path / "domains/notes/train/tail_logprob/c/0/0"
+def test_verify_fails_on_a_changed_byte(copied: Path) -> None:
+    victim = copied / "domains/notes/train/tail_logprob/c/0/0"
     victim.write_bytes(b"x" + victim.read_bytes()[1:])
-    result = call(cache_main, "verify", path)
+    result = call(cache_main, "verify", copied)
     refused(result, 1, "1 problem in", "--drop-bad")
     assert f"BAD  {victim} has changed" in result.stdout
 
@@ -284,24 +278,22 @@ def test_estimate_refuses_what_cannot_be_built(
 
 
 def test_verify_refuses_another_teacher_and_drops_what_is_bad(
-    cache: Cache, teacher_dir: Path, tmp_path: Path
+    copied: Path, teacher_dir: Path
 ) -> None:
-    result = call(cache_main, "verify", cache.root, "--teacher", teacher_dir)
+    result = call(cache_main, "verify", copied, "--teacher", teacher_dir)
     refused(
         result,
         2,
         "was built with another teacher",
         "class: the cache has random, this teacher has Llama",
     )
-    path = tmp_path / "mix.zarr"
-    shutil.copytree(cache.root, path)
-    victim = path / "domains/notes/train/tail_logprob/c/0/0"
+    victim = copied / "domains/notes/train/tail_logprob/c/0/0"
     victim.write_bytes(victim.read_bytes()[:-1])
-    result = call(cache_main, "verify", path, "--drop-bad")
+    result = call(cache_main, "verify", copied, "--drop-bad")
     assert result.exit_code == 0, result.output
     assert "commits/notes/train/0.json" in result.stdout
     assert "Run the same 'ddk-cache build' again" in result.stderr
-    refused(call(cache_main, "verify", path), 0, "is not finished")
+    refused(call(cache_main, "verify", copied), 0, "is not finished")
 
 
 @pytest.mark.parametrize("name", ["info", "verify"])
@@ -314,18 +306,16 @@ def test_what_is_no_cache_is_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_run_refuses_what_is_no_finished_cache(
-    cache: Cache, tmp_path: Path, student_config: Path
+    copied: Path, tmp_path: Path, student_config: Path
 ) -> None:
     words = [tmp_path / "run", "--student", student_config]
     refused(call(train_main, "run", tmp_path / "none", *words), 1, "is not a cache")
-    path = tmp_path / "mix.zarr"
-    shutil.copytree(cache.root, path)
-    (path / "commits/notes/train/1.json").unlink()
-    refused(call(train_main, "run", path, *words), 1, "is not finished", "ddk-cache build")
-    root = json.loads((path / "zarr.json").read_text())
+    (copied / "commits/notes/train/1.json").unlink()
+    refused(call(train_main, "run", copied, *words), 1, "is not finished", "ddk-cache build")
+    root = json.loads((copied / "zarr.json").read_text())
     root["attributes"]["ddk"]["format_version"] = 9
-    (path / "zarr.json").write_text(json.dumps(root))
-    refused(call(train_main, "run", path, *words), 1, "has format version 9")
+    (copied / "zarr.json").write_text(json.dumps(root))
+    refused(call(train_main, "run", copied, *words), 1, "has format version 9")
     assert not (tmp_path / "run").exists()
 
 

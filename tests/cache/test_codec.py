@@ -17,6 +17,7 @@ from ddk_cache.errors import CorruptCacheError
 from ddk_cache.format.codec import REST, ZERO, LogprobCodec, Numbering, ProbCodec, TargetCodec
 from ddk_cache.format.spec import KEPT_MASS, CacheSpec, TargetSpec
 from ddk_cache.types import DRAWN_PROB, EXACT_COUNT, SparseTargets
+from tests.helpers import sharp
 
 CODEC = LogprobCodec()
 logprobs = hnp.arrays(np.float32, st.integers(1, 50), elements=st.floats(-200, 0, width=32))
@@ -43,13 +44,6 @@ def test_zero_and_one_are_exact() -> None:
 
 
 # --- sparse targets -------------------------------------------------------------------------------
-
-
-def sharp(vocab: int, positions: int = 40) -> torch.Tensor:
-    """Return logits from flat to nearly one-hot."""
-    generator = torch.Generator().manual_seed(vocab)
-    scale = torch.linspace(0.1, 8, positions)[:, None]
-    return torch.randn(positions, vocab, generator=generator) * scale
 
 
 def spec_of(**changes: Any) -> CacheSpec:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -120,17 +119,15 @@ def test_caches_that_differ_are_refused_by_field(cache: Cache) -> None:
     assert "vocab_size" not in str(caught.value)
 
 
-def test_what_is_damaged_is_not_copied(cache: Cache, tmp_path: Path) -> None:
-    bad = tmp_path / "bad.zarr"
-    shutil.copytree(cache.root, bad)
-    victim = bad / "domains/letters/train/target_ids/c/1/0/0"
+def test_what_is_damaged_is_not_copied(cache: Cache, copied: Path, tmp_path: Path) -> None:
+    victim = copied / "domains/letters/train/target_ids/c/1/0/0"
     victim.write_bytes(victim.read_bytes()[:-1] + b"?")
     with pytest.raises(CorruptCacheError, match=f"{victim} has changed"):
-        copy_cache(bad, tmp_path / "copy.zarr")
+        copy_cache(copied, tmp_path / "copy.zarr")
     victim.unlink()
     victim.symlink_to(cache.root / "domains/letters/train/target_ids/c/1/0/0")
     with pytest.raises(CorruptCacheError):
-        copy_cache(bad, tmp_path / "copy.zarr")
+        copy_cache(copied, tmp_path / "copy.zarr")
     copy_cache(cache.root, tmp_path / "copy.zarr")
     assert tree(tmp_path / "copy.zarr") == tree(cache.root)
 

@@ -15,6 +15,7 @@ import pytest
 from ddk_cache.corpus.document import Conversation, Document, PromptResponse
 from ddk_cache.corpus.sources import documents, find_sources, held_by
 from ddk_cache.errors import InputError
+from tests.helpers import jsonl
 
 ASK = [{"role": "user", "content": "hi"}]
 SAY = [{"role": "assistant", "content": "hello"}]
@@ -31,7 +32,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
             writer.writeheader()
             writer.writerows(records)
     else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        path.write_text(jsonl(records))
 
 
 def read(path: Path) -> tuple[list[Document], str]:

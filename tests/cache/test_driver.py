@@ -7,7 +7,6 @@ of its own where the system allows that.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pickle
 import random
@@ -19,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 
 from ddk_cache import InputError
 from ddk_cache.build.config import BuildConfig
@@ -29,7 +27,7 @@ from ddk_cache.cluster.order import Order
 from ddk_cache.format.layout import COMMITS
 from ddk_cache.models.config import TeacherConfig
 from ddk_cache.testing import BUILD
-from tests.helpers import tree
+from tests.helpers import call, jsonl, tree
 
 ALONE = ["unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
 """Runs a command without any network but 127.0.0.1."""
@@ -129,11 +127,11 @@ def test_wrong_calls_are_refused(
 ) -> None:
     if "--ray" in words:
         pytest.importorskip("ray")
-    call = ["build", corpus, tmp_path / "mix.zarr", "--teacher", teacher_dir, *words.split()]
-    result = CliRunner().invoke(main, list(map(str, call)))
+    place = tmp_path / "mix.zarr"
+    result = call(main, "build", corpus, place, "--teacher", teacher_dir, *words.split())
     assert result.exit_code == 2, result.output
     assert message in result.output
-    assert not (tmp_path / "mix.zarr").exists()
+    assert not place.exists()
 
 
 # --- builds ---------------------------------------------------------------------------------------
@@ -146,7 +144,7 @@ def alone(teacher_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Order:
     (folder / "corpus").mkdir()
     for name, count in (("large", 300), ("small", 60)):
         texts = ["".join(generator.choices("abcdef ", k=50)) for _ in range(count)]
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        lines = jsonl({"text": text} for text in texts)
         (folder / "corpus" / f"{name}.jsonl").write_text(lines)
     order = Order(
         corpus=folder / "corpus", cache=str(folder / "mix.zarr"), teacher=str(teacher_dir),

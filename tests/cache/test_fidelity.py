@@ -9,13 +9,7 @@ import torch
 from ddk_cache.build import targets
 from ddk_cache.build.fidelity import FIGURES, compare
 from ddk_cache.format.spec import TargetSpec
-
-
-def sharp(vocab: int, positions: int = 40) -> torch.Tensor:
-    """Return logits from flat to nearly one-hot."""
-    generator = torch.Generator().manual_seed(vocab)
-    scale = torch.linspace(0.1, 8, positions)[:, None]
-    return torch.randn(positions, vocab, generator=generator) * scale
+from tests.helpers import sharp
 
 
 @pytest.mark.parametrize("kind", ["topk", "sampled"])

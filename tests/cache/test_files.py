@@ -18,6 +18,7 @@ from backports import zstd
 from ddk_cache.corpus import files
 from ddk_cache.corpus.files import Layout, kind_of, read
 from ddk_cache.errors import InputError
+from tests.helpers import jsonl
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
@@ -32,7 +33,7 @@ TEXTS = [f"document {n * 7919} with words {n * n}" for n in range(3000)]
 AS_FILE = {
     "txt": "\n\n".join(TEXTS),
     "csv": "text\n" + "".join(f"{text}\n" for text in TEXTS),
-    "jsonl": "".join(json.dumps({"text": text}) + "\n" for text in TEXTS),
+    "jsonl": jsonl({"text": text} for text in TEXTS),
 }
 
 
@@ -78,7 +79,7 @@ def test_columns_that_nobody_asks_for_do_not_matter(tmp_path: Path) -> None:
     lines: list[dict[str, object]] = [{"text": "x" * 100_000, "id": 1} for _ in range(120)]
     lines += [{"text": "late", "id": "s4", "meta": {"a": [1]}}, {"id": 2}]
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text(jsonl(lines))
     assert values(path)[-2:] == ["late", None]
 
 

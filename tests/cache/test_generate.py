@@ -28,7 +28,7 @@ from ddk_cache.sequences.config import SamplingConfig
 from ddk_cache.sequences.decode import choose, respond
 from ddk_cache.sequences.generate import generate
 from ddk_cache.sequences.prompts import Prompt
-from tests.helpers import tree
+from tests.helpers import call, tree
 from tests.sequences import SAMPLING, STOPS, Material, write_prompts
 
 WORKER = """
@@ -315,8 +315,5 @@ def test_a_setting_out_of_range_is_refused(change: dict[str, Any], said: str) ->
 
 
 def test_the_command_says_what_is_wrong(material: Material, tmp_path: Path) -> None:
-    from click.testing import CliRunner
-
-    words = ["generate", str(material.prompts), str(tmp_path / "out"), "--teacher", "/nowhere"]
-    done = CliRunner().invoke(cache_main, words)
+    done = call(cache_main, "generate", material.prompts, tmp_path / "out", "--teacher", "/nowhere")
     assert (done.exit_code, "there is no tokenizer at /nowhere" in done.stderr) == (2, True)

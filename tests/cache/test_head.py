@@ -12,40 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from ddk_cache import InputError
 from ddk_cache.head import Head, extract_head, load_head
-
-SIZES = {
-    "vocab_size": 300,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
+from tests.helpers import random_model
 
 MODELS: dict[str, dict[str, Any]] = {
-    "Llama": {"tie_word_embeddings": True},
-    "Qwen2": {"tie_word_embeddings": False},
-    "Gemma2": {"final_logit_softcapping": 0.5},
-    "Cohere": {"logit_scale": 0.3},
-    "Granite": {"logits_scaling": 4.0},
-    "Phi": {},  # has a bias
-    "GPT2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
-    "GPTNeoX": {},  # its checkpoints call the head embed_out
+    "llama": {"tie_word_embeddings": True},
+    "qwen2": {"tie_word_embeddings": False},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},  # has a bias
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
+    "gpt_neox": {},  # its checkpoints call the head embed_out
 }
 
 
 def save_model(name: str, path: Path, **options: Any) -> Any:
     """Save a model with random weights, and return it."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | MODELS[name])
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = random_model(name, **MODELS[name]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -68,8 +51,8 @@ def test_a_head_gives_the_logits_of_its_model(name: str, tmp_path: Path) -> None
 def test_a_head_is_the_same_from_a_checkpoint_in_shards_a_directory_and_a_file(
     tmp_path: Path,
 ) -> None:
-    save_model("Qwen2", tmp_path / "whole")
-    save_model("Qwen2", tmp_path / "shards", max_shard_size="20KB")
+    save_model("qwen2", tmp_path / "whole")
+    save_model("qwen2", tmp_path / "shards", max_shard_size="20KB")
     assert (tmp_path / "shards" / "model.safetensors.index.json").exists()
     head = load_head(tmp_path / "whole")
     head.save(tmp_path / "head")
@@ -82,7 +65,7 @@ def test_a_head_is_the_same_from_a_checkpoint_in_shards_a_directory_and_a_file(
 
 
 def test_the_rest_of_a_checkpoint_is_not_read(tmp_path: Path) -> None:
-    save_model("Qwen2", tmp_path / "model", max_shard_size="20KB")
+    save_model("qwen2", tmp_path / "model", max_shard_size="20KB")
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())
     shard = index["weight_map"]["lm_head.weight"]
     for file in (tmp_path / "model").glob("*.safetensors"):
@@ -107,7 +90,7 @@ def test_files_that_are_not_heads_are_refused(tmp_path: Path) -> None:
         Head(torch.zeros(2, 2)).save(tmp_path / "nowhere" / "head")
     with pytest.raises(InputError, match="there is no model at"):
         load_head(tmp_path / "nothing")
-    save_model("Qwen2", model)
+    save_model("qwen2", model)
     tensors = load_file(model / "model.safetensors")
     del tensors["lm_head.weight"]
     save_file(tensors, model / "model.safetensors")

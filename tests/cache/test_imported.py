@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,6 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from click.testing import CliRunner
 
 from ddk_cache import InputError, open_cache
 from ddk_cache.build.config import BuildConfig
@@ -21,7 +19,7 @@ from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache
 from ddk_cache.transfer.imported import import_cache
 from ddk_cache.types import Array
-from tests.helpers import quiet, tree
+from tests.helpers import call, jsonl, quiet, tree
 
 V, K = 257, 6
 CONFIG = BuildConfig(seq_len=16, chunk_rows=2, shard_rows=4, holdout=0.3)
@@ -89,7 +87,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> Path:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
     else:
-        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        path.write_text(jsonl(records))
     return path
 
 
@@ -159,7 +157,7 @@ def test_prompt_logprobs(
 
 def run(*words: object) -> None:
     """Run `ddk-cache`."""
-    done = CliRunner().invoke(main, [str(word) for word in words])
+    done = call(main, *words)
     assert done.exit_code == 0, done.output
 
 

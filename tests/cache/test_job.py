@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import signal
@@ -26,7 +25,7 @@ from ddk_cache.format.plan import ShardKey
 from ddk_cache.inspect.verify import verify
 from ddk_cache.read.cache import Cache, open_cache
 from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
-from tests.helpers import BUILDER, tree
+from tests.helpers import BUILDER, jsonl, tree
 
 Make = Callable[..., Cache]
 
@@ -290,7 +289,7 @@ def test_out_of_memory_halves_the_batch_and_says_so(
 
 def test_conversations_are_cached_with_their_mask(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "how are you"}, {"role": "assistant", "content": "fine"}]
-    lines = "".join(json.dumps({"messages": [*talk, *talk[: n % 2 * 2]]}) + "\n" for n in range(30))
+    lines = jsonl({"messages": [*talk, *talk[: n % 2 * 2]]} for n in range(30))
     (tmp_path / "chat").mkdir()
     (tmp_path / "chat" / "talk.jsonl").write_text(lines)
     tokenizer = byte_tokenizer()

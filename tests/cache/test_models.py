@@ -18,32 +18,22 @@ from ddk_cache.models.body import BodyTeacher
 from ddk_cache.models.config import QUANTIZATIONS
 from ddk_cache.testing import VOCAB
 from tests.cache.gguf_file import write_gguf
-from tests.helpers import make_spec
-
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-}  # fmt: skip
+from tests.helpers import make_spec, random_model
 
 HEADS: dict[str, dict[str, Any]] = {
-    "Llama": {"tie_word_embeddings": True},
-    "Gemma2": {"final_logit_softcapping": 0.5},
-    "Cohere": {"logit_scale": 0.3},
-    "Granite": {"logits_scaling": 4.0},
-    "Phi": {},  # has a bias
-    "GPT2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
-    "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 8},  # a projection between body and head
+    "llama": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},  # has a bias
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 8},  # a projection between body and head
 }
 
 
 def save(name: str, path: Path, **changes: Any) -> Path:
     """Save a model with random weights."""
-    import transformers
-
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SIZES | HEADS.get(name, {}) | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    model = random_model(name, **HEADS.get(name, {}) | changes)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.3)
@@ -120,7 +110,7 @@ def test_an_unusual_head_takes_the_plain_path_and_says_so(
 ) -> None:
     monkeypatch.setattr("ddk_cache.head.FACTORS", {})
     caplog.set_level(logging.WARNING)
-    teacher = load_teacher(save("Cohere", tmp_path))
+    teacher = load_teacher(save("cohere", tmp_path))
     assert type(teacher) is Teacher
     assert "changes its logits after its head in an unknown way" in caplog.text
     assert scores(teacher, "topk:8")[0].ids.shape == (5, 16, 8)
@@ -149,7 +139,7 @@ def test_a_quantized_teacher_builds_and_verifies(
     name: str, tmp_path: Path, make_cache: Any, tokenizer: Any
 ) -> None:
     pytest.importorskip({"bnb": "bitsandbytes"}.get(name.partition("-")[0], "torchao"))
-    path = save("Llama", tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=32)
+    path = save("llama", tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=32)
     teacher = load_teacher(path, quantization=name)
     assert isinstance(teacher, BodyTeacher)
     assert teacher.identity["quantization"] == name
@@ -163,7 +153,7 @@ def test_a_quantized_teacher_builds_and_verifies(
 
 def test_a_gguf_file_is_a_teacher_with_its_tokenizer(tmp_path: Path, make_cache: Any) -> None:
     pytest.importorskip("gguf")
-    path = save("Llama", tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=32)
+    path = save("llama", tmp_path / "model", hidden_size=64, intermediate_size=64, head_dim=32)
     file = write_gguf(path, tmp_path / "small.gguf")
     teacher, plain = load_teacher(file), load_teacher(path)
     assert 0 < off(teacher, plain) < 0.5
@@ -230,6 +220,6 @@ def test_parts_must_divide_the_key_value_heads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    path = save("Llama", tmp_path, hidden_size=24, num_attention_heads=3, num_key_value_heads=3)
+    path = save("llama", tmp_path, hidden_size=24, num_attention_heads=3, num_key_value_heads=3)
     with pytest.raises(InputError, match="tensor_parallel: got 2, expected a divisor of 3"):
         load_teacher(path, tensor_parallel=2)

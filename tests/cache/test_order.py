@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
 
 from ddk_cache import open_cache
 from ddk_cache.build.config import BuildConfig
@@ -17,6 +16,7 @@ from ddk_cache.cli import main
 from ddk_cache.cluster.order import Order
 from ddk_cache.models.config import TeacherConfig
 from ddk_cache.testing import BUILD, student_config
+from tests.helpers import call
 
 
 def order(**changes: object) -> Order:
@@ -74,8 +74,8 @@ def test_an_order_builds_with_the_teachers_of_a_mix(
     opened = open_cache(cache)
     assert opened.manifest.root.sources["notes"]["teacher_name"] == "other"
     assert list(opened.manifest.teachers) == ["notes"]
-    words = ["verify", str(cache), "--rows", "4", "--teacher"]
+    words = ["verify", cache, "--rows", 4, "--teacher"]
     for teacher, domain in ((teacher_dir, "digits"), (tmp_path / "other", "notes")):
-        done = CliRunner().invoke(main, [*words, str(teacher)])
+        done = call(main, *words, teacher)
         assert done.exit_code == 0, done.output
         assert f"teacher on 4 rows of {domain}, nats" in done.output

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from click.testing import CliRunner
 
 from ddk_cache import (
     InputError,
@@ -27,12 +26,8 @@ from ddk_cache.sequences.config import SamplingConfig
 from ddk_cache.sequences.pair import answer_prompts, build_pairs, padded, read_pairs
 from ddk_cache.sequences.prompts import read_answered
 from ddk_cache.types import SPLITS
-from tests.helpers import tree
+from tests.helpers import call, jsonl, tree
 from tests.sequences import SAMPLING, Material
-
-
-def call(*words: object) -> Any:
-    return CliRunner().invoke(cache_main, [str(word) for word in words])
 
 
 @pytest.fixture
@@ -114,20 +109,20 @@ def test_verify_finds_a_flipped_bit_in_pairs_and_repairs(copy: Material, name: s
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    done = call("verify", copy.cache)
+    done = call(cache_main, "verify", copy.cache)
     assert (done.exit_code, "has changed" in done.stdout) == (1, True)
     assert f"pairs/domains/sums/train/{name}" in done.stdout
-    done = call("verify", copy.cache, "--drop-bad")
+    done = call(cache_main, "verify", copy.cache, "--drop-bad")
     assert (done.exit_code, "'ddk-cache pair'" in done.stderr) == (0, True)
     copy.pair(copy.cache, copy.answers)
     assert tree(copy.cache) == before
-    assert call("verify", copy.cache).exit_code == 0
+    assert call(cache_main, "verify", copy.cache).exit_code == 0
 
 
 def test_info_shows_pairs(material: Material) -> None:
-    done = call("info", material.cache)
+    done = call(cache_main, "info", material.cache)
     assert "pairs of responses, two rows each:" in done.stdout
-    found = json.loads(call("info", material.cache, "--json").stdout)["pairs"]
+    found = json.loads(call(cache_main, "info", material.cache, "--json").stdout)["pairs"]
     rows = found["domains"]["sums"]["rows"]
     assert rows["train"] + rows["validation"] == 2 * found["domains"]["sums"]["documents"] == 80
 
@@ -136,7 +131,7 @@ def test_a_cache_without_pairs_says_so(copy: Material) -> None:
     shutil.rmtree(copy.cache / "pairs")
     with pytest.raises(InputError, match="has no pairs of responses"):
         open_pairs(copy.cache)
-    assert "pairs" not in json.loads(call("info", copy.cache, "--json").stdout)
+    assert "pairs" not in json.loads(call(cache_main, "info", copy.cache, "--json").stdout)
 
 
 def refused(material: Material, corpus: Path, said: str, **sampling: Any) -> None:
@@ -192,12 +187,13 @@ def test_a_data_set_with_responses_gives_pairs(copy: Material, tmp_path: Path) -
     (tmp_path / "corpus").mkdir()
     talk = [{"role": "user", "content": "how"}, {"role": "assistant", "content": "so"}]
     lines = [{"messages": [{**talk[0], "content": f"how {n}"}, talk[1]]} for n in range(6)]
-    (tmp_path / "corpus" / "sums.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "corpus" / "sums.jsonl").write_text(jsonl(lines))
     words = "".join(f"is it {n},yes {n}\n" for n in range(6))
     (tmp_path / "corpus" / "words.csv").write_text("prompt,response\n" + words)
     done = call(
-        "pair", tmp_path / "corpus", copy.cache, "--teacher", copy.folder / "teacher", "--student",
-        copy.folder / "student", "--max-new-tokens", 8, "--answers", tmp_path / "answers",
+        cache_main, "pair", tmp_path / "corpus", copy.cache, "--teacher", copy.folder / "teacher",
+        "--student", copy.folder / "student", "--max-new-tokens", 8,
+        "--answers", tmp_path / "answers",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
     pairs = open_pairs(copy.cache)

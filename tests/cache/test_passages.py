@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +19,7 @@ from ddk_cache.corpus.passages import LONG, Divider, Document, Piece, held_out, 
 from ddk_cache.inspect.verify import verify
 from ddk_cache.testing import BUILD, random_teacher
 from ddk_cache.types import TRAIN, VALIDATION
-from tests.helpers import quiet, tree
+from tests.helpers import call, jsonl, quiet, tree
 
 S = 16
 
@@ -127,7 +125,7 @@ def text(seed: int, length: int) -> str:
 
 
 def write(path: Path, *texts: str) -> None:
-    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in texts))
+    path.write_text(jsonl({"text": one} for one in texts))
 
 
 def make(folder: Path, tokenizer: Any, path: Path, **options: Any) -> Cache:
@@ -176,9 +174,9 @@ def test_passages_are_told_by_estimate_and_info(tokenizer: Any, tmp_path: Path) 
     write(folder / "notes.jsonl", *(text(n, 30) for n in range(1, 40)))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     make(folder, tokenizer, path)
-    words = ["--tokenizer", str(tmp_path / "tokenizer"), "--seq-len", "16", "--holdout", "0.1"]
-    for call in (["estimate", str(folder), "x", *words], ["info", str(path)]):
-        result = CliRunner().invoke(main, call)
+    words = ["--tokenizer", tmp_path / "tokenizer", "--seq-len", 16, "--holdout", 0.1]
+    for said in (["estimate", folder, "x", *words], ["info", path]):
+        result = call(main, *said)
         assert result.exit_code == 0, result.output
         told = " ".join(result.output.split())
         assert "book: whole documents cannot meet the held-out share" in told

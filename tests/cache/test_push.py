@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -122,17 +121,20 @@ def test_what_arrives_otherwise_is_said(
 
 
 def test_wrong_calls(
-    make_hub: Callable[..., Hub], cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_hub: Callable[..., Hub],
+    cache: Cache,
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make_hub(token="secret")
     with pytest.raises(InputError, match="HF_TOKEN"):
         push_cache(cache.root, URL)
     with pytest.raises(InputError, match="expected hf://datasets/ORG/NAME"):
         push_cache(cache.root, str(tmp_path / "there"))
-    shutil.copytree(cache.root, tmp_path / "half.zarr")
-    (tmp_path / "half.zarr/commits/letters/train/0.json").unlink()
+    (copied / "commits/letters/train/0.json").unlink()
     with pytest.raises(UnfinishedCacheError):
-        push_cache(tmp_path / "half.zarr", URL)
+        push_cache(copied, URL)
     code, _, err = finish(command("ddk-cache", "pull", "s3://bucket/mix.zarr", tmp_path / "x"))
     assert code == 2
     assert "expected hf://datasets/ORG/NAME" in err

@@ -25,7 +25,7 @@ from ddk_cache.storage.base import ByteRange, Storage
 from ddk_cache.storage.local import LocalStorage
 from ddk_cache.storage.remote import RemoteStorage
 from ddk_train import TrainConfig, train
-from tests.helpers import command, finish, timeless, tree
+from tests.helpers import command, failure, finish, timeless, tree
 from tests.s3 import Flaky, Server
 
 
@@ -264,13 +264,8 @@ def test_a_server_that_goes_ends_the_run_in_one_message_with_its_checkpoint(
         time.sleep(0.05)
     server.kill()
     began = time.monotonic()
-    code, _, err = finish(process)
+    assert "cannot be reached" in failure(process)
     assert time.monotonic() - began < 60
-    assert code == 1, err
-    assert "Traceback" not in err
-    said = [line for line in err.splitlines() if line.startswith("Error:")]
-    assert len(said) == 1
-    assert "cannot be reached" in said[0]
     for checkpoint in run.glob("checkpoints/step-*[0-9]"):
         assert (checkpoint / "state.json").exists()
         assert (checkpoint / "torch.pt").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ddk_cache.corpus.rows import Tally, encode, token_rows
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
 from ddk_cache.testing import END, byte_tokenizer
-from tests.helpers import make_spec
+from tests.helpers import jsonl, make_spec
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
@@ -37,7 +36,7 @@ def read(path: Path, tokenizer: Any, **settings: Any) -> dict[Any, Any]:
 
 def write(path: Path, key: str, values: list[Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({key: value}) + "\n" for value in values))
+    path.write_text(jsonl({key: value} for value in values))
 
 
 def test_no_document_is_in_both_splits_and_appending_moves_nothing(

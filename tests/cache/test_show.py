@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
 from ddk_cache import BuildConfig, build_cache
 from ddk_cache.cli import main
 from ddk_cache.inspect.show import pieces_of, show
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import BUILD, END, byte_tokenizer, random_teacher
+from tests.helpers import call
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
@@ -43,19 +44,19 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "mix.zarr"
 
 
-def call(*words: object, **env: str) -> Result:
-    return CliRunner(env=env).invoke(main, ["show", *map(str, words)])
+def shown(*words: object, **env: str) -> Result:
+    return call(main, "show", *words, **env)
 
 
 def test_what_is_learned_is_enclosed_where_there_is_no_terminal(talk: Path) -> None:
-    result = call(talk, "--domain", "chat")
+    result = shown(talk, "--domain", "chat")
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith(f"<|user|>héllo\\x1b[2J\n<|assistant|>«中!\n»{END}")
     assert "\x1b" not in result.stdout
 
 
 def test_a_terminal_shows_it_in_bold(talk: Path) -> None:
-    result = call(talk, "--domain", "chat", FORCE_COLOR="1", TERM="xterm-256color")
+    result = shown(talk, "--domain", "chat", FORCE_COLOR="1", TERM="xterm-256color")
     assert "«" not in result.stdout
     assert "\x1b[1;32m中!" in result.stdout
     assert "\x1b[36m<|user|>\x1b[0m" in result.stdout
@@ -63,7 +64,7 @@ def test_a_terminal_shows_it_in_bold(talk: Path) -> None:
 
 
 def test_a_machine_gets_every_token(talk: Path) -> None:
-    facts = json.loads(call(talk, "--domain", "chat", "--json", "--row", 1).stdout)
+    facts = json.loads(shown(talk, "--domain", "chat", "--json", "--row", 1).stdout)
     assert {name: facts[name] for name in ("domain", "split", "row")} == {
         "domain": "chat",
         "split": "train",
@@ -78,7 +79,7 @@ def test_a_machine_gets_every_token(talk: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_the_rows_of_a_split_are_those_of_the_library(split: str, cache: Cache) -> None:
     place = len(cache["notes"][split]) - 1
-    result = call(cache.root, "--domain", "notes", "--split", split, "--row", place, "--json")
+    result = shown(cache.root, "--domain", "notes", "--split", split, "--row", place, "--json")
     pieces = json.loads(result.stdout)["pieces"]
     tokens = [token for piece in pieces for token in piece["tokens"]]
     assert tokens == cache["notes"][split][place].tokens.tolist()
@@ -98,7 +99,7 @@ def test_the_rows_of_a_split_are_those_of_the_library(split: str, cache: Cache) 
     ],
 )
 def test_what_is_not_there_is_refused(options: list[Any], said: str, talk: Path) -> None:
-    result = call(talk, *options)
+    result = shown(talk, *options)
     assert result.exit_code == 2, result.output
     assert said in re.sub(r"\s+", " ", result.stderr)
     assert "Traceback" not in result.output

@@ -17,6 +17,7 @@ import zstandard
 from ddk_cache.corpus.document import Conversation
 from ddk_cache.corpus.sources import documents, find_sources
 from ddk_cache.errors import InputError
+from tests.helpers import jsonl
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -24,8 +25,8 @@ def write(path: Path, content: bytes | str) -> None:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def jsonl(*texts: object) -> str:
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+def as_jsonl(*texts: object) -> str:
+    return jsonl({"text": text} for text in texts)
 
 
 def read(corpus: Path) -> dict[str, list[Any]]:
@@ -38,7 +39,7 @@ def test_every_format_gives_the_same_documents(
 ) -> None:
     caplog.set_level(logging.INFO, "ddk_cache")
     texts = ["one", "two words", "three\nlines\nhere", "4" * 30, "NA"]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    lines = as_jsonl(*texts)
     (tmp_path / "a.jsonl").write_text(lines)
     (tmp_path / "b.jsonl.bz2").write_bytes(bz2.compress(lines.encode()))
     (tmp_path / "c.json.zst").write_bytes(zstandard.compress(lines.encode()))
@@ -62,9 +63,9 @@ NAMES = ["a[1].jsonl", "a*.jsonl", "a::b.jsonl", "what?.jsonl", "a#b%20c.jsonl",
 
 def test_file_names_are_literal(tmp_path: Path) -> None:
     for number, name in enumerate(NAMES):
-        write(tmp_path / "c [old]*" / "web" / name, jsonl(f"{number}"))
-    write(tmp_path / "c [old]*" / "web" / "ab.jsonl", jsonl("ab"))
-    write(tmp_path / "b[1].jsonl", jsonl("b"))
+        write(tmp_path / "c [old]*" / "web" / name, as_jsonl(f"{number}"))
+    write(tmp_path / "c [old]*" / "web" / "ab.jsonl", as_jsonl("ab"))
+    write(tmp_path / "b[1].jsonl", as_jsonl("b"))
     (tmp_path / "mix.yaml").write_text("domains: {some: {path: 'b[1].jsonl'}}")
     assert sorted(read(tmp_path / "c [old]*")["web"]) == [*"012345", "ab"]
     assert read(tmp_path / "mix.yaml") == {"some": ["b"]}
@@ -74,11 +75,11 @@ def test_hidden_files_and_caches_are_not_data(
     tmp_path: Path, make_cache: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "ddk_cache")
-    write(tmp_path / "web" / "a.jsonl", jsonl("a"))
+    write(tmp_path / "web" / "a.jsonl", as_jsonl("a"))
     for hidden in (".git/b", ".ipynb_checkpoints/a-checkpoint", "deep/.git/c", ".d"):
-        write(tmp_path / "web" / f"{hidden}.jsonl", jsonl("hidden"))
-    write(tmp_path / ".hidden" / "b.jsonl", jsonl("hidden"))
-    write(tmp_path / "x.zarr~host+1+2.partial" / "b.jsonl", jsonl("hidden"))
+        write(tmp_path / "web" / f"{hidden}.jsonl", as_jsonl("hidden"))
+    write(tmp_path / ".hidden" / "b.jsonl", as_jsonl("hidden"))
+    write(tmp_path / "x.zarr~host+1+2.partial" / "b.jsonl", as_jsonl("hidden"))
     make_cache(tmp_path / "mix.zarr")
     make_cache(tmp_path / "web" / "deep" / "mix.zarr")
     assert read(tmp_path) == {"web": ["a"]}
@@ -90,7 +91,7 @@ def test_hidden_files_and_caches_are_not_data(
 def test_a_linked_folder_inside_a_domain_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(tmp_path / "c" / "web" / "a.jsonl", jsonl("a"))
+    write(tmp_path / "c" / "web" / "a.jsonl", as_jsonl("a"))
     (tmp_path / "c" / "web" / "loop").symlink_to(tmp_path / "c")
     assert read(tmp_path / "c") == {"web": ["a"]}
     assert "loop is left out" in caplog.text
@@ -104,7 +105,7 @@ def test_a_second_file_does_not_change_what_the_first_one_means(tmp_path: Path) 
 
 
 def test_blank_documents_are_left_out(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", jsonl("a", "", " \n\t", None, "b"))
+    write(tmp_path / "a.jsonl", as_jsonl("a", "", " \n\t", None, "b"))
     write(tmp_path / "b.txt", "one\n\n \n\n\ntwo")
     pq.write_table(pa.table({"text": ["\n\n", "a", None]}), tmp_path / "c.parquet")
     assert read(tmp_path) == {"a": ["a", "b"], "b": ["one", "\ntwo"], "c": ["a"]}
@@ -116,14 +117,14 @@ def test_parts_without_rows_are_passed_over(tmp_path: Path) -> None:
         table = pa.table({"text": pa.array(texts, pa.string())})
         pq.write_table(table, tmp_path / "a" / f"{name}.parquet")
     write(tmp_path / "b" / "1.jsonl", "")
-    write(tmp_path / "b" / "2.jsonl", jsonl("b"))
+    write(tmp_path / "b" / "2.jsonl", as_jsonl("b"))
     assert read(tmp_path) == {"a": ["a"], "b": ["b"]}
 
 
 def test_a_file_that_two_domains_share_is_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write(tmp_path / "real" / "a.jsonl", jsonl("a"))
+    write(tmp_path / "real" / "a.jsonl", as_jsonl("a"))
     (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / "a.jsonl")
     assert read(tmp_path) == {"link": ["a"], "real": ["a"]}
     (warning,) = caplog.records
@@ -133,7 +134,7 @@ def test_a_file_that_two_domains_share_is_named(
 def test_messages_come_before_text_and_a_named_column_before_both(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "hi"}]
     line = json.dumps({"text": "text", "messages": talk, "body": "body"})
-    write(tmp_path / "a.jsonl", line + "\n" + jsonl("without messages"))
+    write(tmp_path / "a.jsonl", line + "\n" + as_jsonl("without messages"))
     assert read(tmp_path) == {"a": [Conversation(talk)]}
     (tmp_path / "mix.yaml").write_text("domains: {a: {path: a.jsonl, column: body}}")
     assert read(tmp_path / "mix.yaml") == {"a": ["body"]}
@@ -147,19 +148,19 @@ BAD: dict[str, tuple[dict[str, str], str]] = {
     "broken json": ({"c/a.jsonl": '{"text": "x"'}, "cannot be read"),
     "broken gzip": ({"c/a.jsonl.gz": "junk"}, "cannot be read"),
     "no text column": ({"c/a.csv": "title,body\nx,y\n"}, "Its columns: title, body"),
-    "numbers": ({"c/a.jsonl": jsonl("a", 3)}, "a.jsonl: line 2: column 'text' holds int"),
+    "numbers": ({"c/a.jsonl": as_jsonl("a", 3)}, "a.jsonl: line 2: column 'text' holds int"),
     "messages as JSON": ({"c/a.jsonl": '{"messages": "[]"}'}, "'messages' holds str, expected a l"),
     "messages as texts": ({"c/a.jsonl": '{"messages": ["a"]}'}, "'messages' holds list of str"),
     "two of a name": (
-        {"c/a.jsonl": jsonl("x"), "c/a/b.txt": "x"},
+        {"c/a.jsonl": as_jsonl("x"), "c/a/b.txt": "x"},
         "two domains are named 'a': .*Rename one",
     ),
     "one but for case": (
-        {"c/Code.jsonl": jsonl("x"), "c/code.jsonl": jsonl("x")},
+        {"c/Code.jsonl": as_jsonl("x"), "c/code.jsonl": as_jsonl("x")},
         "two domains are named 'Code' and 'code', which differ only in case: .*Rename one",
     ),
     "unsafe name": (
-        {"c/a b.jsonl": jsonl("x")},
+        {"c/a b.jsonl": as_jsonl("x")},
         r"not usable as a path part.* mix file can name it otherwise: domains: \{NAME: \{path: '/",
     ),
     "mixed formats": ({"c/a/x.txt": "x", "c/a/y.csv": "text\nx\n"}, "files of one kind"),

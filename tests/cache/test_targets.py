@@ -14,6 +14,7 @@ from ddk_cache.build import targets
 from ddk_cache.format.codec import ZERO, LogprobCodec
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.types import Array, SparseTargets
+from tests.helpers import sharp
 
 
 @pytest.mark.parametrize("vocab", [5, 17, 300])
@@ -85,13 +86,6 @@ def test_numbers_that_are_not_finite_are_left_to_the_audit() -> None:
         scores = targets.extract(logits, labels, TargetSpec.parse(text))
         assert (scores.ids[..., 0] >= 0).all()
         assert scores.logprobs[..., 0].isnan().all()
-
-
-def sharp(vocab: int, positions: int = 40) -> torch.Tensor:
-    """Return logits from flat to nearly sure."""
-    generator = torch.Generator().manual_seed(vocab)
-    scale = torch.linspace(0.1, 8, positions)[:, None]
-    return torch.randn(positions, vocab, generator=generator) * scale
 
 
 def dense(kept: SparseTargets[torch.Tensor], vocab: int) -> torch.Tensor:

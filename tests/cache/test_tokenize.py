@@ -16,13 +16,13 @@ from ddk_cache.build.teacher import Teacher
 from ddk_cache.corpus.sources import find_sources
 from ddk_cache.errors import InputError
 from ddk_cache.testing import BUILD, VOCAB, byte_tokenizer, random_teacher
-from tests.helpers import tree
+from tests.helpers import jsonl, tree
 
 
 def write_mix(folder: Path, documents: int, tokens: int) -> Path:
     """Write a domain of documents of 41 tokens and a mix file that limits it."""
-    lines = (json.dumps({"text": f"{n:04} " * 8}) + "\n" for n in range(documents))
-    (folder / "data.jsonl").write_text("".join(lines))
+    texts = jsonl({"text": f"{n:04} " * 8} for n in range(documents))
+    (folder / "data.jsonl").write_text(texts)
     mix = folder / "mix.yaml"
     mix.write_text(f"domains: {{some: {{path: data.jsonl, tokens: {tokens}}}}}")
     return mix

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,16 +29,14 @@ from ddk_cache.format.plan import ShardKey
 from ddk_cache.format.spec import TargetSpec
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import BUILD, VOCAB, random_teacher, student_config, write_corpus
-from ddk_train import TrainConfig, train
+from ddk_train import train
 from ddk_train.data.loader import Batch, Loader
 from ddk_train.data.mixture import Mixture
-from ddk_train.distributed import Processes
-from ddk_train.job import assemble
-from ddk_train.loss.fused import chunk_positions
+from ddk_train.loss.head import chunk_positions
 from ddk_train.run.checkpoint import get_random, set_random
-from ddk_train.run.directory import Run
 from ddk_train.trainer import Trainer
 from tests.helpers import Configure, read_weights, timeless, tree
+from tests.runs import copy_up_to, open_trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,10 +58,6 @@ def deterministic() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
-
-
-def open_trainer(config: TrainConfig) -> Trainer:
-    return assemble(config, Processes(config), Run(Path(config.run)))
 
 
 def first_batch(trainer: Trainer) -> Batch:
@@ -220,10 +213,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
         step, checkpoint = whole.checkpoints()[1]
         assert 0 < step < 12
         path = tmp_path / "resumed"
-        (path / "checkpoints").mkdir(parents=True)
-        for name in ("config.json", "history.parquet", "metrics.jsonl"):
-            shutil.copy(whole.path / name, path / name)
-        shutil.copytree(checkpoint, path / "checkpoints" / checkpoint.name)
+        copy_up_to(checkpoint, whole, path)
         resumed = train(configure("resumed", **settings))
     assert timeless(resumed.metrics()) == timeless(whole.metrics())
     assert tree(resumed.student) == tree(whole.student)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from ddk_train.job import train
-from tests.helpers import Configure
+from tests.helpers import Configure, jsonl
 
 TASK = """
 task: ddk_letters
@@ -39,7 +38,7 @@ def test_a_student_runs_under_the_evaluation_harness(configure: Configure, tmp_p
     ]
     (tmp_path / "tasks").mkdir()
     data = tmp_path / "test.jsonl"
-    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data.write_text(jsonl(lines))
     (tmp_path / "tasks" / "letters.yaml").write_text(TASK.format(data=data))
     found = harness.simple_evaluate(
         model="hf",

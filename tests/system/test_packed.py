@@ -28,7 +28,7 @@ from ddk_cache.inspect.describe import describe
 from ddk_cache.inspect.verify import replay
 from ddk_cache.testing import VOCAB, byte_tokenizer, random_teacher, student_config
 from ddk_train import CacheDataset, TrainConfig, distillation_loss, measure_gaps, train
-from tests.helpers import tree
+from tests.helpers import jsonl, tree
 
 CHAT = (
     "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
@@ -57,8 +57,7 @@ def write_texts(folder: Path, count: int) -> Path:
     folder.mkdir(exist_ok=True)
     draw = random.Random(0)
     texts = ["".join(draw.choices("abcde ", k=draw.randint(3, 60))).strip() for _ in range(count)]
-    lines = "".join(json.dumps({"text": f"{text}."}) + "\n" for text in texts)
-    (folder / "some.jsonl").write_text(lines)
+    (folder / "some.jsonl").write_text(jsonl({"text": f"{text}."} for text in texts))
     return folder
 
 
@@ -188,7 +187,7 @@ def test_conversations_are_kept_apart_by_default_and_text_is_not(tmp_path: Path)
         [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n * n}!"}]
         for n in range(90)
     ]
-    (corpus / "talk.jsonl").write_text("".join(json.dumps({"messages": t}) + "\n" for t in talks))
+    (corpus / "talk.jsonl").write_text(jsonl({"messages": t} for t in talks))
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = CHAT
     given = {"packing": "auto", "tokenizer": tokenizer}

@@ -13,6 +13,7 @@ import pytest
 from ddk_cache import Cache, DDKError
 from ddk_train import train
 from tests.helpers import Configure, timeless, tree
+from tests.runs import copy_up_to
 
 
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
@@ -21,10 +22,7 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(
     whole = train(configure("whole"))
     for step, checkpoint in whole.checkpoints()[:-1]:
         path = tmp_path / f"from-{step}"
-        (path / "checkpoints").mkdir(parents=True)
-        for name in ("config.json", "history.parquet", "metrics.jsonl"):
-            shutil.copy(whole.path / name, path / name)
-        shutil.copytree(checkpoint, path / "checkpoints" / checkpoint.name)
+        copy_up_to(checkpoint, whole, path)
         with (path / "metrics.jsonl").open("a") as file:
             file.write('{"step": 7, "lo')  # a line torn by a kill
         resumed = train(configure(path.name))
@@ -49,10 +47,7 @@ def test_a_run_that_remembers_measurements_resumes_bit_for_bit(
     assert len(weights) > 3
     for step, checkpoint in whole.checkpoints()[1:-1]:
         path = tmp_path / f"from-{step}"
-        (path / "checkpoints").mkdir(parents=True)
-        for name in ("config.json", "history.parquet", "metrics.jsonl"):
-            shutil.copy(whole.path / name, path / name)
-        shutil.copytree(checkpoint, path / "checkpoints" / checkpoint.name)
+        copy_up_to(checkpoint, whole, path)
         resumed = train(configure(path.name, **settings))
         assert timeless(resumed.history()) == timeless(whole.history())
         last, again = whole.checkpoints()[-1][1], resumed.checkpoints()[-1][1]

@@ -9,19 +9,14 @@ from pathlib import Path
 import click
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 
 from ddk_cache.read.cache import Cache
 from ddk_train.cli import main
 from ddk_train.config import TrainConfig
 from ddk_train.run.directory import Run
-from tests.helpers import command, finish
+from tests.helpers import call, command, finish
 
 FAST = ["--steps", 2, "--interval", 2, "--rows", 4, "--eval-rows", 2]
-
-
-def call(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words])
 
 
 def test_every_setting_has_an_option_with_its_default_and_a_help() -> None:
@@ -43,7 +38,7 @@ def test_a_file_gives_settings_and_the_command_line_wins(
     settings |= {"eval_rows": 2, "seed": 7, "keep_adapter": True, "cache": "none", "run": "none"}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings) + "lr: 1e-3\n")
     words = ["run", cache.root, tmp_path / "a", "--config", tmp_path / "run.yaml", "--seed", 8]
-    result = call(*words)
+    result = call(main, *words)
     assert result.exit_code == 0, result.output
     had = Run(tmp_path / "a").config["settings"]
     assert (had["lr"], had["seed"], had["steps"], had["keep_adapter"]) == (1e-3, 8, 2, True)
@@ -53,14 +48,14 @@ def test_a_file_gives_settings_and_the_command_line_wins(
 def test_a_run_is_repeated_from_its_config(
     cache: Cache, student_config: Path, tmp_path: Path
 ) -> None:
-    first = call("run", cache.root, tmp_path / "a", "--student", student_config, *FAST)
+    first = call(main, "run", cache.root, tmp_path / "a", "--student", student_config, *FAST)
     assert first.exit_code == 0, first.output
     config = tmp_path / "a/config.json"
-    again = call("run", cache.root, tmp_path / "b", "--config", config)
+    again = call(main, "run", cache.root, tmp_path / "b", "--config", config)
     assert again.exit_code == 0, again.output
     files = [tmp_path / run / "student/model.safetensors" for run in "ab"]
     assert files[0].read_bytes() == files[1].read_bytes()
-    resumed = call("run", cache.root, tmp_path / "a", "--config", config)
+    resumed = call(main, "run", cache.root, tmp_path / "a", "--config", config)
     assert resumed.exit_code == 0, resumed.output
 
 
@@ -78,8 +73,8 @@ def test_a_file_that_does_not_fit_is_refused(
 ) -> None:
     (tmp_path / "run.yaml").write_text(text)
     words = ["run", cache.root, tmp_path / "a", "--config", tmp_path / "run.yaml"]
-    assert "Missing option '--student'" in call(*words[:3]).stderr
-    result = call(*words, "--student", "s")
+    assert "Missing option '--student'" in call(main, *words[:3]).stderr
+    result = call(main, *words, "--student", "s")
     assert result.exit_code == 2, result.output
     assert said in result.stderr
     assert not (tmp_path / "a").exists()
@@ -100,6 +95,6 @@ def test_a_home_directory_is_expanded(
     cache: Cache, student_config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    result = call("run", cache.root, "~/run:1", "--student", student_config, *FAST)
+    result = call(main, "run", cache.root, "~/run:1", "--student", student_config, *FAST)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / "run:1/config.json").read_text())["settings"]["steps"] == 2

@@ -13,21 +13,8 @@ from ddk_cache import InputError, atomic
 from ddk_cache.testing import VOCAB
 from ddk_train import cut_student
 from ddk_train.student.cut import NOTE, evenly_spaced
-from tests.helpers import command, finish, tree
+from tests.helpers import SIZES, command, finish, random_model, tree
 
-SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 SLIDING = {"sliding_window": 4}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
@@ -42,11 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def make(kind: str, path: Path, tokenizer: Any, dtype: torch.dtype = torch.float32) -> Any:
     """Save a random model with its tokenizer, and return it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SMALL | MODELS.get(kind, {}))
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    model = random_model(kind, num_hidden_layers=6, **MODELS.get(kind, {})).to(dtype).eval()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return model
@@ -198,7 +181,7 @@ def test_other_models_are_refused(tmp_path: Path, tokenizer: Any) -> None:
         ("t5", AutoModel, "no teacher could be loaded"),
     ):
         path = tmp_path / kind
-        auto.from_config(AutoConfig.for_model(kind, **SMALL)).save_pretrained(path)
+        auto.from_config(AutoConfig.for_model(kind, **SIZES)).save_pretrained(path)
         tokenizer.save_pretrained(path)
         with pytest.raises(InputError, match=said):
             cut_student(path, tmp_path / "student", keep=2)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddk_cache import SparseTargets
-from ddk_train.loss import fused as heads
+from ddk_train.loss import head as heads
 from ddk_train.loss.divergences import divergence
-from ddk_train.loss.fused import Head, Targets, Terms, fused_loss, measure, within
+from ddk_train.loss.fused import Targets, Terms, fused_loss, measure, within
+from ddk_train.loss.head import Head
 from tests.helpers import divergence_by_definition
 
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)

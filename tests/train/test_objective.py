@@ -14,20 +14,8 @@ from ddk_train.loss.divergences import LOSSES, divergence
 from ddk_train.loss.fused import Targets, Terms
 from ddk_train.loss.objective import Objective, distillation_loss, parts_of, places
 from ddk_train.student.lora import add_adapter
+from tests.helpers import random_model
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 60,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": False},
     "qwen2": {"tie_word_embeddings": True},
@@ -39,11 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, **settings: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **SMALL | MODELS[name] | settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = random_model(name, **{"vocab_size": 60} | MODELS[name] | settings)
     with torch.no_grad():  # logits large enough for a cap to bend them
         model.get_output_embeddings().weight.mul_(20)
     return model

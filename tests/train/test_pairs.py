@@ -14,12 +14,8 @@ import torch
 from ddk_cache import InputError, MismatchError, open_pairs
 from ddk_train import TrainConfig, train
 from ddk_train.data.pairs import PairOrder, PairReader
-from ddk_train.distributed import Processes
-from ddk_train.job import assemble
-from ddk_train.run.directory import Run
-from ddk_train.trainer import Trainer
 from tests.helpers import RUN, read_weights, timeless
-from tests.runs import page_of
+from tests.runs import open_trainer, page_of
 from tests.sequences import Material
 
 Make = Callable[..., TrainConfig]
@@ -38,10 +34,6 @@ def settings(material: Material, tmp_path: Path) -> Make:
         return TrainConfig(**paths | RUN | pairs | changes)
 
     return settings
-
-
-def trainer_of(config: TrainConfig) -> Trainer:
-    return assemble(config, Processes(config), Run(Path(config.run)))
 
 
 def test_pairs_are_read_as_they_were_stored(material: Material) -> None:
@@ -84,7 +76,7 @@ def test_pairs_are_drawn_by_the_weights_and_every_one_comes(material: Material) 
 
 
 def test_the_gradient_of_a_step_is_that_of_the_formula(settings: Make) -> None:
-    trainer = trainer_of(settings())
+    trainer = open_trainer(settings())
     trainer.measure_if_due()
     assert trainer.pairs
     state, weights = trainer.pairs.order.state_dict(), trainer.weights.weights
@@ -121,16 +113,15 @@ def test_the_gradient_of_a_step_is_that_of_the_formula(settings: Make) -> None:
 
 def test_the_gradient_of_the_rows_is_added_with_its_weight(settings: Make) -> None:
     def step(name: str, **changes: Any) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-        trainer = trainer_of(settings(name, clip=1e9, gamma=0.4, **changes))
+        trainer = open_trainer(settings(name, clip=1e9, gamma=0.4, **changes))
         trainer.measure_if_due()
         kept: dict[str, torch.Tensor] = {}
-        hook = trainer.optimizer.register_step_pre_hook(
-            lambda *_: kept.update(
-                {n: p.grad.clone() for n, p in trainer.student.named_parameters()}
-            )
-        )
-        metrics = trainer.step(next(iter(trainer.batches_until_due())))
-        hook.remove()
+
+        def keep(*_: Any) -> None:
+            kept.update({n: p.grad.clone() for n, p in trainer.student.named_parameters()})
+
+        with trainer.optimizer.register_step_pre_hook(keep):
+            metrics = trainer.step(next(iter(trainer.batches_until_due())))
         return kept, metrics
 
     rows, of_rows = step("rows", pairs="none")
@@ -160,7 +151,7 @@ def test_a_student_learns_to_prefer_the_teachers_responses(settings: Make) -> No
 def test_a_stopped_run_ends_with_the_same_bits(settings: Make, change: dict[str, Any]) -> None:
     whole = train(settings("whole", **change))
     stopped = settings("stopped", **change)
-    trainer = trainer_of(stopped)
+    trainer = open_trainer(stopped)
     with trainer.run.locked():
         trainer.measure_if_due()
         for batch in trainer.batches_until_due():
@@ -177,7 +168,7 @@ def test_a_stopped_run_ends_with_the_same_bits(settings: Make, change: dict[str,
 
 
 def test_held_out_pairs_are_measured_as_they_are(settings: Make, material: Material) -> None:
-    trainer = trainer_of(settings(eval_rows=1000))
+    trainer = open_trainer(settings(eval_rows=1000))
     assert trainer.pairs
     found = trainer.pairs.measure(trainer.objective)
     pairs, model = open_pairs(material.cache), trainer.student

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddk_train.loss import fused
-from ddk_train.loss.fused import Head, Terms
+from ddk_train.loss import head as heads
+from ddk_train.loss.fused import Terms
+from ddk_train.loss.head import Head
 from ddk_train.loss.objective import Objective
 from ddk_train.loss.sequence import row_sums, token_logprobs
 from tests.sequences import Material
@@ -34,8 +35,8 @@ def test_values_and_gradients_agree_with_the_reference(
     hidden, weight, shift = (t.clone().requires_grad_() for t in made)
     head = Head(weight, shift if bias else None, scale, cap, narrow)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "LEAST_POSITIONS", chunk)
-        patch.setattr(fused, "CHUNK_BYTES", {"cpu": 0, "cuda": 0})
+        patch.setattr(heads, "LEAST_POSITIONS", chunk)
+        patch.setattr(heads, "CHUNK_BYTES", {"cpu": 0, "cuda": 0})
         got = token_logprobs(hidden, head, labels)
         (got * weight_P).sum().backward()
     exact = [t.double().requires_grad_() for t in made]

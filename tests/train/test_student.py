@@ -72,14 +72,6 @@ def test_a_student_keeps_its_tokenizer_and_its_dtype(
     assert {t.dtype for t in kept.values()} == {torch.float32}
 
 
-@pytest.fixture
-def copied(cache: Cache, tmp_path: Path) -> Path:
-    """A copy of the cache that a test may change."""
-    path = tmp_path / "copied.zarr"
-    shutil.copytree(cache.root, path)
-    return path
-
-
 def test_files_that_the_root_does_not_name_never_reach_a_student(
     copied: Path, student_config: Path, tmp_path: Path
 ) -> None:

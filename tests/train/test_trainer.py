@@ -16,19 +16,12 @@ import torch
 from ddk_cache import DDKError
 from ddk_cache.read.cache import Cache
 from ddk_cache.testing import random_teacher
-from ddk_train import TrainConfig, train
-from ddk_train.distributed import Processes
-from ddk_train.job import assemble
-from ddk_train.run.directory import Run
+from ddk_train import train
 from ddk_train.trainer import Trainer
 from ddk_train.weights.gaps import Gaps, Settings
 from ddk_train.weights.rules import RULES, update
 from tests.helpers import Configure, command, finish, read_weights
-
-
-def open_trainer(config: TrainConfig) -> Trainer:
-    """Return the trainer of a new run."""
-    return assemble(config, Processes(config), Run(Path(config.run)))
+from tests.runs import open_trainer
 
 
 def test_a_student_learns_and_loads_as_an_ordinary_model(configure: Configure) -> None:

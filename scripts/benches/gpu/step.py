@@ -22,7 +22,7 @@ from benches.step import (
     teacher_forward,
     variants,
 )
-from ddk_train.loss import fused
+from ddk_train.loss import head as heads
 
 SEQ_LEN = 2048
 
@@ -154,9 +154,9 @@ def measure_head(job: Job, positions: int, vocab: int) -> None:
 @contextmanager
 def chunks_of(kind: str, size: int) -> Iterator[None]:
     """Let the fused loss use chunks of so many bytes on a kind of device."""
-    before = fused.CHUNK_BYTES[kind]
-    fused.CHUNK_BYTES[kind] = size
+    before = heads.CHUNK_BYTES[kind]
+    heads.CHUNK_BYTES[kind] = size
     try:
         yield
     finally:
-        fused.CHUNK_BYTES[kind] = before
+        heads.CHUNK_BYTES[kind] = before
