@@ -147,6 +147,17 @@ def test_a_student_learns_to_prefer_the_teachers_responses(settings: Make) -> No
     assert sum(row["tokens_seen"] for row in last) == metrics[-1]["tokens"]
 
 
+def test_losses_on_unseen_rows_are_those_of_the_rows_alone(settings: Make) -> None:
+    def unseen(name: str, **changes: Any) -> dict[str, list[float]]:
+        trainer = open_trainer(settings(name, **changes))
+        trainer.measure_if_due()
+        trainer.step(next(iter(trainer.batches_until_due())))
+        return trainer.state.unseen_sums
+
+    assert unseen("both", rows_weight=0.25) == unseen("rows", pairs="none") != {}
+    assert unseen("pairs", rows_weight=0.0) == {}
+
+
 @pytest.mark.parametrize("change", [{}, {"pairs": "plad", "rows_weight": 0.0}])
 def test_a_stopped_run_ends_with_the_same_bits(settings: Make, change: dict[str, Any]) -> None:
     whole = train(settings("whole", **change))
