@@ -178,14 +178,15 @@ def measure_gaps(
     return measure_with(gap_meter(model, opened, rows, batch_rows), model)
 
 
-def gap_meter(model: Any, cache: Cache, rows: int, batch_rows: int) -> GapMeter:
+def gap_meter(model: Any, cache: Cache, rows: int, batch_rows: int, window: int = 3) -> GapMeter:
     """Return a meter over all rows of a cache, on the device of a model."""
     extents = {name: {s: cache.extents(name, s) for s in SPLITS} for name in cache.domains}
     device = next(model.parameters()).device
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return GapMeter(cache, extents, rows, batch_rows, device)
-    share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
-    return GapMeter(cache, extents, rows, batch_rows, device, share=share, total=over_processes)
+    shared: dict[str, Any] = {}
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        share = slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+        shared = {"share": share, "total": over_processes}
+    return GapMeter(cache, extents, rows, batch_rows, device, window=window, **shared)
 
 
 def measure_with(meter: GapMeter, model: Any) -> Measured:

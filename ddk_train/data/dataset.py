@@ -92,7 +92,7 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
         self.domains = list(self._extents)
         self._chunk_rows = self.cache.spec.chunk_rows
         self._dequantize = Dequantizer(self.cache, self.domains, self.device, temperature)
-        self._start: dict[str, Any] = {"batch": 0, "mixture": {}}
+        self._start: dict[str, Any] = {"batch": 0, "mixture": {}, "drawn": [0] * len(self.domains)}
         self._walk = self._at_start()
         sizes = self._walk.mixture.sizes
         self._limit = None if epochs is None else epochs * int(sizes.sum())
@@ -128,7 +128,7 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
             self._extents, chunk_rows=self._chunk_rows, rows=self.rows, seed=self.seed
         )
         mixture.load_state_dict(self._start["mixture"])
-        return Walk(mixture, self._start["batch"])
+        return Walk(mixture, self._start["batch"], self._start["drawn"])
 
     # --- weights ---
 
@@ -165,6 +165,7 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
             "batch": walk.batch,
             "origin": self._start.get("origin", 0),
             "mixture": walk.mixture.state_dict(),
+            "drawn": walk.drawn.tolist(),
             "weights": [[at, [float(w).hex() for w in weights]] for at, weights in changes],
             "order": self._order(),
         }
@@ -183,7 +184,8 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
         worker = get_worker_info() is not None
         # The batches of a worker are counted from where its DataLoader began.
         origin = state["origin"] if worker else state["batch"]
-        self._start = {"batch": state["batch"], "origin": origin, "mixture": state["mixture"]}
+        same = {name: state[name] for name in ("batch", "mixture", "drawn")}
+        self._start = {"origin": origin, **same}
         changes = [
             (at, np.array([float.fromhex(w) for w in weights])) for at, weights in state["weights"]
         ]
@@ -193,11 +195,15 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
             self._schedule.replace(changes, state["batch"])
         self._walk = self._consumed = self._at_start()
 
+    def drawn(self, batch: int) -> dict[str, int]:
+        """Return how many rows of each domain are in the batches before number `batch`."""
+        return dict(zip(self.domains, self._walk_to(batch).drawn.tolist(), strict=True))
+
     def _walk_to(self, batch: int) -> Walk:
         if self._consumed.batch > batch:
             self._consumed = self._at_start()
         if self._consumed.batch > batch:
-            raise InputError(f"state_dict: batch {batch} lies before the position loaded last.")
+            raise InputError(f"batch {batch} lies before the position loaded last.")
         while self._consumed.batch < batch:
             self._consumed.next(self._schedule.at(self._consumed.batch))
         return self._consumed
@@ -214,15 +220,17 @@ class CacheDataset(IterableDataset[dict[str, torch.Tensor]]):
 
 
 class Walk:
-    """A mixture and the number of batches drawn from it."""
+    """A mixture, and the number of batches and of rows of each domain (D) drawn from it."""
 
-    def __init__(self, mixture: Mixture, batch: int) -> None:
-        self.mixture, self.batch = mixture, batch
+    def __init__(self, mixture: Mixture, batch: int, drawn: Sequence[int]) -> None:
+        self.mixture, self.batch, self.drawn = mixture, batch, np.array(drawn, np.int64)
 
     def next(self, weights: Floats) -> Draw:
         """Draw the next batch."""
+        draw = self.mixture.next(weights)
         self.batch += 1
-        return self.mixture.next(weights)
+        self.drawn = self.drawn + np.bincount(draw.domain, minlength=len(self.drawn))
+        return draw
 
 
 def as_dict(decoded: Decoded) -> dict[str, torch.Tensor]:

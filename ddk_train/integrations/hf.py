@@ -11,11 +11,13 @@ DataLoader is not passed to accelerate, which would share the rows a second time
 
 from __future__ import annotations
 
-import json
+import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
@@ -25,8 +27,9 @@ from ddk_cache import InputError, atomic
 from ddk_train.data.dataset import CacheDataset, Weights
 from ddk_train.evaluate import GapMeter, Measured, gap_meter, measure_with
 from ddk_train.loss.objective import distillation_loss
+from ddk_train.weights.moving import DomainWeights
 
-STATE = "ddk_data.json"
+STATE = "ddk_data.pt"
 """The file of a checkpoint with the position in the data and the state of the weights."""
 
 
@@ -119,18 +122,20 @@ class DistillationMixin:
             consumed = self.state.global_step * self.args.gradient_accumulation_steps
             state = {
                 "data": self.train_dataset.state_dict(consumed),
-                "weights": [c.weights.state_dict() for c in self._gap_callbacks()],
+                "weights": [c.state_dict() for c in self._gap_callbacks()],
             }
-            atomic.replace(path / STATE, json.dumps(state).encode())
+            written = io.BytesIO()
+            torch.save(state, written)
+            atomic.replace(path / STATE, written.getvalue())
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(checkpoint, model)  # type: ignore[misc]
         path = Path(checkpoint) / STATE
         if path.exists():
-            state = json.loads(path.read_text())
+            state = torch.load(path, weights_only=True)
             self.train_dataset.load_state_dict(state["data"])
             for callback, saved in zip(self._gap_callbacks(), state["weights"], strict=True):
-                callback.weights.load_state_dict(saved)
+                callback.load_state_dict(saved)
             self.args.ignore_data_skip = True  # the dataset is in its place already
 
     def _gap_callbacks(self) -> list[GapCallback]:
@@ -173,6 +178,17 @@ class GapCallback(TrainerCallback):  # type: ignore[misc]
         self.weights, self.interval = weights, interval
         self.rows, self.batch_rows = rows, batch_rows
         self._meter: GapMeter | None = None
+        self._losses: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the weights, and the losses that falls are measured from."""
+        losses = self._meter.state_dict() if self._meter else self._losses
+        return {"weights": self.weights.state_dict(), "losses": losses}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a state."""
+        self.weights.load_state_dict(state["weights"])
+        self._losses = state["losses"]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Measure before the first step."""
@@ -184,14 +200,21 @@ class GapCallback(TrainerCallback):  # type: ignore[misc]
         if state.global_step % self.interval == 0:
             loader = given["train_dataloader"]
             ahead = loader.num_workers * (loader.prefetch_factor or 0)
-            at = state.global_step * args.gradient_accumulation_steps + ahead
-            self._move(state, given["model"], loader.dataset, at)
+            consumed = state.global_step * args.gradient_accumulation_steps
+            self._move(state, given["model"], loader.dataset, consumed, ahead)
 
-    def _move(self, state: Any, model: Any, dataset: CacheDataset, at: int) -> None:
+    def _move(
+        self, state: Any, model: Any, dataset: CacheDataset, consumed: int, ahead: int = 0
+    ) -> None:
+        """Measure after so many batches; new weights hold from `ahead` batches later."""
         if self._meter is None:
-            self._meter = gap_meter(model, dataset.cache, self.rows, self.batch_rows)
-        found = measure_with(self._meter, model)
-        dataset.set_weights(self.weights.update(found), at=at)
+            window = self.weights.settings.window if isinstance(self.weights, DomainWeights) else 3
+            self._meter = gap_meter(model, dataset.cache, self.rows, self.batch_rows, window)
+            self._meter.load_state_dict(self._losses)
+        found, drawn = measure_with(self._meter, model), dataset.drawn(consumed)
+        seen = np.array([drawn.get(name, 0) for name in found.domains], np.float64)
+        found = replace(found, rows_seen=seen, epochs=seen / np.maximum(found.sizes, 1))
+        dataset.set_weights(self.weights.update(found), at=consumed + ahead)
         line: dict[str, float] = {"step": state.global_step}
         for n, name in enumerate(found.domains):
             line[f"gap/{name}"] = float(found.excess[n])

@@ -171,7 +171,7 @@ def test_a_resumed_run_has_the_losses_of_the_whole_run(
         args = arguments(
             tmp_path / folder, save_strategy="steps", save_steps=3, dataloader_num_workers=workers
         )
-        moving = GapCallback(DomainWeights("excess", cache.domains), interval=2, rows=4)
+        moving = GapCallback(DomainWeights("gain", cache.domains, rho=1.0), interval=2, rows=4)
         made = trainer(Ours, cache, args, callbacks=[moving])
         made.train(
             resume_from_checkpoint=str(tmp_path / folder / "checkpoint-3") if resume else None
@@ -182,8 +182,14 @@ def test_a_resumed_run_has_the_losses_of_the_whole_run(
     assert list(resumed.losses) == [3, 4, 5, 6, 7]
     for step, loss in resumed.losses.items():
         assert loss == pytest.approx(whole.losses[step], rel=1e-6)
-    lines = [line for line in whole.state.log_history if "weight/notes" in line]
+    lines, again = (
+        [line for line in one.state.log_history if "weight/notes" in line]
+        for one in (whole, resumed)
+    )
     assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    for name in cache.domains:
+        shares = [[line[f"weight/{name}"] for line in some[-3:]] for some in (lines, again)]
+        assert shares[0] == pytest.approx(shares[1], rel=1e-4)
     assert sum(lines[-1][f"weight/{name}"] for name in cache.domains) == pytest.approx(1)
 
 
