@@ -36,6 +36,10 @@ class Found:
     measuring: float
     """Share of the time spent on measuring gaps."""
 
+    def behind(self) -> float:
+        """Return the mean gap over the teacher, nats; where there is none it counts 0."""
+        return float(np.nanmean(np.maximum(self.gap, 0)))
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; `Found.of` reads them."""
         return {n: v.tolist() if n != "measuring" else v for n, v in vars(self).items()}
@@ -105,14 +109,15 @@ def summary(found: Mapping[str, Sequence[Found]], base: str) -> list[dict[str, A
     """Return one row per method: losses, gaps, and paired differences to a base.
 
     The mean counts each domain once, or by its training rows. The worst gap is the largest distance
-    to the teacher's loss, the sum of gaps that of all domains. A domain without held-out rows does
-    not count.
+    to the teacher's loss, the sum of gaps that of all domains; "behind" is the mean gap where a
+    student that is better than its teacher counts 0. A domain without held-out rows does not count.
     """
     rows = []
     for name, seeds in found.items():
         pairs = list(zip(seeds, found.get(base, seeds), strict=False))
         change = np.array([np.nanmean(one.loss - other.loss) for one, other in pairs])
         worse = np.array([np.nanmax(one.gap) - np.nanmax(other.gap) for one, other in pairs])
+        behind = np.array([one.behind() - other.behind() for one, other in pairs])
         row = {
             "method": name,
             "seeds": len(seeds),
@@ -120,10 +125,12 @@ def summary(found: Mapping[str, Sequence[Found]], base: str) -> list[dict[str, A
             "mean by size": plus_minus([by_size(one) for one in seeds]),
             "worst gap": plus_minus([np.nanmax(one.gap) for one in seeds]),
             "sum of gaps": plus_minus([np.nansum(one.gap) for one in seeds], ".3f"),
+            f"behind − {base}, paired": plus_minus(behind, "+.4f"),
             "KL": plus_minus([float(np.nanmean(one.kl)) for one in seeds]),
             f"mean − {base}, paired": plus_minus(change, "+.4f"),
             "better in": f"{(change < 0).sum()} of {len(change)}",
             f"worst − {base}, paired": plus_minus(worse, "+.4f"),
+            "lower in": f"{(worse < 0).sum()} of {len(worse)}",
             "measuring, % of time": f"{100 * np.mean([one.measuring for one in seeds]):.1f}",
         }
         rows.append(row)
