@@ -198,7 +198,7 @@ def head(model: str, out: Path, trust_remote_code: bool, revision: str | None) -
 @click.argument("cache")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON for a machine.")
 def info(cache: str, as_json: bool) -> None:
-    """Show what CACHE holds: domains, rows, statistics of the teacher, bytes per token."""
+    """Show what CACHE contains: domains, rows, statistics of the teacher, bytes per token."""
     from ddk_cache.inspect.describe import describe, show
     from ddk_cache.read.pairs import open_parts
 

@@ -34,7 +34,7 @@ SETTINGS = [
         },
     ),
 ]
-"""What a cache holds."""
+"""What a cache contains."""
 
 HOW = [options_from(TeacherConfig, choices=CHOICES)]
 """How the teacher is run."""

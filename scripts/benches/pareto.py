@@ -13,7 +13,6 @@ from typing import Any
 import click
 
 from benches.common import Record, json_option
-from benches.retention import summary
 from benches.shared import SEQ_LEN
 
 SHARED = ("tokens", "loss_mask", "label_logprob")
@@ -33,8 +32,9 @@ def bytes_of(facts: dict[str, Any]) -> dict[str, float]:
 
 def shares_of(facts: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Return shares of KL in percent with their errors by kind, from `bench.py retention`."""
+    (rows,) = facts["tables"].values()
     shares = {}
-    for row in summary(facts["seeds"]):
+    for row in rows:
         mean, error = row["share of KL to the teacher"].replace("%", "").split(" ± ")
         shares[row["target"]] = float(mean), float(error)
     return shares
@@ -80,9 +80,12 @@ def draw(lines: dict[str, Points], out: Path) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Draw an SVG (needs matplotlib).")
 @json_option
 def main(json_path: Path | None, records: tuple[Path, ...], out: Path | None) -> None:
-    """Put RECORDS, --json files of targets and of retention, into one table and picture."""
+    """Put RECORDS, --json files of targets and of retention or lists, into tables and a picture."""
     record = Record("pareto", {"files": [path.name for path in records]}, [])
-    found = [json.loads(path.read_text()) for path in records]
+    found: list[dict[str, Any]] = []
+    for path in records:
+        kept = json.loads(path.read_text())
+        found += kept if isinstance(kept, list) else [kept]
     sizes = {
         one["settings"]["teacher"]: bytes_of(one) for one in found if one["bench"] == "targets"
     }
