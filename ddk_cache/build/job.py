@@ -201,8 +201,9 @@ class Scoring:
     """The shard that it writes."""
 
     def todo(self) -> list[ShardKey]:
-        """Return the shards that are not committed."""
-        return uncommitted(self.store.storage, self.manifest, list(self.codecs))
+        """Return the shards that are not committed, those of few rows last."""
+        keys = uncommitted(self.store.storage, self.manifest, list(self.codecs))
+        return sorted(keys, key=lambda key: -self.planned(key).rows)
 
     def planned(self, item: ShardKey) -> Shard:
         """Return what the plan says about a shard."""
