@@ -34,7 +34,7 @@ from ddk_cache.corpus.rows import token_rows
 from ddk_cache.corpus.sources import OWN, Source, find_sources
 from ddk_cache.errors import CacheError, CorruptCacheError, DDKError, MismatchError, StorageError
 from ddk_cache.format.codec import TargetCodec
-from ddk_cache.format.commit import Record, committed, parse_record
+from ddk_cache.format.commit import Record, parse_record, uncommitted
 from ddk_cache.format.layout import record_name
 from ddk_cache.format.manifest import Manifest
 from ddk_cache.format.plan import Shard, ShardKey, shard_at
@@ -42,7 +42,7 @@ from ddk_cache.format.spec import CacheSpec
 from ddk_cache.storage.base import Storage
 from ddk_cache.storage.lease import Leases
 from ddk_cache.storage.open import open_storage
-from ddk_cache.types import SPLITS, Array
+from ddk_cache.types import Array
 
 
 def build_cache(
@@ -117,10 +117,9 @@ def stopped(storage: Storage) -> str:
     if len(manifest.plans) < len(manifest.root.sources):
         far = f"{len(manifest.plans)} of {len(manifest.root.sources)} domains are planned"
     else:
-        keys = manifest.shards()
-        pairs = {key[:2] for key in keys}
-        done = sum(len(committed(storage, *pair)) for pair in pairs)
-        far = f"{done} of {len(keys)} shards of {storage.uri()} are committed"
+        shards = len(manifest.shards())
+        done = shards - len(uncommitted(storage, manifest))
+        far = f"{done} of {shards} shards of {storage.uri()} are committed"
     return f"stopped: {far}. Run the same command again to resume."
 
 
@@ -148,7 +147,7 @@ def score_shards(
     domains: dict[str, list[str]] = {}
     for domain in manifest.plans:
         fingerprint = manifest.spec_of(domain).fingerprint
-        if fingerprint not in names and _todo(store.storage, manifest, [domain]):
+        if fingerprint not in names and uncommitted(store.storage, manifest, [domain]):
             raise MismatchError(
                 f"{store.storage.uri()}: domain {domain!r} has a teacher of its own, which was not "
                 "given. Name it as 'teacher:' of the domain in the mix file."
@@ -157,16 +156,10 @@ def score_shards(
     order = sorted(domains)
     first = part.rank * len(order) // part.world
     for name in order[first:] + order[:first]:
-        if _todo(store.storage, manifest, domains[name]):
+        if uncommitted(store.storage, manifest, domains[name]):
             teacher = teachers.get(name)[0]
             score_domains(store, leases, teacher, manifest, domains[name], write_behind, part)
             del teacher
-
-
-def _todo(storage: Storage, manifest: Manifest, domains: Sequence[str]) -> list[ShardKey]:
-    """Return the planned shards of some domains that are not committed."""
-    done = {(d, split): committed(storage, d, split) for d in domains for split in SPLITS}
-    return [key for key in manifest.shards(domains) if key.number not in done[key[:2]]]
 
 
 def score_domains(
@@ -208,8 +201,9 @@ class Scoring:
     """The shard that it writes."""
 
     def todo(self) -> list[ShardKey]:
-        """Return the shards that are not committed."""
-        return _todo(self.store.storage, self.manifest, list(self.codecs))
+        """Return the shards that are not committed, those of few rows last."""
+        keys = uncommitted(self.store.storage, self.manifest, list(self.codecs))
+        return sorted(keys, key=lambda key: -self.planned(key).rows)
 
     def planned(self, item: ShardKey) -> Shard:
         """Return what the plan says about a shard."""

@@ -1,12 +1,14 @@
 """Work that several processes share, item by item, without a scheduler.
 
 Each process takes a lease on an item before it works on it and moves on where another has it.
-Processes begin at different places, so that they seldom meet; one that is done early takes what
-is left, and what a dead process had leased. The price is a look at the storage for every item.
+Processes begin with different items, every n-th of n processes, so that they seldom meet; one that
+is done early takes what is left, and what a dead process had leased. At the end all wait for the
+last item, so a job puts its small items last. The price is a look at the storage for every item.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from threading import Event
 from typing import NamedTuple, Protocol, TypeVar
@@ -35,7 +37,7 @@ class Job(Protocol[Item]):
     """Items of work whose results any process can see."""
 
     def todo(self) -> list[Item]:
-        """Return the items that are not done."""
+        """Return the items that are not done, the small ones last."""
 
     def done(self, item: Item) -> bool:
         """Return whether an item is done."""
@@ -57,9 +59,8 @@ def share(job: Job[Item], leases: Leases, rank: int, world: int, stop: Event | N
         KeyboardInterrupt: `stop` was set; the items that were begun are done.
     """
     while items := job.todo():
-        first = rank * len(items) // world
         worked = False
-        for item in items[first:] + items[:first]:
+        for item in itertools.chain(*(items[(rank + n) % world :: world] for n in range(world))):
             if stop and stop.is_set():
                 job.flush()
                 raise KeyboardInterrupt

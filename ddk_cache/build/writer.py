@@ -75,6 +75,8 @@ class ShardWriter:
     def __init__(self, storage: Storage, spec: CacheSpec) -> None:
         self.storage, self.spec = storage, spec
         self.codec = TargetCodec(spec)
+        self._shards: dict[str, Any] = {}
+        """Array → an array of one shard in the scratch folder, whose object is moved away."""
 
     # --- Zarr's documents ---
 
@@ -115,7 +117,9 @@ class ShardWriter:
             whole = np.full((self.spec.shard_rows, *layout.inner), layout.fill, layout.dtype)
             whole[: len(data)] = data
             path = self.storage.scratch / "shards" / name
-            self._create(path, name, 1)[:] = whole
+            if name not in self._shards:
+                self._shards[name] = self._create(path, name, 1)
+            self._shards[name][:] = whole
             made = path.joinpath("c", *["0"] * (1 + len(layout.inner)))
             objects[name] = self._describe(made.read_bytes(), str(made))
             self.storage.put_file(made, object_name(self.spec, key, name))

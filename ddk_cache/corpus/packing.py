@@ -11,6 +11,7 @@ row. Documents of a little more than half a row leave up to half of it empty.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -53,18 +54,19 @@ class StreamPacker:
     """Documents joined end to end and cut into rows of S+1 tokens.
 
     Neighbouring rows share one token (the last of a row opens the next), so that every token
-    but the very first is predicted exactly once.
+    but the very first is predicted exactly once. A token takes 5 bytes while it waits; in lists
+    it would take about 50.
     """
 
     seq_len: int
     lost: int = 0
-    tokens: list[int] = field(default_factory=list)
-    counted: list[bool] = field(default_factory=list)
+    tokens: array[int] = field(default_factory=lambda: array("i"))
+    counted: bytearray = field(default_factory=bytearray)
 
     def add(self, document: Encoded) -> None:
         """Append a document."""
-        self.tokens += document[0]
-        self.counted += document[1]
+        self.tokens.fromlist(document[0])
+        self.counted += bytes(document[1])
 
     @property
     def rows(self) -> int:
@@ -76,12 +78,13 @@ class StreamPacker:
 
     def take(self, rows: int) -> dict[str, Array]:
         """Remove and return tokens (rows, S+1) int64 and loss mask (rows, S) bool."""
-        used = rows * self.seq_len
-        at = np.arange(rows)[:, None] * self.seq_len + np.arange(self.seq_len + 1)
-        tokens = np.asarray(self.tokens[: used + 1], np.int64)[at]
-        counted = np.asarray(self.counted[: used + 1], bool)[at[:, 1:]]
+        shape, used = (rows, self.seq_len), rows * self.seq_len
+        tokens = np.array(self.tokens[: used + 1], np.int64)
+        counted = np.array(self.counted[1 : used + 1]).astype(bool)
         del self.tokens[:used], self.counted[:used]
-        return {"tokens": tokens, "loss_mask": counted}
+        cut, opening = tokens[:-1].reshape(shape), tokens[self.seq_len :: self.seq_len]
+        joined = np.concatenate([cut, opening[:, None]], 1)
+        return {"tokens": joined, "loss_mask": counted.reshape(shape)}
 
 
 @dataclass

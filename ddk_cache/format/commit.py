@@ -7,7 +7,7 @@ more file per shard, read when the shard is first used.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,11 +138,24 @@ def parse_record(data: bytes | None, where: str, manifest: Manifest, key: ShardK
     return record
 
 
-def committed(storage: Storage, domain: str, split: str) -> set[int]:
-    """Return the numbers of the committed shards of a split, by their records' names."""
-    names = storage.list_dir(records_name(domain, split))
-    numbers = {name.removesuffix(".json") for name in names if name.endswith(".json")}
-    return {int(number) for number in numbers if number.isascii() and number.isdecimal()}
+def committed(storage: Storage, domain: str, split: str) -> Iterator[int]:
+    """Yield the numbers of the committed shards of a split, by their records' names, in no order.
+
+    No list of names is held: a large cache has a hundred thousand.
+    """
+    for name in storage.list_prefix(folder := records_name(domain, split)):
+        number, _, kind = name.removeprefix(f"{folder}/").partition(".")
+        if kind == "json" and number.isascii() and number.isdecimal():
+            yield int(number)
+
+
+def uncommitted(
+    storage: Storage, manifest: Manifest, domains: Collection[str] | None = None
+) -> list[ShardKey]:
+    """Return the planned shards of some domains, or of all, that are not committed, in order."""
+    keys = manifest.shards(domains)
+    done = {pair: set(committed(storage, *pair)) for pair in {key[:2] for key in keys}}
+    return [key for key in keys if key.number not in done[key[:2]]]
 
 
 def committed_of(storage: Storage, domain: str, split: str, planned: int) -> Array:
@@ -156,12 +169,12 @@ def committed_of(storage: Storage, domain: str, split: str, planned: int) -> Arr
     if not storage.lists:
         names = [record_name(ShardKey(domain, split, number)) for number in range(planned)]
         return np.fromiter(storage.exist_many(names), bool, planned)
-    found = committed(storage, domain, split)
-    if found and max(found) >= planned:
-        raise CorruptCacheError(
-            f"{storage.uri()}: there is a record of shard {domain}/{split}/{max(found)}, "
-            f"but {planned} shards are planned."
-        )
     there = np.zeros(planned, bool)
-    there[list(found)] = True
+    for number in committed(storage, domain, split):
+        if number >= planned:
+            raise CorruptCacheError(
+                f"{storage.uri()}: there is a record of shard {domain}/{split}/{number}, "
+                f"but {planned} shards are planned."
+            )
+        there[number] = True
     return there

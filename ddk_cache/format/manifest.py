@@ -18,7 +18,7 @@ from typing import Any
 
 from ddk_cache.errors import CorruptCacheError, NotACacheError
 from ddk_cache.format.documents import dump, file_name, parse, read, typed, understand
-from ddk_cache.format.layout import ROOT, is_document, plan_name, shards_name
+from ddk_cache.format.layout import ROOT, is_document, object_name, plan_name
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey, shard_count
 from ddk_cache.format.spec import CacheSpec, check_name
 from ddk_cache.storage.base import Storage
@@ -31,6 +31,9 @@ MODEL_FILES = re.compile(
 
 MOST_UNLISTED = 2**20
 """Planned shards of a split on a server that lists nothing, at most: each is asked for."""
+
+LOOKED_FOR = 16
+"""Shards that are looked for before the number in a plan is believed."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +242,8 @@ def check_shown(
     """Check that a plan does not claim many more shards than there are files.
 
     Token rows are written before their plan. A few may have been lost since, but a number without
-    files behind it must not decide how long a list becomes. Where files cannot be listed, the
-    number itself is bounded.
+    files behind it must not decide how long a list becomes, so some shards, evenly spaced, are
+    looked for. Where files cannot be listed, the number itself is bounded.
 
     Raises:
         CorruptCacheError: it does.
@@ -255,9 +258,11 @@ def check_shown(
                 f"server that cannot list files may have {MOST_UNLISTED:,}. Copy the cache."
             )
         return
-    there = len(storage.list_dir(shards_name(domain, split, "tokens")))
-    if planned > 4 * there + 1024:
+    keys = [ShardKey(domain, split, place * planned // LOOKED_FOR) for place in range(LOOKED_FOR)]
+    there = sum(storage.exist_many(object_name(spec, key, "tokens") for key in keys))
+    if there < LOOKED_FOR / 4:
         raise CorruptCacheError(
             f"{storage.uri(plan_name(domain))} plans {planned:,} shards of {split} rows, but only "
-            f"{there:,} exist. Remove it and 'ddk-cache build' makes the whole domain again."
+            f"{there} of {LOOKED_FOR} that were looked for exist. Remove it and 'ddk-cache build' "
+            "makes the whole domain again."
         )

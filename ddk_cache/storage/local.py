@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import posixpath
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -84,8 +85,10 @@ class LocalStorage:
 
     def list_prefix(self, folder: str) -> Iterator[str]:
         """Yield the names of all files below a folder."""
-        for at, _, names in os.walk(self.root / folder):
-            yield from (os.path.relpath(f"{at}/{name}", self.root) for name in names)
+        top = str(self.root / folder)
+        for at, _, names in os.walk(top):
+            below = (folder + at[len(top) :]).lstrip("/")
+            yield from (posixpath.join(below, name) for name in names)
 
     def hash(self, name: str) -> tuple[int, str]:
         """Hash a file in pieces."""

@@ -158,14 +158,11 @@ class RemoteStorage:
             return []
 
     def list_prefix(self, folder: str) -> Iterator[str]:
-        """List, page by page."""
-
-        def ask() -> list[str]:
-            pages = self._obstore.list(self._store, folder)
-            return [entry["path"] for page in pages for entry in page]
-
+        """List, page by page, of which one is in memory at a time."""
+        pages = iter(self._obstore.list(self._store, folder))
         with suppress(FileNotFoundError):
-            yield from self._ask(folder, ask)
+            while page := self._ask(folder, lambda: next(pages, None)):
+                yield from (entry["path"] for entry in page)
 
     def hash(self, name: str) -> tuple[int, str]:
         """Get an object and hash it."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ddk_cache.console import Progress
 from ddk_cache.errors import CorruptCacheError, MismatchError
-from ddk_cache.format.commit import committed, parse_record
+from ddk_cache.format.commit import parse_record, uncommitted
 from ddk_cache.format.documents import read
 from ddk_cache.format.layout import ROOT, object_name, plan_name, record_name, tokenizer_name
 from ddk_cache.format.manifest import Manifest, Root, create_root, read_plan, write_plan
@@ -110,11 +110,7 @@ def check_target(wanted: Manifest, target: Storage) -> None:
 
 def copy_shards(part: Part, target: Storage) -> None:
     """Copy every shard that has no record at the target."""
-    done = {
-        (domain, split): committed(target, domain, split)
-        for domain, split in {key[:2] for key in part.manifest.shards()}
-    }
-    keys = [key for key in part.manifest.shards() if key.number not in done[key[:2]]]
+    keys = uncommitted(target, part.manifest)
     with (
         Progress("copying", len(keys), "shards") as progress,
         ThreadPoolExecutor(THREADS, "copy") as pool,

@@ -27,8 +27,8 @@ from ddk_cache.console import Progress
 from ddk_cache.corpus.rows import split_of
 from ddk_cache.errors import InputError
 from ddk_cache.format.codec import TargetCodec
-from ddk_cache.format.commit import Record, committed
-from ddk_cache.format.layout import ROOT, tokenizer_name
+from ddk_cache.format.commit import Record
+from ddk_cache.format.layout import ROOT, record_name, tokenizer_name
 from ddk_cache.format.manifest import Manifest, Root, create_root, write_plan
 from ddk_cache.format.place import check_place
 from ddk_cache.format.plan import DomainPlan, Portion, ShardKey
@@ -94,7 +94,7 @@ def import_cache(
     plan = write_documents(store, name, root, survey.plan(spec.seq_len), contents)
     with Progress("importing", survey.tokens, "tokens") as progress:
         for key, block in blocks(files, survey, store, name):
-            if key.number not in committed(storage, *key[:2]):
+            if not storage.exists(record_name(key)):
                 write_shard(store, plan, key, block)
             progress.advance(len(block.tokens))
     storage.clean_up()

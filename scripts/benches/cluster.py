@@ -14,6 +14,8 @@ import os
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,29 +34,76 @@ from ddk_cache.models.config import TeacherConfig
 DOMAINS = ("c", "docs", "python")
 
 
+class Clock:
+    """Seconds of this thread by what it does; of nested parts the inner one counts."""
+
+    def __init__(self) -> None:
+        self.spent: dict[str, float] = defaultdict(float)
+        self._parts: list[str] = []
+        self._since = 0.0
+
+    def timed(self, part: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function whose seconds are counted as those of a part."""
+
+        def timed(*words: Any, **more: Any) -> Any:
+            self._turn()
+            self._parts.append(part)
+            try:
+                return work(*words, **more)
+            finally:
+                self._turn()
+                self._parts.pop()
+
+        return timed
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        if self._parts:
+            self.spent[self._parts[-1]] += now - self._since
+        self._since = now
+
+
 class Timed(Worker):
     """A worker that writes how long it took, into a folder beside the cache."""
 
     def build(self) -> DDKError | None:
-        """Build, and write the seconds since the first row and those in the scorer."""
+        """Build, and write the seconds since the first row and those of each part."""
+        from ddk_cache.build import job, share
         from ddk_cache.build.scoring import Scorer
+        from ddk_cache.build.writer import ShardWriter
+        from ddk_cache.format.codec import TargetCodec
+        from ddk_cache.format.commit import Record
+        from ddk_cache.storage.lease import Leases
 
-        score, spent, began = Scorer.score, 0.0, 0.0
+        clock, began, begin = Clock(), 0.0, Scorer.begin
 
-        def timed(scorer: Scorer, key: ShardKey, *words: Any) -> Any:
-            nonlocal spent, began
-            start = time.perf_counter()
-            scored = score(scorer, key, *words)
-            if key.domain != TRIAL:
-                began = began or start
-                spent += time.perf_counter() - start
-            return scored
+        def begun(scorer: Scorer, key: ShardKey, *words: Any) -> Callable[[], Any]:
+            nonlocal began
+            if key.domain != TRIAL and not began:
+                clock.spent.clear()
+                began = time.perf_counter()
+            return clock.timed("teacher", begin(scorer, key, *words))
 
-        Scorer.score = timed  # type: ignore[assignment, method-assign]
+        Scorer.begin = clock.timed("teacher", begun)  # type: ignore[method-assign]
+        parts: list[tuple[Any, str, str]] = [
+            (ShardWriter, "read", "read"),
+            (TargetCodec, "encode", "encode"),
+            (job, "audit", "audit"),
+            (ShardWriter, "write", "write"),
+            (Record, "write", "commit"),
+            (Leases, "take", "lease"),
+            (Leases, "release", "lease"),
+            (Leases, "beat", "lease"),
+            (job.Scoring, "todo", "look"),
+            (job.Scoring, "done", "look"),
+            (share, "pause", "wait"),
+        ]
+        for owner, name, part in parts:
+            setattr(owner, name, clock.timed(part, getattr(owner, name)))
         failure = super().build()
         seconds = time.perf_counter() - began
         place = Path(f"{self._order.cache}.{self._part[0]}.json")
-        place.write_text(json.dumps({"seconds": seconds, "teacher": spent}))
+        place.write_text(json.dumps({"seconds": seconds, **clock.spent}))
         return failure
 
 

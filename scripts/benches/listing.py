@@ -1,7 +1,8 @@
 """An S3 server of many small objects, for measuring what listing and opening cost.
 
-It answers what a reader asks (lists of 1,000 keys, whole objects), each answer after the latency of
-a store in the same region. Objects that only have to be there are names without content.
+It answers what a reader asks (lists of 1,000 keys, whole objects, whether there is one), each
+answer after the latency of a store in the same region. Objects that only have to be there are names
+without content.
 """
 
 from __future__ import annotations
@@ -35,16 +36,28 @@ class Store(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer with a page of a list, or an object."""
-        time.sleep(LATENCY)
-        type(self).requests += 1
-        parts = urlsplit(self.path)
-        if "list-type" in (asked := parse_qs(parts.query)):
+        asked = parse_qs(urlsplit(self.path).query)
+        if "list-type" in asked:
             self._send(200, page(self.names, {name: v[0] for name, v in asked.items()}))
         else:
-            data = self.content.get(unquote(parts.path).lstrip("/").partition("/")[2])
-            self._send(404 if data is None else 200, data or b"")
+            self._send(200 if self._there else 404, self.content.get(self._name, b""))
+
+    def do_HEAD(self) -> None:
+        """Answer whether there is an object."""
+        self._send(200 if self._there else 404, b"")
+
+    @property
+    def _name(self) -> str:
+        return unquote(urlsplit(self.path).path).lstrip("/").partition("/")[2]
+
+    @property
+    def _there(self) -> bool:
+        at = bisect_left(self.names, self._name)
+        return self.names[at : at + 1] == [self._name]
 
     def _send(self, code: int, data: bytes) -> None:
+        time.sleep(LATENCY)
+        type(self).requests += 1
         self.send_response(code)
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")

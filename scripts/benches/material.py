@@ -95,7 +95,7 @@ class Multiplied:
         storage.clean_up()
 
     def _write_records(self, cache: Cache) -> None:
-        """Write all records, without a flush for each, and the folders that show the rows."""
+        """Write all records, without a flush for each, and empty files that show the rows."""
         records = [cache.record(key) for key in self.keys]
         for number in range(self.count):
             key = ShardKey(DOMAIN, SPLITS[0], number)
@@ -103,7 +103,9 @@ class Multiplied:
             path.parent.mkdir(parents=True, exist_ok=True)
             record = dataclasses.replace(records[number % len(records)], key=key)
             path.write_bytes(record.dump())
-            (self.out / object_name(self.spec, key, "tokens")).parent.mkdir(parents=True)
+            tokens = self.out / object_name(self.spec, key, "tokens")
+            tokens.parent.mkdir(parents=True)
+            tokens.touch()
 
     def place(self, numbers: Iterable[int], *, link: bool) -> None:
         """Give shards their objects: links to those they repeat, or copies."""
@@ -113,4 +115,5 @@ class Multiplied:
             for array in self.spec.arrays:
                 path = self.out / object_name(self.spec, new, array)
                 path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
                 carry(self.source / object_name(self.spec, old, array), path)

@@ -53,4 +53,4 @@ def test_two_workers_do_every_item_once(tmp_path: Path) -> None:
 def test_a_worker_begins_at_its_own_share(tmp_path: Path) -> None:
     job = Files(tmp_path, Leases(LocalStorage(tmp_path)))
     share(job, job.leases, 2, 3)
-    assert job.worked == [*map(str, range(8, 12)), *map(str, range(8))]
+    assert job.worked == [*map(str, [*range(2, 12, 3), *range(0, 12, 3), *range(1, 12, 3)])]
