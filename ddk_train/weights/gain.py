@@ -81,16 +81,18 @@ def progress(window: Sequence[Gaps], shrink: bool) -> Progress:
     A fall is known where it is at least 3 standard errors; and one smaller than that where 3
     standard errors are below the mean fall, so that a fall of the usual size would have been seen.
     With `shrink`, falls are drawn to their mean by their noise instead (James and Stein), and each
-    is known.
+    is known. A loss that rose by 3 standard errors says what the rows of other domains took away,
+    not what those of its own give, so nothing is known.
     """
     first, last = window[0], window[-1]
-    rows = drawn(last) - drawn(first)
+    rows, change = drawn(last) - drawn(first), first.student_loss - last.student_loss
     noise = np.full(len(rows), np.nan) if last.fall_error is None else last.fall_error
-    known = (rows > 0) & np.isfinite(noise)
-    fall, error = np.zeros(len(rows)), np.zeros(len(rows))
+    known = (rows > 0) & (change >= -TRUSTED * noise)  # no number is at least NaN
+    fall, error = (
+        np.where(known, values / np.maximum(rows, 1), 0)
+        for values in (np.maximum(change, 0), noise)
+    )
     if known.any():
-        change = np.maximum(first.student_loss - last.student_loss, 0)
-        fall[known], error[known] = change[known] / rows[known], noise[known] / rows[known]
         if shrink:
             fall[known] = shrunk(fall[known], error[known])
         else:

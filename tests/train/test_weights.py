@@ -129,6 +129,11 @@ def test_progress_that_is_not_known_leaves_a_domain_its_gap() -> None:
     stuck = replace(THEN, student_loss=np.array([2.0, 3.0, 2.0, 1.5]))
     by_gap, by_fall = np.array([1, 2, 1, 0.5]) / 4.5, np.array([8, 0, 4, 3]) / 15
     np.testing.assert_allclose(shares(START, stuck), (by_gap + by_fall) / 2, rtol=1e-12)
+    # One whose loss rose was pushed by the rows of others; what its own give is not known.
+    risen = replace(THEN, student_loss=np.array([2.0, 3.2, 2.0, 1.5]))
+    by_gap, by_fall = np.array([1, 2.2, 1, 0.5]) / 4.7, np.array([8, 0, 4, 3]) / 15 * 2.5 / 4.7
+    by_fall[1] = by_gap[1]
+    np.testing.assert_allclose(shares(START, risen), (by_gap + by_fall) / 2, rtol=1e-12)
     for unknown in (
         replace(THEN, fall_error=np.full(4, math.nan)),
         replace(THEN, fall_error=np.full(4, 10.0)),
