@@ -275,7 +275,7 @@ def read_answers(folder: Path) -> tuple[dict[str, Any], dict[int, tuple[int, ...
     for file in sorted(folder.glob("*.parquet")):
         settings = written_with(file)
         with file.open("rb") as opened:
-            table = pq.read_table(opened, columns=["number", "response_ids"])
+            table = pq.ParquetFile(opened).read(["number", "response_ids"], use_threads=False)
         for row in table.to_pylist():
             found[row["number"]] = tuple(row["response_ids"])
     return settings, found

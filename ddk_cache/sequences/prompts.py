@@ -134,7 +134,7 @@ def _documents(
 def _generated(source: Source) -> Iterator[Prompt]:
     for file in source.files:
         with Path(file).open("rb") as opened:
-            table = pq.read_table(opened)
+            table = pq.ParquetFile(opened).read(use_threads=False)
         for number, row in enumerate(table.to_pylist(), 1):
             said: Document = PromptResponse(row["prompt"], row["response"])
             if "messages" in row:
