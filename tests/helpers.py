@@ -189,6 +189,26 @@ def random_model(kind: str, **settings: Any) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+HEADS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True},
+    "gemma2": {"final_logit_softcapping": 0.5},
+    "cohere": {"logit_scale": 0.3},
+    "granite": {"logits_scaling": 4.0},
+    "phi": {},  # has a bias
+    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
+}
+"""Architectures whose heads differ, with what makes them differ."""
+
+
+def loud_model(kind: str, **settings: Any) -> Any:
+    """Return a `random_model` whose weights are so large that its parts matter."""
+    model = random_model(kind, **settings).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.3)
+    return model
+
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Return the weights of a saved student."""
     return load_file(path / "model.safetensors")

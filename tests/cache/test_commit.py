@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,15 +13,13 @@ from ddk_cache.read.cache import Cache
 from ddk_cache.storage.local import LocalStorage
 
 
-def test_only_the_names_of_records_count(cache: Cache, tmp_path: Path) -> None:
-    root = tmp_path / "mix.zarr"
-    shutil.copytree(cache.root, root)
-    storage, pair = LocalStorage(root), ("letters", "train")
+def test_only_the_names_of_records_count(cache: Cache, copied: Path) -> None:
+    storage, pair = LocalStorage(copied), ("letters", "train")
     planned = cache.shard_count(*pair)
     assert planned > 2
     assert sorted(committed(storage, *pair)) == list(range(planned))
     assert uncommitted(storage, cache.manifest) == []
-    records = root / "commits/letters/train"
+    records = copied / "commits/letters/train"
     (records / "1.json").rename(records / "1.json.old")
     for other in ("one.json", "-1.json", "²", "²..json", "1"):
         (records / other).touch()

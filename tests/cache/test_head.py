@@ -12,26 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from ddk_cache import InputError
 from ddk_cache.head import Head, extract_head, load_head
-from tests.helpers import random_model
+from tests.helpers import HEADS, loud_model
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True},
+    **HEADS,
     "qwen2": {"tie_word_embeddings": False},
-    "gemma2": {"final_logit_softcapping": 0.5},
-    "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 4.0},
-    "phi": {},  # has a bias
-    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
     "gpt_neox": {},  # its checkpoints call the head embed_out
 }
 
 
 def save_model(name: str, path: Path, **options: Any) -> Any:
     """Save a model with random weights, and return it."""
-    model = random_model(name, **MODELS[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
+    model = loud_model(name, **MODELS[name])
     model.save_pretrained(path, **options)
     return model
 

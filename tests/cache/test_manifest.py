@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ from ddk_cache.storage.local import LocalStorage
 from ddk_cache.types import TRAIN
 
 
-def claim(cache: Cache, root: Path, shards: int) -> LocalStorage:
-    """Copy a cache under a plan, sealed like any other, of so many training shards."""
-    shutil.copytree(cache.root, root)
-    storage = LocalStorage(root)
+def claim(root: Path, shards: int) -> LocalStorage:
+    """Put a plan of so many training shards, sealed like any other, into a cache."""
+    storage, cache = LocalStorage(root), open_cache(root)
     plan = cache.plan("letters")
     plan.portions[0].rows[TRAIN] = shards * cache.spec.shard_rows  # type: ignore[index]
     write_plan(storage, cache.spec, "letters", plan)
@@ -25,19 +23,17 @@ def claim(cache: Cache, root: Path, shards: int) -> LocalStorage:
 
 
 @pytest.mark.parametrize("shards", [2000, 2**40])
-def test_a_plan_of_many_more_shards_than_there_are_is_refused(
-    cache: Cache, tmp_path: Path, shards: int
-) -> None:
-    storage = claim(open_cache(cache.root), tmp_path / "mix.zarr", shards)
+def test_a_plan_of_many_more_shards_than_there_are_is_refused(copied: Path, shards: int) -> None:
+    storage = claim(copied, shards)
     with pytest.raises(CorruptCacheError, match=rf"plans {shards:,} shards of train rows, but"):
         Manifest.read(storage)
 
 
 @pytest.mark.parametrize(("every", "good"), [(1, True), (2, True), (8, False)])
 def test_a_plan_is_believed_where_a_part_of_its_token_rows_is_lost(
-    cache: Cache, tmp_path: Path, every: int, good: bool
+    cache: Cache, copied: Path, every: int, good: bool
 ) -> None:
-    storage = claim(open_cache(cache.root), tmp_path / "mix.zarr", 1600)
+    storage = claim(copied, 1600)
     tokens = storage.root / "domains/letters/train/tokens/c"
     for number in range(0, 1600, 100 * every):
         (tokens / str(number)).mkdir(exist_ok=True)

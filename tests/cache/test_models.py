@@ -18,26 +18,17 @@ from ddk_cache.models.body import BodyTeacher
 from ddk_cache.models.config import QUANTIZATIONS
 from ddk_cache.testing import VOCAB
 from tests.cache.gguf_file import write_gguf
-from tests.helpers import make_spec, random_model
+from tests.helpers import HEADS, loud_model, make_spec
 
-HEADS: dict[str, dict[str, Any]] = {
-    "llama": {"tie_word_embeddings": True},
-    "gemma2": {"final_logit_softcapping": 0.5},
-    "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 4.0},
-    "phi": {},  # has a bias
-    "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 1},
+MODELS: dict[str, dict[str, Any]] = {
+    **HEADS,
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 8},  # a projection between body and head
 }
 
 
 def save(name: str, path: Path, **changes: Any) -> Path:
     """Save a model with random weights."""
-    model = random_model(name, **HEADS.get(name, {}) | changes)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    model.save_pretrained(path)
+    loud_model(name, **MODELS.get(name, {}) | changes).save_pretrained(path)
     return path
 
 
@@ -64,7 +55,7 @@ def off(one: Teacher, other: Teacher) -> float:
 
 
 @pytest.mark.parametrize("kind", ["topk:8", "sampled:8"])
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", MODELS)
 def test_a_head_apart_gives_the_targets_of_the_logits(
     name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
