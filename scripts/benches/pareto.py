@@ -14,19 +14,20 @@ import click
 
 from benches.common import Record, json_option
 from benches.shared import SEQ_LEN
-
-SHARED = ("tokens", "loss_mask", "label_logprob")
-"""What every cache stores beside its entries; added to kinds that are not ours."""
+from benches.targets import BESIDE
 
 KEPT = (95, 98)
 """Shares in percent whose fewest bytes are named."""
 
 
 def bytes_of(facts: dict[str, Any]) -> dict[str, float]:
-    """Return bytes per token by kind, from the record of `bench.py targets`."""
+    """Return bytes per token by kind, from the record of `bench.py targets`.
+
+    What every cache stores beside its targets is added to kinds that are not ours.
+    """
     tables = facts["tables"]
     rows = next(rows for title, rows in tables.items() if title.endswith("bytes per token"))
-    beside = sum(rows[0][name] for name in SHARED)
+    beside = sum(rows[0][name] for name in BESIDE)
     return {row["target"]: row["all"] or row["entries"] + beside for row in rows}
 
 
@@ -64,7 +65,7 @@ def draw(lines: dict[str, Points], out: Path) -> None:
         axes.errorbar(size, kept, error, color=color, marker="o", capsize=3, label=name)
         for start, mark in (("random", "s"), ("topk", "x")):
             for kind, (x, y, wide) in points.items():
-                if kind.startswith(start) and y > 0:
+                if kind.startswith(start):
                     axes.errorbar([x], [y], [wide], color=color, marker=mark, capsize=3)
     axes.set(xlabel="bytes per token, everything stored", xscale="log", ylim=(40, 100),
              ylabel="share of full distributions in held-out KL, %")  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ NAMES = (
     "label:12,label:64,random:50,sampled:8,sampled:12,sampled:16,sampled:24,sampled:32"
 )
 
-SHARED = ("tokens", "loss_mask", "label_logprob", "tail_logprob")
-"""Arrays that are not of the entries."""
+BESIDE = ("tokens", "loss_mask", "label_logprob")
+"""Arrays that every cache stores beside its targets; those of the entries are not `tail_logprob`
+either."""
 
 MEANS = (2_048, 16_384, 65_536)
 """Positions over which gradients are averaged."""
@@ -73,6 +75,11 @@ def packed(name: str, array: Array, spec: CacheSpec) -> int:
     return len(blosc.encode(np.ascontiguousarray(array.astype(layout.dtype)))) + 4
 
 
+def of_entries(names: Iterable[str]) -> list[str]:
+    """Return the names of the arrays that hold entries."""
+    return [name for name in names if name not in (*BESIDE, "tail_logprob")]
+
+
 def entropy(array: Array) -> float:
     """Return the bytes of an array by the entropy of its values, each coded by itself."""
     counts = np.unique(array, return_counts=True)[1]
@@ -81,21 +88,14 @@ def entropy(array: Array) -> float:
 
 def bytes_of(
     spec: CacheSpec, scores: targets.Scores, tokens: torch.Tensor, frequent: Array
-) -> tuple[dict[str, float], Targets]:
-    """Return bytes per token of each array, and the targets after a round trip through a cache.
-
-    `order-0` is what the entropy of single values would make of the arrays of entries.
-    """
+) -> tuple[dict[str, float], dict[str, Array], Targets]:
+    """Return bytes per token of each array, the arrays, and the targets that a cache gives back."""
     codec, S = TargetCodec(spec, frequent.tolist()), SEQ_LEN
     stored = codec.encode(as_arrays([scores]), tokens[:, 1:].numpy())
     stored["tokens"], stored["loss_mask"] = tokens.numpy(), np.ones((len(tokens), S))
     size = {name: packed(name, stored[name], spec) / (len(tokens) * S) for name in spec.arrays}
-    entries = [
-        array for name, array in stored.items() if name in spec.arrays and name not in SHARED
-    ]
-    size["order-0"] = sum(map(entropy, entries)) / (len(tokens) * S)
     kept = vars(codec.targets(stored)).values()
-    return size, SparseTargets(*(torch.from_numpy(part).flatten(0, 1) for part in kept))
+    return size, stored, SparseTargets(*(torch.from_numpy(part).flatten(0, 1) for part in kept))
 
 
 class Errors:
@@ -193,6 +193,7 @@ def main(
     for sharpness in sharpnesses:
         errors: dict[str, Errors] = defaultdict(Errors)
         sizes: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        order_0: dict[str, list[float]] = defaultdict(list)
         wide: dict[str, list[float]] = defaultdict(list)
         for domain, part in material.items():
             say(f"logits / {sharpness:g}: {domain}")
@@ -205,17 +206,19 @@ def main(
                 for kind in ours:
                     spec = spec_of(kind, vocab_size, "small")
                     scores = targets.extract(logits, batch[:, 1:], spec.targets)
-                    size, stored[kind] = bytes_of(spec, scores, batch, frequent)
+                    size, arrays, stored[kind] = bytes_of(spec, scores, batch, frequent)
                     for name, value in size.items():
                         sizes[kind][name].append(value)
+                    alone = sum(entropy(arrays[name]) for name in of_entries(spec.arrays))
+                    order_0[kind].append(alone / batch[:, 1:].numel())
                     wider = torch.where(scores.ids < 0, -1, scores.ids * WIDE // vocab_size)
                     spread = scores._replace(ids=wider)
                     spec = spec_of(kind, WIDE, "small")
                     far = batch * WIDE // vocab_size
-                    more, _ = bytes_of(spec, spread, far, frequent * WIDE // vocab_size)
-                    wide[kind].append(sum(more.values()) - more["order-0"])
+                    more, _, _ = bytes_of(spec, spread, far, frequent * WIDE // vocab_size)
+                    wide[kind].append(sum(more.values()))
                 compare(made, stored, logits, batch, student, errors)
-        record.table(f"logits / {sharpness:g}: bytes per token", cost(sizes, wide, errors))
+        record.table(f"logits / {sharpness:g}: bytes per token", cost(sizes, order_0, wide, errors))
         record.table(
             f"logits / {sharpness:g}: what is lost",
             [{"target": name} | error.row() for name, error in errors.items()],
@@ -252,6 +255,7 @@ def compare(
 
 def cost(
     sizes: dict[str, dict[str, list[float]]],
+    order_0: dict[str, list[float]],
     wide: dict[str, list[float]],
     errors: dict[str, Errors],
 ) -> list[dict[str, Any]]:
@@ -259,12 +263,12 @@ def cost(
     rows: list[dict[str, Any]] = []
     for kind, arrays in sizes.items():
         each = {name: float(np.mean(values)) for name, values in arrays.items()}
-        order_0 = each.pop("order-0")
-        entries = sum(size for name, size in each.items() if name not in SHARED)
+        entries = sum(each[name] for name in of_entries(each))
         rows.append(
             {"target": kind}
             | each
-            | {"entries": entries, "entries, order-0": order_0, "all": sum(each.values())}
+            | {"entries": entries, "entries, order-0": float(np.mean(order_0[kind]))}
+            | {"all": sum(each.values())}
             | {f"all, V {WIDE:,}": float(np.mean(wide[kind]))}
         )
     for name, error in errors.items():
