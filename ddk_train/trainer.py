@@ -118,8 +118,8 @@ class Trainer:
         rate = learning_rate(self.config, self.state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        tokens = counted = self._tokens(batch)
-        positions = max(1, sum(counted))
+        of_rows = tokens = self._tokens(batch)
+        positions = max(1, sum(of_rows))
         sums, ce_B = self.backward(batch, positions)
         learned = self.pairs and self.pairs.backward(self.model, self.weights.weights)
         clipped = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.config.clip)
@@ -134,7 +134,7 @@ class Trainer:
             raise DDKError(self._not_finite(batch))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._note_unseen(batch, ce_B, counted)
+        self._note_unseen(batch, ce_B, of_rows)
         if self.pairs and learned:
             self.state.pairs = self.pairs.order.state_dict()
             for name, rows in zip(self.domains, learned.rows, strict=True):

@@ -275,6 +275,7 @@ def read_answers(folder: Path) -> tuple[dict[str, Any], dict[int, tuple[int, ...
     for file in sorted(folder.glob("*.parquet")):
         settings = written_with(file)
         with file.open("rb") as opened:
+            # Not read_table: its threads may abort a command that ends while they start.
             table = pq.ParquetFile(opened).read(["number", "response_ids"], use_threads=False)
         for row in table.to_pylist():
             found[row["number"]] = tuple(row["response_ids"])

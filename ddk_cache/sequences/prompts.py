@@ -134,6 +134,7 @@ def _documents(
 def _generated(source: Source) -> Iterator[Prompt]:
     for file in source.files:
         with Path(file).open("rb") as opened:
+            # Not read_table: its threads may abort a command that ends while they start.
             table = pq.ParquetFile(opened).read(use_threads=False)
         for number, row in enumerate(table.to_pylist(), 1):
             said: Document = PromptResponse(row["prompt"], row["response"])

@@ -27,6 +27,7 @@ from ddk_cache import InputError, atomic
 from ddk_train.data.dataset import CacheDataset, Weights
 from ddk_train.evaluate import GapMeter, Measured, gap_meter, measure_with
 from ddk_train.loss.objective import distillation_loss
+from ddk_train.weights.gaps import Settings
 from ddk_train.weights.moving import DomainWeights
 
 STATE = "ddk_data.pt"
@@ -208,7 +209,8 @@ class GapCallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Measure after so many batches; new weights hold from `ahead` batches later."""
         if self._meter is None:
-            window = self.weights.settings.window if isinstance(self.weights, DomainWeights) else 3
+            moving = self.weights
+            window = (moving.settings if isinstance(moving, DomainWeights) else Settings()).window
             self._meter = gap_meter(model, dataset.cache, self.rows, self.batch_rows, window)
             self._meter.load_state_dict(self._losses)
         found, drawn = measure_with(self._meter, model), dataset.drawn(consumed)

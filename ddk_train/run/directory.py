@@ -228,7 +228,7 @@ class Run:
             return []
         try:
             with path.open("rb") as file:  # pyarrow would take a path like run:1 for a URL
-                # Not read_table: its threads, still starting as a short command ends, abort it.
+                # Not read_table: its threads may abort a command that ends while they start.
                 table = pq.ParquetFile(file).read(use_threads=False)
             missing = {"step", "domain"} - set(table.column_names)
             if missing:
